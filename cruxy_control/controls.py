@@ -1,0 +1,143 @@
+"""What the control law decides each step, and how actuators read it.
+
+Everything is a factor on the user's own value, so that schedules, parameter groups and a second
+pair of betas keep their meaning. The few formulas that turn a factor into the value used stand
+here, once, for every framework.
+"""
+
+from typing import Any, NamedTuple
+
+
+class Controls(NamedTuple):
+    """One step's orders; every field a float32 scalar, `ok` a boolean one.
+
+    Attributes:
+        meta_scale: slow factor on the learning rate; `stability_v1` leaves it at 1.
+        phase_scale: fast factor on the learning rate; `stability_v2` leaves it at 1.
+        beta1_factor: factor on the user's `b1`.
+        beta1_min: lower bound of the result.
+        beta1_max: upper bound of the result.
+        beta2_gap: factor on `1 - b2`, the distance of the user's `b2` from 1.
+        beta2_phase: factor on what that gives.
+        beta2_shift: added after bounding (the emergency of `stability_v2`).
+        beta2_min: lower bound of the result.
+        beta2_max: upper bound of the result.
+        clip_scale: factor on the gradient, at most 1.
+        ok: whether the step counts. Where false the gradient is replaced by zero, both betas are 1
+            and the rate is 0, so that nothing moves.
+        phase: `phi`, the share of the fast window in both (WP 6); telemetry.
+        curvature: `c_bar`, the smoothed loss slope (WP 5); telemetry.
+        warning: `W`, the early-warning score in `[0, 1]` (v2.0 40-45); telemetry.
+        clip_threshold: the norm above which `clip_scale` is below 1, infinite where the law does
+            not clip; telemetry.
+    """
+
+    meta_scale: Any
+    phase_scale: Any
+    beta1_factor: Any
+    beta1_min: Any
+    beta1_max: Any
+    beta2_gap: Any
+    beta2_phase: Any
+    beta2_shift: Any
+    beta2_min: Any
+    beta2_max: Any
+    clip_scale: Any
+    ok: Any
+    phase: Any
+    curvature: Any
+    warning: Any
+    clip_threshold: Any
+
+
+def neutral(ok: Any, *, xp: Any) -> Controls:
+    """The controls that change nothing: every factor 1, no bound, no clipping.
+
+    A law starts from these and replaces what it steers.
+
+    Args:
+        ok: boolean scalar array, whether the step counts.
+        xp: the array namespace.
+
+    Returns:
+        Controls under which an optimizer does what it would do without a controller.
+    """
+    one = xp.ones_like(ok, dtype=xp.float32)
+    zero = xp.zeros_like(ok, dtype=xp.float32)
+    return Controls(
+        meta_scale=one,
+        phase_scale=one,
+        beta1_factor=one,
+        beta1_min=zero,
+        beta1_max=one,
+        beta2_gap=one,
+        beta2_phase=one,
+        beta2_shift=zero,
+        beta2_min=zero,
+        beta2_max=one,
+        clip_scale=one,
+        ok=ok,
+        phase=zero,
+        curvature=zero,
+        warning=zero,
+        clip_threshold=one * float("inf"),
+    )
+
+
+def betas(controls: Controls, b1: Any, b2: Any, *, xp: Any) -> tuple[Any, Any]:
+    """The decay rates of this step, from the user's own.
+
+    `beta1 = clip(b1 * beta1_factor)` (v2.0 17, 18) and
+    `beta2 = clip((1 - (1 - b2) * beta2_gap) * beta2_phase) + beta2_shift`
+    (v2.0 10; WP 10 and the fast loop). A base outside the law's bounds widens them to include it:
+    the bounds limit the controller, not the user. A base of 0 means "no moment" and stays 0. On a
+    skipped step both are exactly 1.
+
+    Args:
+        controls: this step's controls.
+        b1: the user's decay rate of the first moment, in `[0, 1)`; a number or a scalar array.
+        b2: the user's decay rate of the second moment, in `[0, 1)`.
+        xp: the array namespace.
+
+    Returns:
+        `(beta1, beta2)`, float32 scalars in `[0, 1]`.
+    """
+    zero = xp.zeros_like(controls.beta1_factor)
+    b1, b2 = b1 + zero, b2 + zero
+    beta1 = _bounded(b1 * controls.beta1_factor, b1, controls.beta1_min, controls.beta1_max, xp)
+    beta2 = (1.0 - (1.0 - b2) * controls.beta2_gap) * controls.beta2_phase
+    beta2 = _bounded(beta2, b2, controls.beta2_min, controls.beta2_max, xp)
+    beta2 = _bounded(beta2 + controls.beta2_shift, b2, controls.beta2_min, controls.beta2_max, xp)
+    beta1 = xp.where(b1 > 0.0, beta1, zero)
+    beta2 = xp.where(b2 > 0.0, beta2, zero)
+    return xp.where(controls.ok, beta1, 1.0), xp.where(controls.ok, beta2, 1.0)
+
+
+def _bounded(value: Any, base: Any, lower: Any, upper: Any, xp: Any) -> Any:
+    """`value` held between the bounds, which give way to a base outside them."""
+    return xp.clip(value, xp.minimum(lower, base), xp.maximum(upper, base))
+
+
+def meta_learning_rate(
+    controls: Controls,
+    learning_rate: Any,
+    bounds: tuple[float, float] | None = None,
+    *,
+    xp: Any,
+) -> Any:
+    """The user's learning rate times the slow factor (WP 9); 0 on a skipped step.
+
+    Args:
+        controls: this step's controls.
+        learning_rate: the user's rate, of a schedule or constant; a number or a scalar array.
+        bounds: absolute bounds on the product, `(lower, upper)`; `None` for none. The phase
+            factor is applied after them.
+        xp: the array namespace.
+
+    Returns:
+        A float32 scalar.
+    """
+    rate = learning_rate * controls.meta_scale
+    if bounds is not None:
+        rate = xp.clip(rate, bounds[0], bounds[1])
+    return xp.where(controls.ok, rate, 0.0)

@@ -1,0 +1,50 @@
+"""What a control law is: the two functions and the one constant that frameworks use."""
+
+from typing import Any, Protocol, runtime_checkable
+
+from cruxy_control.controls import Controls
+from cruxy_control.signals import Signals
+
+
+@runtime_checkable
+class Law(Protocol):
+    """A frozen config whose `step` turns one step's signals into controls.
+
+    `cruxy_control` has `StabilityV1`, `StabilityV2` and `Meta3`; any object with these three
+    members serves.
+    """
+
+    @property
+    def gamma(self) -> float:
+        """Exponent of the norm that the law wants as `Signals.gamma_norm`, at least 1."""
+        ...
+
+    def init(self, like: Any, *, xp: Any) -> Any:
+        """The state before the first step: a NamedTuple of arrays on the device of `like`.
+
+        Args:
+            like: a 0-d array.
+            xp: the array namespace, `numpy`, `jax.numpy` or `torch`.
+        """
+        ...
+
+    def step(self, state: Any, signals: Signals, *, xp: Any) -> tuple[Any, Controls]:
+        """One step: the new state and the controls.
+
+        Where the signals are not finite the state comes back as it was and `Controls.ok` is
+        false.
+        """
+        ...
+
+
+def check_law(law: Any) -> None:
+    """Raises `TypeError` unless `law` is an instance that can be stepped.
+
+    Raises:
+        TypeError: with the rule, the value received and the remedy.
+    """
+    if isinstance(law, type) or not isinstance(law, Law):
+        raise TypeError(
+            "law must be an instance with `gamma`, `init` and `step`, such as "
+            f"cruxy_control.Meta3(), got {law!r}; give Meta3(), StabilityV1() or StabilityV2()."
+        )

@@ -1,0 +1,19 @@
+"""What the sensors report to the control law: a few scalars a step, from the raw gradient."""
+
+from typing import Any, NamedTuple
+
+
+class Signals(NamedTuple):
+    """One step's measurements.
+
+    Attributes:
+        grad_norm: Euclidean norm of the raw gradient over all parameters; float32, shape `()`.
+        gamma_norm: `sigma = (sum |g|^gamma)^(1/gamma)` over all parameters (WP 1), with the
+            law's own `gamma`; float32, shape `()`.
+        loss: the step's loss; float32, shape `()`. NaN where there is none: a missing and a
+            non-finite loss are treated alike.
+    """
+
+    grad_norm: Any
+    gamma_norm: Any
+    loss: Any

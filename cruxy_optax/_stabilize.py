@@ -1,0 +1,172 @@
+"""`stabilize`: measures the raw gradient, steps the law, guards, hands out the controls."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from cruxy_control.controls import Controls
+from cruxy_control.law import Law, check_law
+from cruxy_control.meta3 import Meta3
+from cruxy_control.signals import Signals
+from cruxy_optax._moments import ScaleByControlledAdamState, ScaleByControlledLionState
+from cruxy_optax._rate import ScaleByMetaLearningRateState, ThrottleByPhaseState
+from cruxy_optax._sensors import check_real, measure
+
+_HELD_BY_CONTROLS = (
+    ScaleByControlledAdamState,
+    ScaleByControlledLionState,
+    ScaleByMetaLearningRateState,
+    ThrottleByPhaseState,
+)
+"""States that keep their values on a skipped step because the controls make them."""
+
+
+class StabilizeState(NamedTuple):
+    """The controller, what it last saw and ordered, and the state of what it controls."""
+
+    law_state: Any  # the law's own NamedTuple of scalars and two short vectors
+    signals: Signals  # of the last step; float32 scalars
+    controls: Controls  # of the last step; float32 scalars, ok bool
+    step: jax.Array  # good steps so far; shape=(), dtype=int32
+    skipped_total: jax.Array  # shape=(), dtype=int32
+    skipped_in_a_row: jax.Array  # shape=(), dtype=int32
+    inner_state: optax.OptState
+
+
+def stabilize(
+    inner: optax.GradientTransformation,
+    law: Law = Meta3(),
+    *,
+    axis_names: str | Sequence[str] = (),
+) -> optax.GradientTransformationExtraArgs:
+    """Puts a chain of actuators under a control law, and guards it.
+
+    Each step measures the norms of the raw gradient, steps the law on them and on the loss, and
+    passes the result to `inner` as the extra argument `controls`. Members of an `optax.chain`
+    cannot pass anything to each other, and after the first of them the raw gradient is gone: what
+    all of them need has to come from around the chain.
+
+    A step whose gradient norm or gamma norm is not finite is skipped: parameters, moments, filters
+    and schedules stay as they were, only `skipped_total` and `skipped_in_a_row` move. The guard
+    decides on the device and never gives up. `inner` may contain any optax transformation; states
+    this library does not know are restored leaf by leaf on a skipped step.
+
+    `optax.masked` and `optax.partition` belong inside `stabilize`: a leaf that `stabilize` cannot
+    see is neither measured nor guarded.
+
+    Args:
+        inner: an actuator, or an `optax.chain` of actuators and anything else.
+        law: the control law with its constants, `Meta3()`, `StabilityV1()` or `StabilityV2()`.
+        axis_names: under `jax.shard_map` or `jax.pmap`, the axes over which devices have to decide
+            alike: the loss is averaged over them, and the norms are taken over all shards of
+            leaves split along them (told apart by `shard_map`'s `check_vma=True`, its default;
+            without it every leaf counts as a copy). Not needed under `jax.jit` with sharded arrays.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` whose `update` takes the loss as `value=`; left
+        out, the curvature stays 0 and all else works.
+
+    Raises:
+        TypeError: where `law` is none, or a parameter is complex.
+        ValueError: where a `stabilize` stands inside another.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from cruxy_control import Meta3
+        >>> from cruxy_optax import (
+        ...     clip_by_predicted_norm, scale_by_controlled_lion, scale_by_meta_learning_rate,
+        ...     stabilize, throttle_by_phase)
+        >>> tx = stabilize(
+        ...     optax.chain(
+        ...         clip_by_predicted_norm(),
+        ...         scale_by_controlled_lion(),
+        ...         throttle_by_phase(),
+        ...         scale_by_meta_learning_rate(1e-3),
+        ...     ),
+        ...     law=Meta3(),
+        ... )
+        >>> params = {"w": jnp.ones(3)}
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update({"w": jnp.array([1.0, -2.0, 0.0])}, state, params, value=1.0)
+        >>> print(updates["w"])
+        [-0.00075  0.00075 -0.     ]
+        >>> updates, state = tx.update({"w": jnp.full(3, jnp.nan)}, state, params, value=1.0)
+        >>> print(updates["w"], state.skipped_total)
+        [0. 0. 0.] 1
+    """
+    check_law(law)
+    inner = optax.with_extra_args_support(inner)
+    axis_names = (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)
+
+    def init_fn(params: optax.Params) -> StabilizeState:
+        check_real(jax.tree.leaves(params))
+        inner_state = inner.init(params)
+        _refuse_nesting(inner_state)
+        zero, count = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+        law_state = law.init(zero, xp=jnp)
+        signals = Signals(zero, zero, zero)
+        _, controls = law.step(law_state, signals, xp=jnp)
+        return StabilizeState(law_state, signals, controls, count, count, count, inner_state)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        value: chex.Numeric | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, StabilizeState]:
+        signals = measure(updates, value, law.gamma, axis_names)
+        law_state, controls = law.step(state.law_state, signals, xp=jnp)
+        ok = controls.ok
+
+        # Where the step is skipped nothing of the gradient may reach a sum: 0 * NaN is NaN.
+        safe = jax.tree.map(lambda g: jnp.where(ok, g, jnp.zeros_like(g)), updates)
+        new_updates, inner_state = inner.update(
+            safe, state.inner_state, params, value=value, controls=controls, **extra_args
+        )
+        new_updates = jax.tree.map(
+            lambda u, g: jnp.where(ok, u, jnp.zeros_like(u)).astype(jnp.result_type(g)),
+            new_updates,
+            updates,
+        )
+        return new_updates, StabilizeState(
+            law_state=law_state,
+            signals=signals,
+            controls=controls,
+            step=jnp.where(ok, optax.safe_increment(state.step), state.step),
+            skipped_total=jnp.where(
+                ok, state.skipped_total, optax.safe_increment(state.skipped_total)
+            ),
+            skipped_in_a_row=jnp.where(ok, 0, optax.safe_increment(state.skipped_in_a_row)),
+            inner_state=_restore(ok, inner_state, state.inner_state),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _restore(ok: jax.Array, new: optax.OptState, old: optax.OptState) -> optax.OptState:
+    """The old leaves on a skipped step, except in states that the controls have held already."""
+
+    def held(node: Any) -> bool:
+        return isinstance(node, _HELD_BY_CONTROLS)
+
+    def choose(after: Any, before: Any) -> Any:
+        # Some optax states take on the dtype of the updates, which are float32 here.
+        return after if held(after) else jnp.where(ok, after, before).astype(before.dtype)
+
+    return jax.tree.map(choose, new, old, is_leaf=held)
+
+
+def _refuse_nesting(inner_state: optax.OptState) -> None:
+    nodes = jax.tree.leaves(inner_state, is_leaf=lambda node: isinstance(node, StabilizeState))
+    if any(isinstance(node, StabilizeState) for node in nodes):
+        raise ValueError(
+            "stabilize() must not stand inside another stabilize(), but inner has one: two "
+            "controllers would steer one rate; give the inner chain its actuators alone, such as "
+            "scale_by_controlled_adam() in place of meta3()."
+        )

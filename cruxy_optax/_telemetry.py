@@ -1,0 +1,101 @@
+"""What the controller shows: one dictionary of scalars, from any nested optimizer state."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cruxy_optax._moments import ScaleByControlledAdamState, ScaleByControlledLionState
+from cruxy_optax._rate import ScaleByMetaLearningRateState, ThrottleByPhaseState
+from cruxy_optax._stabilize import StabilizeState
+
+
+def telemetry(opt_state: Any) -> dict[str, Any]:
+    """The controller's values of the last step, found through any nesting.
+
+    Works on what `tx.init` or `tx.update` returned, alone or inside the states of `optax.chain`,
+    `masked`, `MultiSteps`, `inject_hyperparams` and the like, on a Flax `TrainState` and on
+    `nnx.Optimizer.opt_state`. Nothing is read on the host: the values are device scalars (or
+    tracers, inside a jitted step, which is the place to call it if the state is donated).
+
+    Args:
+        opt_state: any pytree with the state of one or more `stabilize` in it.
+
+    Returns:
+        With one controller, a flat dictionary:
+
+        - `learning_rate`: what the update was multiplied by, both factors included; 0 on a skipped
+          step
+        - `meta_scale`, `phase_scale`: the slow and the fast factor in it
+        - `beta1`, `beta2`: the decay rates used; 1 on a skipped step
+        - `clip_threshold`, `clip_scale`: the predicted norm and the factor on the gradient
+        - `phase`, `curvature`, `warning`: `phi`, `c_bar`, `W`
+        - `grad_norm`, `gamma_norm`, `loss`: the signals; the loss is NaN where none came
+        - `ok`: whether the last step counted
+        - `step`, `skipped_total`, `skipped_in_a_row`: counters
+
+        Rate and betas are there if an actuator uses them; where several do (`optax.partition`
+        inside `stabilize`) each key ends in the path of its actuator. With several controllers, a
+        dictionary of such dictionaries by path.
+
+    Raises:
+        ValueError: where there is no controller in it.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, cruxy_optax
+        >>> tx = optax.chain(cruxy_optax.meta3(learning_rate=1e-3), optax.identity())
+        >>> params = jnp.ones(3)
+        >>> _, state = tx.update(params, tx.init(params), params, value=1.0)
+        >>> print(cruxy_optax.telemetry(state)["learning_rate"])
+        0.00075
+    """
+    found = _nodes(opt_state, StabilizeState)
+    if not found:
+        raise ValueError(
+            "telemetry() needs a state with a controller in it, got "
+            f"{type(opt_state).__name__} without one; pass the opt_state of meta3(), meta_lion(), "
+            "stability_v1(), stability_v2() or stabilize()."
+        )
+    if len(found) == 1:
+        return _read(found[0][1])
+    return {path: _read(node) for path, node in found}
+
+
+def _read(state: StabilizeState) -> dict[str, Any]:
+    controls, signals = state.controls, state.signals
+    values: dict[str, Any] = {}
+
+    rates = _nodes(state.inner_state, ScaleByMetaLearningRateState)
+    throttles = _nodes(state.inner_state, ThrottleByPhaseState)
+    throttled = jnp.asarray(_scalar(throttles[0][1].phase_scale)) if len(throttles) == 1 else 1.0
+    for suffix, node in _suffixed(rates):
+        values["learning_rate" + suffix] = _scalar(node.learning_rate) * throttled
+    moments = _nodes(state.inner_state, (ScaleByControlledAdamState, ScaleByControlledLionState))
+    for suffix, node in _suffixed(moments):
+        values["beta1" + suffix] = _scalar(node.beta1)
+        values["beta2" + suffix] = _scalar(node.beta2)
+
+    for name in ("meta_scale", "phase_scale", "clip_threshold", "clip_scale"):
+        values[name] = _scalar(getattr(controls, name))
+    for name in ("phase", "curvature", "warning"):
+        values[name] = _scalar(getattr(controls, name))
+    for name in ("grad_norm", "gamma_norm", "loss"):
+        values[name] = _scalar(getattr(signals, name))
+    values["ok"] = _scalar(controls.ok)
+    for name in ("step", "skipped_total", "skipped_in_a_row"):
+        values[name] = _scalar(getattr(state, name))
+    return values
+
+
+def _nodes(tree: Any, kind: Any) -> list[tuple[str, Any]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda n: isinstance(n, kind))
+    return [(jax.tree_util.keystr(path), node) for path, node in flat if isinstance(node, kind)]
+
+
+def _suffixed(nodes: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    return [("", nodes[0][1])] if len(nodes) == 1 else nodes
+
+
+def _scalar(leaf: Any) -> Any:
+    """The array itself, where a framework (nnx) keeps each leaf in a box of its own."""
+    return jax.tree.leaves(leaf)[0]

@@ -1,0 +1,175 @@
+"""The controller's dictionary and its log."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cruxy_control import Meta3
+from cruxy_optax import (
+    TelemetryLog,
+    clip_by_predicted_norm,
+    meta3,
+    scale_by_controlled_adam,
+    scale_by_controlled_lion,
+    scale_by_meta_learning_rate,
+    stabilize,
+    telemetry,
+    throttle_by_phase,
+    track_curvature,
+    track_gamma_norm,
+)
+from optimizers import gradients, train, tree
+
+KEYS = {
+    "learning_rate meta_scale phase_scale beta1 beta2 clip_threshold clip_scale phase curvature "
+    "warning grad_norm gamma_norm loss ok step skipped_total skipped_in_a_row"
+}
+
+
+def some_state(steps=3):
+    grads, losses = gradients(steps)
+    return train(meta3(0.01), tree(), grads, losses)[1]
+
+
+def test_flat_dictionary_of_device_scalars():
+    shown = telemetry(some_state())
+    assert set(shown) == set(" ".join(KEYS).split())
+    assert all(isinstance(v, jax.Array) and v.shape == () for v in shown.values())
+
+
+def test_learning_rate_is_what_the_update_was_multiplied_by():
+    params = {"w": jnp.ones(4)}
+    tx = stabilize(
+        optax.chain(
+            clip_by_predicted_norm(),
+            scale_by_controlled_lion(),
+            throttle_by_phase(),
+            scale_by_meta_learning_rate(0.01),
+        )
+    )
+    updates, state = tx.update(params, tx.init(params), params)
+    assert float(telemetry(state)["learning_rate"]) == pytest.approx(-float(updates["w"][0]))
+
+
+def test_signals_are_those_of_the_raw_gradient():
+    params = {"w": jnp.array([3.0, -4.0])}
+    tx = meta3(0.01, weight_decay=0.5)
+    _, state = tx.update(params, tx.init(params), params, value=2.5)
+    shown = telemetry(state)
+    assert float(shown["grad_norm"]) == pytest.approx(5.0)
+    assert float(shown["gamma_norm"]) == pytest.approx((3**1.5 + 4**1.5) ** (1 / 1.5), rel=1e-6)
+    assert float(shown["loss"]) == 2.5
+
+
+@pytest.mark.parametrize("gamma", [1.0, 1.25, 2.0, 3.0])
+def test_law_sets_the_exponent_of_the_norm(gamma):
+    params = {"w": jnp.array([3.0, -4.0])}
+    tx = meta3(0.01, law=Meta3(gamma=gamma))
+    _, state = tx.update(params, tx.init(params), params)
+    want = (3.0**gamma + 4.0**gamma) ** (1 / gamma)
+    assert float(telemetry(state)["gamma_norm"]) == pytest.approx(want, rel=1e-6)
+
+
+def test_two_actuators_of_a_kind_are_told_apart_by_path():
+    tx = stabilize(
+        optax.partition(
+            {
+                "a": optax.chain(scale_by_controlled_adam(), scale_by_meta_learning_rate(0.1)),
+                "l": optax.chain(scale_by_controlled_lion(), scale_by_meta_learning_rate(0.2)),
+            },
+            {"w": "a", "b": "l"},
+        )
+    )
+    params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    _, state = tx.update(params, tx.init(params), params)
+    shown = telemetry(state)
+    rates = sorted(float(v) for k, v in shown.items() if k.startswith("learning_rate"))
+    assert rates == [pytest.approx(0.1), pytest.approx(0.2)]
+
+
+def test_usable_inside_the_jitted_step():
+    tx, params = meta3(0.01), tree()
+
+    @jax.jit
+    def step(state):
+        _, state = tx.update(params, state, params, value=1.0)
+        return state, telemetry(state)
+
+    state, shown = step(tx.init(params))
+    np.testing.assert_array_equal(shown["phase"], telemetry(state)["phase"])
+
+
+class Recorder:
+    """Stands in for a TensorBoard writer."""
+
+    def __init__(self):
+        self.rows = []
+
+    def add_scalar(self, tag, scalar_value, global_step):
+        self.rows.append((tag, scalar_value, global_step))
+
+
+def test_log_writes_one_json_line_a_step_with_null_for_what_is_not_finite(tmp_path):
+    shown = telemetry(some_state())
+    with TelemetryLog(tmp_path / "t.jsonl", every=2) as log:
+        for step in range(5):
+            log.log(step, {**shown, "loss": jnp.float32(jnp.nan)})
+    rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert rows[0]["loss"] is None
+    assert rows[0]["ok"] is True
+    assert rows[0]["phase"] == pytest.approx(float(shown["phase"]))
+
+
+def test_log_reads_the_device_once_every_so_many_steps(monkeypatch):
+    reads = []
+    get = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda tree: reads.append(1) or get(tree))
+    shown, recorder = telemetry(some_state()), Recorder()
+    with TelemetryLog(writer=recorder, every=10) as log:
+        for step in range(25):
+            log.log(step, shown)
+        assert len(reads) == 2
+        assert len({row[2] for row in recorder.rows}) == 20
+    assert len({row[2] for row in recorder.rows}) == 25
+    assert ("cruxy/skipped_total", 0.0, 24) in recorder.rows
+
+
+def test_tensorboard_takes_the_scalars(tmp_path):
+    tensorboardX = pytest.importorskip("tensorboardX")  # noqa: N806
+    with tensorboardX.SummaryWriter(str(tmp_path)) as writer, TelemetryLog(writer=writer) as log:
+        log.log(0, telemetry(some_state()))
+    assert any(path.stat().st_size > 100 for path in tmp_path.iterdir())
+
+
+def test_observers_leave_updates_alone_and_hold_on_a_bad_step():
+    tx = optax.chain(track_gamma_norm(), track_curvature(), optax.identity())
+    (grads, losses), params = gradients(5), tree()
+    state = tx.init(params)
+    for t in range(5):
+        now = jax.tree.map(lambda g, t=t: g[t], grads)
+        updates, state = tx.update(now, state, params, value=losses[t])
+        np.testing.assert_array_equal(updates["w"], now["w"])
+    bad = jax.tree.map(lambda p: p * jnp.nan, params)
+    _, after = tx.update(bad, state, params, value=1.0)
+    assert float(after[0].phase) == float(state[0].phase)
+    assert float(after[1].curvature) == float(state[1].curvature)
+
+
+def test_observers_measure_what_the_controller_measures():
+    grads, losses = gradients(20)
+    observed = train(optax.chain(track_gamma_norm(), track_curvature()), tree(), grads, losses)[1]
+    controlled = train(
+        stabilize(optax.identity(), law=Meta3(history_correction=0.0, outlier_cap=None)),
+        tree(),
+        grads,
+        losses,
+    )[1]
+    shown = telemetry(controlled)
+    for name in ("gamma_norm", "phase", "curvature"):
+        want = float(optax.tree.get(observed, name))
+        assert float(shown[name]) == pytest.approx(want, rel=1e-5, abs=1e-7)
