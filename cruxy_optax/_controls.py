@@ -1,4 +1,10 @@
-"""How an actuator receives the controls: as an extra argument, from `stabilize` alone."""
+"""How controls reach the actuators: as an extra argument, and as plain scalars in memory."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
 
 from cruxy_control.controls import Controls
 
@@ -16,3 +22,20 @@ def require_controls(controls: Controls | None, name: str) -> Controls:
             "law=Meta3())."
         )
     return controls
+
+
+def materialize(*scalars: Any) -> tuple[jax.Array, ...]:
+    """The same scalars, float32, computed once and kept.
+
+    XLA on CPU copies cheap arithmetic into every loop that uses it, and would work the tail of the
+    control law out again for every parameter. Neither a barrier nor a stack alone stops it: the
+    one is dropped before fusion, the other is folded away.
+    """
+    packed = lax.optimization_barrier(jnp.stack([jnp.asarray(s, jnp.float32) for s in scalars]))
+    return tuple(packed[i] for i in range(len(scalars)))
+
+
+def materialize_controls(controls: Controls) -> Controls:
+    """The controls as `materialize`d scalars; `ok` stays boolean."""
+    kept = Controls(*materialize(*controls))
+    return kept._replace(ok=kept.ok > 0.0)

@@ -9,8 +9,8 @@ import optax
 
 from cruxy_control.checks import check_range
 from cruxy_control.controls import Controls, betas
-from cruxy_optax._controls import require_controls
-from cruxy_optax._sensors import accumulator_dtype
+from cruxy_optax._controls import materialize, require_controls
+from cruxy_optax._power_sums import accumulator_dtype
 
 
 class ScaleByControlledAdamState(NamedTuple):
@@ -92,15 +92,19 @@ def scale_by_controlled_adam(
         beta1, beta2 = betas(controls, b1, b2, xp=jnp)
         mu_decay, nu_decay = state.mu_decay * beta1, state.nu_decay * beta2
         numerator_decay = beta1 * mu_decay if nesterov else mu_decay
-        mu_scale, nu_scale = 1.0 / _seen(numerator_decay), 1.0 / _seen(nu_decay)
-
-        def decay(rate: jax.Array, moment: jax.Array, x: jax.Array) -> jax.Array:
-            return rate * moment.astype(accumulator_dtype(x)) + (1.0 - rate) * x
+        beta1, beta2, rest1, rest2, mu_scale, nu_scale = materialize(
+            beta1,
+            beta2,
+            1.0 - beta1,
+            1.0 - beta2,
+            1.0 / _seen(numerator_decay),
+            1.0 / _seen(nu_decay),
+        )
 
         grads = jax.tree.map(lambda g: g.astype(accumulator_dtype(g)), updates)
-        mu = jax.tree.map(lambda g, m: decay(beta1, m, g), grads, state.mu)
-        nu = jax.tree.map(lambda g, v: decay(beta2, v, g * g), grads, state.nu)
-        ahead = jax.tree.map(lambda g, m: decay(beta1, m, g), grads, mu) if nesterov else mu
+        mu = jax.tree.map(lambda g, m: beta1 * m.astype(g.dtype) + rest1 * g, grads, state.mu)
+        nu = jax.tree.map(lambda g, v: beta2 * v + rest2 * (g * g), grads, state.nu)
+        ahead = jax.tree.map(lambda g, m: beta1 * m + rest1 * g, grads, mu) if nesterov else mu
         direction = jax.tree.map(
             lambda a, v: (a * mu_scale) / (jnp.sqrt(v * nu_scale) + eps), ahead, nu
         )
@@ -136,9 +140,11 @@ def scale_by_controlled_lion(
     \qquad \text{(WP 11, 12)}
     $$
 
+    The sign is taken of `b1 m_t + (b2 - b1) g_t`, which is the same number times `b2`.
+
     Args:
         b1: base of the rate inside the sign, in `[0, 1)`; the controller multiplies it.
-        b2: base of the momentum's decay, in `[0, 1)`.
+        b2: base of the momentum's decay, in `(0, 1)`.
         mu_dtype: dtype of the momentum; `None` is the parameter's, but float32 for float16.
             bfloat16 halves the state.
 
@@ -153,6 +159,7 @@ def scale_by_controlled_lion(
         Algorithms](https://arxiv.org/abs/2302.06675), 2023.
     """
     _check_betas(b1, b2)
+    check_range("b2", b2, 0.0, 1.0, lower_open=True, upper_open=True, remedy="use 0.99")
 
     def init_fn(params: optax.Params) -> ScaleByControlledLionState:
         one = jnp.ones((), jnp.float32)
@@ -170,12 +177,16 @@ def scale_by_controlled_lion(
         controls = require_controls(controls, "scale_by_controlled_lion")
         beta1, beta2 = betas(controls, b1, b2, xp=jnp)
 
-        def mix(rate: jax.Array, moment: jax.Array, g: jax.Array) -> jax.Array:
-            dtype = accumulator_dtype(g)
-            return rate * moment.astype(dtype) + (1.0 - rate) * g.astype(dtype)
+        beta1, beta2, rest2, ahead = materialize(beta1, beta2, 1.0 - beta2, beta2 - beta1)
 
-        direction = jax.tree.map(lambda g, m: jnp.sign(mix(beta1, m, g)), updates, state.mu)
-        mu = jax.tree.map(lambda g, m: mix(beta2, m, g).astype(m.dtype), updates, state.mu)
+        def momentum(g: jax.Array, m: jax.Array) -> jax.Array:
+            dtype = accumulator_dtype(g)
+            return (beta2 * m.astype(dtype) + rest2 * g.astype(dtype)).astype(m.dtype)
+
+        # beta2 (beta1 m + (1 - beta1) g) = beta1 m' + (beta2 - beta1) g: the sign of WP 11 without
+        # the old momentum, which XLA would otherwise have to copy before it may be overwritten.
+        mu = jax.tree.map(momentum, updates, state.mu)
+        direction = jax.tree.map(lambda g, m: jnp.sign(beta1 * m + ahead * g), updates, mu)
         return direction, ScaleByControlledLionState(mu, beta1, beta2)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -12,6 +12,7 @@ from jax import lax
 from cruxy_control import filters
 from cruxy_control.checks import check_range
 from cruxy_control.signals import Signals
+from cruxy_optax._power_sums import power_sums
 
 
 def measure(
@@ -34,11 +35,9 @@ def measure(
     """
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(updates)]
     check_real(leaves)
-    squares = _total([_sum_of_squares(leaf) for leaf in leaves], leaves, axis_names)
-    if gamma == 2.0:
-        powers = squares
-    else:
-        powers = _total([_sum_of_powers(leaf, gamma) for leaf in leaves], leaves, axis_names)
+    sums = [power_sums(leaf, gamma) for leaf in leaves]
+    squares = _total([pair[0] for pair in sums], leaves, axis_names)
+    powers = _total([pair[1] for pair in sums], leaves, axis_names)
     return Signals(
         grad_norm=jnp.sqrt(squares).astype(jnp.float32),
         gamma_norm=(powers ** (1.0 / gamma)).astype(jnp.float32),
@@ -59,22 +58,6 @@ def check_real(leaves: Sequence[Any]) -> None:
                 "the real and imaginary part as two leaves, as "
                 "optax.contrib.split_real_and_imaginary does."
             )
-
-
-def _sum_of_squares(leaf: jax.Array) -> jax.Array:
-    leaf = leaf.astype(accumulator_dtype(leaf))
-    return jnp.sum(leaf * leaf)
-
-
-def _sum_of_powers(leaf: jax.Array, gamma: float) -> jax.Array:
-    size = jnp.abs(leaf.astype(accumulator_dtype(leaf)))
-    # `pow` costs several times the rest of the optimizer step; 1.5 does without.
-    return jnp.sum(size * jnp.sqrt(size) if gamma == 1.5 else size**gamma)
-
-
-def accumulator_dtype(leaf: Any) -> Any:
-    """float32, or float64 for a float64 leaf."""
-    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
 
 
 def _total(

@@ -12,6 +12,7 @@ from cruxy_control.controls import Controls
 from cruxy_control.law import Law, check_law
 from cruxy_control.meta3 import Meta3
 from cruxy_control.signals import Signals
+from cruxy_optax._controls import materialize_controls
 from cruxy_optax._moments import ScaleByControlledAdamState, ScaleByControlledLionState
 from cruxy_optax._rate import ScaleByMetaLearningRateState, ThrottleByPhaseState
 from cruxy_optax._sensors import check_real, measure
@@ -110,7 +111,8 @@ def stabilize(
         law_state = law.init(zero, xp=jnp)
         signals = Signals(zero, zero, zero)
         _, controls = law.step(law_state, signals, xp=jnp)
-        return StabilizeState(law_state, signals, controls, count, count, count, inner_state)
+        state = StabilizeState(law_state, signals, controls, count, count, count, inner_state)
+        return _unshared(state)
 
     def update_fn(
         updates: optax.Updates,
@@ -122,6 +124,7 @@ def stabilize(
     ) -> tuple[optax.Updates, StabilizeState]:
         signals = measure(updates, value, law.gamma, axis_names)
         law_state, controls = law.step(state.law_state, signals, xp=jnp)
+        controls = materialize_controls(controls)
         ok = controls.ok
 
         # Where the step is skipped nothing of the gradient may reach a sum: 0 * NaN is NaN.
@@ -147,6 +150,11 @@ def stabilize(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _unshared(state: StabilizeState) -> StabilizeState:
+    """Gives every scalar a buffer of its own, as donating the state asks for."""
+    return jax.tree.map(lambda x: jnp.array(x, copy=True) if jnp.size(x) == 1 else x, state)
 
 
 def _restore(ok: jax.Array, new: optax.OptState, old: optax.OptState) -> optax.OptState:

@@ -1,0 +1,1 @@
+"""Everything the documentation claims, each as a command that measures it again."""

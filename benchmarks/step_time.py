@@ -1,0 +1,191 @@
+"""Time of one optimizer step, every optimizer in one interleaved run.
+
+    python -m benchmarks.step_time --size 10m
+
+Only the optimizer: update and apply, jitted, with parameters and state donated. The ratio to
+`optax.adamw` is taken pair by pair, so that a machine whose speed drifts still gives the right one.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks._environment import environment
+from benchmarks._hlo import copied_bytes, host_calls, reads_of_parameters
+from benchmarks._shapes import SIZES
+from cruxy_optax import meta3, meta_lion
+
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "optax.adamw": lambda: optax.adamw(1e-3, weight_decay=0.01),
+    "meta3": lambda: meta3(1e-3, weight_decay=0.01),
+    "meta_lion": lambda: meta_lion(1e-4, weight_decay=0.1),
+    "meta_lion bfloat16": lambda: meta_lion(1e-4, weight_decay=0.1, mu_dtype=jnp.bfloat16),
+    "optax.lion": lambda: optax.lion(1e-4, weight_decay=0.1),
+    "clip_by_global_norm + adamw": lambda: optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(1e-3, weight_decay=0.01)
+    ),
+}
+REFERENCE = "optax.adamw"
+
+
+class Step:
+    """One optimizer's compiled step and the buffers it runs on."""
+
+    def __init__(self, tx: optax.GradientTransformation, shapes: Any) -> None:
+        """Compiles the step and fills its buffers."""
+        extra = optax.with_extra_args_support(tx)
+
+        def step(params: Any, state: Any, grads: Any, loss: jax.Array) -> Any:
+            updates, state = extra.update(grads, state, params, value=loss)
+            return optax.apply_updates(params, updates), state
+
+        self.params = _normal(shapes, 0, 0.02)
+        self.state = jax.jit(tx.init)(self.params)
+        self.loss = jnp.float32(1.0)
+        start, grads = time.process_time(), _normal(shapes, 1, 0.01)
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
+            self.params, self.state, grads, self.loss
+        )
+        start = time.process_time()
+        self.run = lowered.compile()
+        self.compile_seconds = time.process_time() - start
+        self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
+        self.inspect(len(jax.tree.leaves(self.params)), grads)
+
+    def inspect(self, leaves: int, grads: Any) -> None:
+        """Counts in the compiled program what the timings rest on."""
+        text = self.run.as_text() or ""
+        first = leaves + len(jax.tree.leaves(self.state))
+        large = [i for i, g in enumerate(jax.tree.leaves(grads)) if g.size > 8192]
+        reads = reads_of_parameters(text, {first + i for i in large})
+        self.reads = statistics.mean(reads) if reads else float("nan")
+        self.copied = copied_bytes(text)
+        self.host_calls = host_calls(text)
+        memory = self.run.memory_analysis()
+        self.temporary = getattr(memory, "temp_size_in_bytes", 0)
+
+    def time(self, grads: Any) -> float:
+        """Seconds of one step, waited for."""
+        start = time.perf_counter()
+        self.params, self.state = self.run(self.params, self.state, grads, self.loss)
+        jax.block_until_ready((self.params, self.state))
+        return time.perf_counter() - start
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw(shape: tuple[int, ...], seed: int, scale: float) -> jax.Array:
+    return scale * jax.random.normal(jax.random.key(seed), shape)
+
+
+def _normal(shapes: Any, seed: int, scale: float) -> dict[str, jax.Array]:
+    items = enumerate(shapes.items())
+    return {name: _draw(shape, seed + 2 * i, scale) for i, (name, shape) in items}
+
+
+def measure(size: str, repeats: int, names: list[str]) -> dict[str, Any]:
+    """All figures of one parameter set.
+
+    Args:
+        size: a key of `SIZES`.
+        repeats: interleaved rounds that count; two more come first.
+        names: keys of `OPTIMIZERS`; the reference is always among them.
+    """
+    shapes = SIZES[size]
+    names = [REFERENCE, *(name for name in names if name != REFERENCE)]
+    grads = _normal(shapes, 1, 0.01)
+    count = sum(g.size for g in grads.values())
+    steps = {
+        name: Step(OPTIMIZERS[name](), shapes)
+        for name in track(names, description=f"compiling for {count / 1e6:.1f}M parameters")
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in track(range(repeats + 2), description="timing"):
+        for name, step in steps.items():
+            seconds[name].append(step.time(grads))
+    rows = {}
+    for name, step in steps.items():
+        ratios = [a / b for a, b in zip(seconds[name][2:], seconds[REFERENCE][2:], strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4)
+        rows[name] = {
+            "milliseconds": 1e3 * statistics.median(seconds[name][2:]),
+            "ratio": statistics.median(ratios),
+            "ratio_quartiles": [quartiles[0], quartiles[2]],
+            "state_bytes_per_parameter": step.state_bytes / count,
+            "compile_ratio": step.compile_seconds / steps[REFERENCE].compile_seconds,
+            "gradient_reads": step.reads,
+            "copied_bytes": step.copied,
+            "temporary_bytes": step.temporary,
+            "host_calls": step.host_calls,
+        }
+    return {"size": size, "parameters": count, "repeats": repeats, "optimizers": rows}
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The figures as a table."""
+    title = (
+        f"Optimizer step, {result['parameters'] / 1e6:.1f}M parameters, {result['repeats']} rounds"
+    )
+    shown = Table(title=title)
+    shown.add_column("optimizer")
+    for column in ("ms", "ratio", "quartiles", "state B/param", "compile", "g reads", "copied MB"):
+        shown.add_column(column, justify="right")
+    shown.add_column("host calls", justify="right")
+    for name, row in result["optimizers"].items():
+        low, high = row["ratio_quartiles"]
+        shown.add_row(
+            name,
+            f"{row['milliseconds']:.2f}",
+            f"{row['ratio']:.2f}",
+            f"{low:.2f}-{high:.2f}",
+            f"{row['state_bytes_per_parameter']:.3f}",
+            f"{row['compile_ratio']:.2f}",
+            f"{row['gradient_reads']:.1f}",
+            f"{row['copied_bytes'] / 1e6:.1f}",
+            str(row["host_calls"]),
+        )
+    return shown
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, prints a table and writes JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step_time", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--size", choices=SIZES, default="10m", help="parameter set (default: 10m)")
+    parser.add_argument("--repeats", type=int, default=100, help="rounds that count (default: 100)")
+    parser.add_argument(
+        "--optimizer", choices=OPTIMIZERS, action="append", help="one of several; default: all"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("benchmark-output/step_time.json"),
+        help="where the figures go as JSON (default: %(default)s)",
+    )
+    options = parser.parse_args(arguments)
+    if options.repeats < 2:
+        parser.error(f"--repeats must be at least 2, got {options.repeats}; 100 gives a steady one")
+    result = measure(options.size, options.repeats, options.optimizer or list(OPTIMIZERS))
+    result["environment"] = environment()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table(result))
+    console.print(f"{result['environment']['device']}, jax {jax.__version__}; {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""One training run of the GPT in JAX: compiled in chunks of steps, one look at the device each."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from _data import Corpus, batches, validation_windows
+from _gpt import GPT, GPTConfig
+
+CHUNK = 10
+"""Steps between two transfers from the device to the host."""
+
+VALIDATIONS = 10
+"""How often a run is validated, the last time after its last step."""
+
+VALIDATION_WINDOWS = 1024
+
+
+class Trained(NamedTuple):
+    """What a run leaves behind.
+
+    Attributes:
+        graph: the structure of the model, for `nnx.merge`.
+        params: its trained parameters.
+        parameters: how many there are.
+        telemetry: one array a quantity, shape `(steps,)`; `loss` is one of them.
+        validation: pairs (steps taken, validation loss).
+        seconds_per_step: median over the chunks, without compilation.
+        state_bytes_per_parameter: bytes of optimizer state per parameter of the model.
+    """
+
+    graph: nnx.GraphDef
+    params: nnx.State
+    parameters: int
+    telemetry: dict[str, np.ndarray]
+    validation: list[tuple[int, float]]
+    seconds_per_step: float
+    state_bytes_per_parameter: float
+
+
+def train(
+    tx: optax.GradientTransformation,
+    corpus: Corpus,
+    config: GPTConfig,
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    read: Callable[[Any], Mapping[str, jax.Array]],
+    watch: Callable[[int, Mapping[str, np.ndarray]], None],
+) -> Trained:
+    """Trains a new model.
+
+    Args:
+        tx: the optimizer; the loss is passed to it as `value`.
+        corpus: the text.
+        config: the shape of the model.
+        steps: training steps, at least 1.
+        batch: windows in a batch.
+        seed: of the initial weights and of the batches; equal seeds give equal ones.
+        read: takes the optimizer's state and gives scalars by name, inside the compiled step.
+        watch: called after each chunk with the steps taken so far and the chunk's readings, one
+            array each.
+
+    Returns:
+        The trained parameters and what was seen on the way.
+    """
+    model = GPT(config, len(corpus.characters), rngs=nnx.Rngs(seed))
+    graph, params = nnx.split(model, nnx.Param)
+    tx = optax.with_extra_args_support(tx)
+
+    def step(carry: Any, windows: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+        params, opt_state = carry
+        value, grads = jax.value_and_grad(loss, argnums=1)(graph, params, windows)
+        updates, opt_state = tx.update(grads, opt_state, params, value=value)
+        params = optax.apply_updates(params, updates)
+        return (params, opt_state), {**read(opt_state), "loss": value}
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def take_steps(carry: Any, windows: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+        return jax.lax.scan(step, carry, windows)
+
+    rng = np.random.default_rng(seed)
+    held_out = validation_windows(corpus.validation, config.context, VALIDATION_WINDOWS)
+    validate_every = CHUNK * max(1, steps // (CHUNK * VALIDATIONS))
+    compiled: dict[int, Any] = {}
+    readings: list[Mapping[str, np.ndarray]] = []
+    validation: list[tuple[int, float]] = []
+    seconds: list[float] = []
+    carry, taken = (params, tx.init(params)), 0
+    while taken < steps:
+        size = min(CHUNK, steps - taken)
+        windows = batches(corpus.train, batch, config.context, size, rng)
+        if size not in compiled:
+            compiled[size] = take_steps.lower(carry, windows).compile()
+        start = time.perf_counter()
+        carry, chunk = compiled[size](carry, windows)
+        chunk = jax.device_get(chunk)
+        seconds.append((time.perf_counter() - start) / size)
+        taken += size
+        readings.append(chunk)
+        watch(taken, chunk)
+        if taken % validate_every == 0 or taken == steps:
+            value = validation_loss(graph, carry[0], held_out, batch=batch)
+            validation.append((taken, float(value)))
+    params, opt_state = carry
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(opt_state))
+    return Trained(
+        graph=graph,
+        params=params,
+        parameters=parameters,
+        telemetry={key: np.concatenate([part[key] for part in readings]) for key in readings[0]},
+        validation=validation,
+        seconds_per_step=statistics.median(seconds),
+        state_bytes_per_parameter=state_bytes / parameters,
+    )
+
+
+def loss(graph: nnx.GraphDef, params: nnx.State, windows: jax.Array) -> jax.Array:
+    """Mean cross-entropy in nats per character of int32 `windows`, `(batch, context + 1)`."""
+    logits = nnx.merge(graph, params)(windows[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "batch"))
+def validation_loss(
+    graph: nnx.GraphDef, params: nnx.State, windows: jax.Array, *, batch: int
+) -> jax.Array:
+    """`loss` over all `windows`, `batch` of them at a time."""
+
+    def one(window: jax.Array) -> jax.Array:
+        return loss(graph, params, window[None])
+
+    return jax.lax.map(one, windows, batch_size=batch).mean()
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "length"))
+def sample(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    prompt: jax.Array,
+    key: jax.Array,
+    *,
+    length: int,
+    temperature: float = 0.8,
+) -> jax.Array:
+    """Continues a text, one token after the other.
+
+    Args:
+        graph: the structure of the model.
+        params: its parameters.
+        prompt: int32, shape `(context,)`.
+        key: the source of randomness.
+        length: how many tokens to add.
+        temperature: divides the logits; below 1 the likely becomes more likely.
+
+    Returns:
+        The new tokens, int32, shape `(length,)`.
+    """
+    model = nnx.merge(graph, params)
+
+    def add_one(window: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        token = jax.random.categorical(key, model(window[None])[0, -1] / temperature)
+        token = token.astype(window.dtype)
+        return jnp.append(window[1:], token), token
+
+    return jax.lax.scan(add_one, prompt, jax.random.split(key, length))[1]
