@@ -55,12 +55,11 @@ class Step:
         self.params = _normal(shapes, 0, 0.02)
         self.state = jax.jit(tx.init)(self.params)
         self.loss = jnp.float32(1.0)
-        start, grads = time.process_time(), _normal(shapes, 1, 0.01)
-        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
-            self.params, self.state, grads, self.loss
-        )
+        grads = _normal(shapes, 1, 0.01)
+        # Arguments that are not used stay, so that parameter numbers in the program are known.
+        jitted = jax.jit(step, donate_argnums=(0, 1), keep_unused=True)
         start = time.process_time()
-        self.run = lowered.compile()
+        self.run = jitted.lower(self.params, self.state, grads, self.loss).compile()
         self.compile_seconds = time.process_time() - start
         self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
         self.inspect(len(jax.tree.leaves(self.params)), grads)

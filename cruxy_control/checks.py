@@ -5,6 +5,7 @@ A check looks at concrete numbers only. Whatever is not one (a traced value insi
 synchronise with the device or fail under `jax.jit`.
 """
 
+import dataclasses
 import math
 import numbers
 from typing import Any
@@ -19,7 +20,7 @@ def check_range(
     lower_open: bool = False,
     upper_open: bool = False,
     remedy: str,
-) -> None:
+) -> Any:
     """Raises `ValueError` unless `value` lies between the bounds. NaN never does.
 
     Args:
@@ -31,9 +32,13 @@ def check_range(
         upper_open: whether `upper` itself is illegal.
         remedy: what to do, a sentence without its full stop.
 
+    Returns:
+        `value`, as a plain float where it is a concrete number: a NumPy scalar would turn float32
+        states into float64 ones.
+
     Raises:
         ValueError: with the rule, the value received and the remedy.
-        TypeError: where `value` is a string or a boolean, which no hyperparameter here is.
+        TypeError: where `value` can be no number: `None`, a string, a boolean, a sequence.
 
     Example:
         >>> check_range("b1", 1.5, 0.0, 1.0, upper_open=True, remedy="0.9 is a usual value")
@@ -41,10 +46,10 @@ def check_range(
             ...
         ValueError: b1 must be in [0, 1), got 1.5; 0.9 is a usual value.
     """
-    if isinstance(value, str | bool):
+    if value is None or isinstance(value, str | bool | list | tuple | dict):
         raise TypeError(f"{name} must be a number, got {value!r}; {remedy}.")
     if not isinstance(value, numbers.Real):
-        return
+        return value
     number = float(value)
     above = number > lower if lower_open else number >= lower
     below = number < upper if upper_open else number <= upper
@@ -52,24 +57,42 @@ def check_range(
         interval = f"{'(' if lower_open else '['}{_text(lower)}, {_text(upper)}"
         interval += ")" if upper_open else "]"
         raise ValueError(f"{name} must be in {interval}, got {value!r}; {remedy}.")
+    return number
 
 
 def _text(bound: float) -> str:
     return {-math.inf: "-infinity", math.inf: "infinity"}.get(bound, f"{bound:g}")
 
 
-def check_bounds(name: str, bounds: Any, lower: float, upper: float, *, remedy: str) -> None:
-    """Raises unless `bounds` is an ordered pair inside `[lower, upper]`.
+def check_bounds(
+    name: str,
+    bounds: Any,
+    lower: float,
+    upper: float,
+    *,
+    around: float | None = None,
+    remedy: str,
+) -> tuple[Any, Any]:
+    """Raises unless `bounds` is an ordered pair inside `[lower, upper]`, with `around` in it.
+
+    Returns:
+        The pair, as plain floats where they are concrete numbers.
 
     Raises:
         ValueError: with the rule, the value received and the remedy.
     """
     if not (isinstance(bounds, tuple) and len(bounds) == 2):
         raise ValueError(f"{name} must be a pair (lower, upper), got {bounds!r}; {remedy}.")
-    for side, bound in zip(("lower", "upper"), bounds, strict=True):
+    ends = tuple(
         check_range(f"the {side} end of {name}", bound, lower, upper, remedy=remedy)
-    if all(isinstance(bound, numbers.Real) for bound in bounds) and bounds[0] > bounds[1]:
-        raise ValueError(f"{name} must have lower <= upper, got {bounds!r}; {remedy}.")
+        for side, bound in zip(("lower", "upper"), bounds, strict=True)
+    )
+    if all(isinstance(end, float) for end in ends):
+        if ends[0] > ends[1]:
+            raise ValueError(f"{name} must have lower <= upper, got {bounds!r}; {remedy}.")
+        if around is not None and not ends[0] <= around <= ends[1]:
+            raise ValueError(f"{name} must contain {around:g}, got {bounds!r}; {remedy}.")
+    return ends
 
 
 def check_count(name: str, value: Any, lower: int, *, remedy: str) -> None:
@@ -80,3 +103,24 @@ def check_count(name: str, value: Any, lower: int, *, remedy: str) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < lower:
         raise ValueError(f"{name} must be a whole number >= {lower}, got {value!r}; {remedy}.")
+
+
+def make_plain(law: Any) -> None:
+    """Turns the numbers of a frozen law into plain floats; its switches have to be booleans.
+
+    Raises:
+        TypeError: where a field that is a boolean by default is something else.
+    """
+    for field in dataclasses.fields(law):
+        value = getattr(law, field.name)
+        if isinstance(field.default, bool) and not isinstance(value, bool):
+            raise TypeError(f"{field.name} must be True or False, got {value!r}; give one of them.")
+        object.__setattr__(law, field.name, _plain(value))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_plain(part) for part in value)
+    if isinstance(value, numbers.Real) and not isinstance(value, int):
+        return float(value)
+    return value

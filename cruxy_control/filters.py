@@ -82,7 +82,8 @@ def history_mean(ring: Any, memory: float, *, xp: Any) -> Any:
 def _weighted_mean(ring: Any, weights: Any, xp: Any) -> Any:
     weights = xp.where(ring >= 0.0, weights, 0.0)
     total = xp.sum(weights)
-    return xp.sum(weights * ring) / xp.where(total > 0.0, total, 1.0)
+    # Shares, so that norms near the largest float do not overflow in the sum.
+    return xp.sum(weights / xp.where(total > 0.0, total, 1.0) * ring)
 
 
 class Windows(NamedTuple):
@@ -129,6 +130,19 @@ def windows(
         fast=ema(state.fast, sigma, fast_decay, debias=debias),
         slow=ema(state.slow, sigma, slow_decay, debias=debias),
     )
+
+
+def misled(state: Windows, sigma: Any, *, slow_decay: float, outlier_cap: float | None) -> Any:
+    """Whether what started the averages was an outlier, so that they should start over.
+
+    The first observation cannot be judged when it comes. If one of the next nine is more than
+    `outlier_cap` times below the mean so far, that mean was it: kept, a first norm 1000 times too
+    large left the rate of `Meta3` two thirds high for a thousand steps.
+    """
+    young = state.slow.weight < 1.0 - slow_decay**10
+    if outlier_cap is None:
+        return young & (sigma < 0.0)
+    return young & (sigma > 0.0) & (outlier_cap * sigma < state.slow.value)
 
 
 def ratio(fast: Any, slow: Any) -> Any:

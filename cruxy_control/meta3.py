@@ -8,6 +8,7 @@ from cruxy_control import filters
 from cruxy_control.checks import check_bounds, check_count, check_range
 from cruxy_control.controls import Controls
 from cruxy_control.signals import Signals
+from cruxy_control.stability_v1 import misled
 from cruxy_control.stability_v2 import SensorState, V2Sensors
 
 Z_EPS = 1e-6
@@ -86,7 +87,7 @@ class Meta3(V2Sensors):
             check_range(name, getattr(self, name), 0.0, 1.0, upper_open=True, remedy=remedy)
         for name in ("scale_bounds", "beta2_gap_bounds"):
             remedy = "keep the default, or (0, inf) for none"
-            check_bounds(name, getattr(self, name), 0.0, math.inf, remedy=remedy)
+            check_bounds(name, getattr(self, name), 0.0, math.inf, around=1.0, remedy=remedy)
         check_bounds("beta2_bounds", self.beta2_bounds, 0.0, 1.0, remedy="use (0.9, 0.99999)")
 
     @classmethod
@@ -126,7 +127,10 @@ class Meta3(V2Sensors):
     def _advance(self, state: Meta3State, signals: Signals, xp: Any) -> Meta3State:
         sensors = self.sense(state.sensors, signals, xp=xp)
         fast = sensors.windows.fast.value
-        reference = filters.push(state.reference, fast, xp=xp)
+        over = misled(self, state.sensors.windows, signals.gamma_norm)
+        afresh = filters.empty_ring(self.reference_window, fast, xp=xp)
+        reference = filters.select(over, afresh, state.reference, xp=xp)
+        reference = filters.push(reference, fast, xp=xp)
         mean = filters.ring_mean(reference, xp=xp)  # WP 8
         surge = xp.tanh((fast - mean) / (mean + Z_EPS))  # WP 9: tanh z
         step = state.step + 1

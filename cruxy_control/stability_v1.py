@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple, Self
 
 from cruxy_control import filters
-from cruxy_control.checks import check_bounds, check_range
+from cruxy_control.checks import check_bounds, check_range, make_plain
 from cruxy_control.controls import Controls, neutral
 from cruxy_control.signals import Signals
 
@@ -77,6 +77,7 @@ class StabilityV1:
     outlier_cap: float | None = 10.0
 
     def __post_init__(self) -> None:
+        make_plain(self)
         check_windows(self)
         for name in ("proportional_gain", "derivative_gain", "boost", "beta2_gain"):
             check_range(name, getattr(self, name), 0.0, remedy="0 switches it off")
@@ -111,7 +112,9 @@ class StabilityV1:
         return state, self._read(state, ok, xp)
 
     def _advance(self, state: StabilityV1State, sigma: Any, xp: Any) -> StabilityV1State:
-        windows = advance_windows(self, state.windows, sigma, xp=xp)
+        afresh = filters.empty_windows(sigma, xp=xp)
+        windows = filters.select(misled(self, state.windows, sigma), afresh, state.windows, xp=xp)
+        windows = advance_windows(self, windows, sigma, xp=xp)
         error = control_error(self, windows.fast.value, windows.slow.value)
         drive = self.proportional_gain * error  # v2.0 5
         drive = drive + self.derivative_gain * (error - state.error)  # v2.0 6
@@ -152,6 +155,11 @@ def advance_windows(law: Any, state: filters.Windows, sigma: Any, *, xp: Any) ->
         outlier_cap=law.outlier_cap,
         xp=xp,
     )
+
+
+def misled(law: Any, state: filters.Windows, sigma: Any) -> Any:
+    """Whether the windows should start over, with the law's constants."""
+    return filters.misled(state, sigma, slow_decay=law.slow_decay, outlier_cap=law.outlier_cap)
 
 
 def control_error(law: Any, fast: Any, slow: Any) -> Any:

@@ -5,10 +5,10 @@ import math
 from typing import Any, NamedTuple, Self
 
 from cruxy_control import filters
-from cruxy_control.checks import check_bounds, check_count, check_range
+from cruxy_control.checks import check_bounds, check_count, check_range, make_plain
 from cruxy_control.controls import Controls, neutral
 from cruxy_control.signals import Signals
-from cruxy_control.stability_v1 import advance_windows, check_windows, control_error
+from cruxy_control.stability_v1 import advance_windows, check_windows, control_error, misled
 
 TREND_STEPS = 5
 """`v_fast` counts as a trend once it rose this many steps running (v2.0 41)."""
@@ -91,6 +91,7 @@ class V2Sensors:
     hold_missing_loss: bool = True
 
     def __post_init__(self) -> None:
+        make_plain(self)
         check_windows(self)
         remedy = "1.5 is the paper's, 2 the Euclidean norm"
         check_range("gamma", self.gamma, 1.0, upper_open=True, remedy=remedy)
@@ -125,6 +126,9 @@ class V2Sensors:
 
     def sense(self, state: SensorState, signals: Signals, *, xp: Any) -> SensorState:
         """The sensors after one more good step (WP 1-5, v2.0 31-33, 41)."""
+        afresh = self.init_sensors(signals.gamma_norm, xp=xp)._replace(curvature=state.curvature)
+        over = misled(self, state.windows, signals.gamma_norm)
+        state = filters.select(over, afresh, state, xp=xp)
         windows = advance_windows(self, state.windows, signals.gamma_norm, xp=xp)
         history = filters.push(state.history, windows.fast.value, xp=xp)
         past = filters.history_mean(history, self.history_memory, xp=xp)  # v2.0 31, 32
@@ -268,7 +272,7 @@ class StabilityV2(V2Sensors):
         check_range("phase_margin", self.phase_margin, 0.0, 1.0, remedy="use 0.05")
         check_range("alarm_brake", self.alarm_brake, 0.0, 1.0, lower_open=True, remedy="use 0.5")
         remedy = "use (1e-3, 1), or (0, inf) for none"
-        check_bounds("scale_bounds", self.scale_bounds, 0.0, math.inf, remedy=remedy)
+        check_bounds("scale_bounds", self.scale_bounds, 0.0, math.inf, around=1.0, remedy=remedy)
         check_bounds("beta2_bounds", self.beta2_bounds, 0.0, 1.0, remedy="use (0.9, 0.9999)")
 
     @classmethod

@@ -152,7 +152,7 @@ def meta_lion(
     Args:
         learning_rate: a constant of at least 0, or a schedule of the number of good steps.
         b1: base of the rate inside the sign, in `[0, 1)`.
-        b2: base of the momentum's decay, in `[0, 1)`.
+        b2: base of the momentum's decay, in `(0, 1)`.
         mu_dtype: dtype of the momentum; bfloat16 halves the state to 2 bytes a parameter.
         weight_decay: decoupled weight decay, multiplied by the rate; at least 0.
         mask: where weight decay applies; see `meta3`.
@@ -340,7 +340,8 @@ def _centralized(centralize: bool) -> list[optax.GradientTransformation]:
 def _decayed(
     weight_decay: optax.ScalarOrSchedule, mask: Mask
 ) -> list[optax.GradientTransformation]:
-    check_range("weight_decay", weight_decay, 0.0, remedy="0 switches it off")
-    if isinstance(weight_decay, int | float) and weight_decay == 0:
+    if not callable(weight_decay):
+        weight_decay = check_range("weight_decay", weight_decay, 0.0, remedy="0 switches it off")
+    if isinstance(weight_decay, float) and weight_decay == 0.0:
         return []
     return [optax.add_decayed_weights(weight_decay, mask)]

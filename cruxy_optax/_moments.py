@@ -65,8 +65,9 @@ def scale_by_controlled_adam(
         Kingma and Ba, [Adam](https://arxiv.org/abs/1412.6980), 2014; Dozat, Incorporating Nesterov
         Momentum into Adam, 2016.
     """
-    _check_betas(b1, b2)
-    check_range("eps", eps, 0.0, remedy="1e-8 is a usual value")
+    b1, b2 = _checked_betas(b1, b2)
+    eps = check_range("eps", eps, 0.0, remedy="1e-8 is a usual value")
+    _check_floating(mu_dtype)
 
     def init_fn(params: optax.Params) -> ScaleByControlledAdamState:
         one = jnp.ones((), jnp.float32)
@@ -101,7 +102,7 @@ def scale_by_controlled_adam(
             1.0 / _seen(nu_decay),
         )
 
-        grads = jax.tree.map(lambda g: g.astype(accumulator_dtype(g)), updates)
+        grads = jax.tree.map(lambda g: _masked(g, controls), updates)
         mu = jax.tree.map(lambda g, m: beta1 * m.astype(g.dtype) + rest1 * g, grads, state.mu)
         nu = jax.tree.map(lambda g, v: beta2 * v + rest2 * (g * g), grads, state.nu)
         ahead = jax.tree.map(lambda g, m: beta1 * m + rest1 * g, grads, mu) if nesterov else mu
@@ -112,6 +113,12 @@ def scale_by_controlled_adam(
         return direction, ScaleByControlledAdamState(mu, nu, mu_decay, nu_decay, beta1, beta2)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _masked(g: jax.Array, controls: Controls) -> jax.Array:
+    """The gradient in its accumulator's dtype; 0 on a skipped step, whatever stood before."""
+    g = jnp.asarray(g)
+    return jnp.where(controls.ok, g, jnp.zeros_like(g)).astype(accumulator_dtype(g))
 
 
 def _seen(decay: jax.Array) -> jax.Array:
@@ -158,7 +165,8 @@ def scale_by_controlled_lion(
         Chen et al., [Symbolic Discovery of Optimization
         Algorithms](https://arxiv.org/abs/2302.06675), 2023.
     """
-    _check_betas(b1, b2)
+    b1, b2 = _checked_betas(b1, b2)
+    _check_floating(mu_dtype)
     check_range("b2", b2, 0.0, 1.0, lower_open=True, upper_open=True, remedy="use 0.99")
 
     def init_fn(params: optax.Params) -> ScaleByControlledLionState:
@@ -179,22 +187,32 @@ def scale_by_controlled_lion(
 
         beta1, beta2, rest2, ahead = materialize(beta1, beta2, 1.0 - beta2, beta2 - beta1)
 
-        def momentum(g: jax.Array, m: jax.Array) -> jax.Array:
-            dtype = accumulator_dtype(g)
-            return (beta2 * m.astype(dtype) + rest2 * g.astype(dtype)).astype(m.dtype)
+        grads = jax.tree.map(lambda g: _masked(g, controls), updates)
 
         # beta2 (beta1 m + (1 - beta1) g) = beta1 m' + (beta2 - beta1) g: the sign of WP 11 without
         # the old momentum, which XLA would otherwise have to copy before it may be overwritten.
-        mu = jax.tree.map(momentum, updates, state.mu)
-        direction = jax.tree.map(lambda g, m: jnp.sign(beta1 * m + ahead * g), updates, mu)
+        mu = jax.tree.map(
+            lambda g, m: (beta2 * m.astype(g.dtype) + rest2 * g).astype(m.dtype), grads, state.mu
+        )
+        direction = jax.tree.map(lambda g, m: jnp.sign(beta1 * m + ahead * g), grads, mu)
         return direction, ScaleByControlledLionState(mu, beta1, beta2)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_betas(b1: chex.Numeric, b2: chex.Numeric) -> None:
-    check_range("b1", b1, 0.0, 1.0, upper_open=True, remedy="0.9 is a usual value")
-    check_range("b2", b2, 0.0, 1.0, upper_open=True, remedy="0.99 to 0.999 are usual values")
+def _checked_betas(b1: chex.Numeric, b2: chex.Numeric) -> tuple[Any, Any]:
+    return (
+        check_range("b1", b1, 0.0, 1.0, upper_open=True, remedy="0.9 is a usual value"),
+        check_range("b2", b2, 0.0, 1.0, upper_open=True, remedy="0.99 to 0.999 are usual values"),
+    )
+
+
+def _check_floating(mu_dtype: Any | None) -> None:
+    if mu_dtype is not None and not jnp.issubdtype(jnp.dtype(mu_dtype), jnp.floating):
+        raise TypeError(
+            f"mu_dtype must be a floating dtype, got {mu_dtype!r}; use jnp.float32, jnp.bfloat16, "
+            "or None for the parameter's own."
+        )
 
 
 def _first_moment_like(params: optax.Params, dtype: Any | None) -> optax.Updates:

@@ -77,9 +77,11 @@ def scale_by_meta_learning_rate(
     """
     if not callable(learning_rate):
         remedy = "use about 1e-3 for Adam, 1e-4 for Lion, or a schedule"
-        check_range("learning_rate", learning_rate, 0.0, remedy=remedy)
+        learning_rate = check_range("learning_rate", learning_rate, 0.0, remedy=remedy)
     if bounds is not None:
-        check_bounds("bounds", bounds, 0.0, float("inf"), remedy="use (1e-7, 1e-2) or None")
+        bounds = check_bounds(
+            "bounds", bounds, 0.0, float("inf"), remedy="use (1e-7, 1e-2) or None"
+        )
 
     def init_fn(params: optax.Params) -> ScaleByMetaLearningRateState:
         del params

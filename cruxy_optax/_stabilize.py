@@ -54,7 +54,8 @@ def stabilize(
     A step whose gradient norm or gamma norm is not finite is skipped: parameters, moments, filters
     and schedules stay as they were, only `skipped_total` and `skipped_in_a_row` move. The guard
     decides on the device and never gives up. `inner` may contain any optax transformation; states
-    this library does not know are restored leaf by leaf on a skipped step.
+    this library does not know are restored leaf by leaf on a skipped step. Updates come back in the
+    dtype of the parameters (of the gradients, where `params` is left out).
 
     `optax.masked` and `optax.partition` belong inside `stabilize`: a leaf that `stabilize` cannot
     see is neither measured nor guarded.
@@ -72,7 +73,7 @@ def stabilize(
         out, the curvature stays 0 and all else works.
 
     Raises:
-        TypeError: where `law` is none, or a parameter is complex.
+        TypeError: where `inner` or `law` is not one, or a parameter is complex.
         ValueError: where a `stabilize` stands inside another.
 
     Example:
@@ -100,6 +101,11 @@ def stabilize(
         [0. 0. 0.] 1
     """
     check_law(law)
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            f"inner must be a gradient transformation, got {inner!r}; give an actuator or "
+            "optax.chain(...) of them."
+        )
     inner = optax.with_extra_args_support(inner)
     axis_names = (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)
 
@@ -109,7 +115,7 @@ def stabilize(
         _refuse_nesting(inner_state)
         zero, count = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
         law_state = law.init(zero, xp=jnp)
-        signals = Signals(zero, zero, zero)
+        signals = Signals(zero, zero, jnp.full((), jnp.nan, jnp.float32))
         _, controls = law.step(law_state, signals, xp=jnp)
         state = StabilizeState(law_state, signals, controls, count, count, count, inner_state)
         return _unshared(state)
@@ -133,9 +139,9 @@ def stabilize(
             safe, state.inner_state, params, value=value, controls=controls, **extra_args
         )
         new_updates = jax.tree.map(
-            lambda u, g: jnp.where(ok, u, jnp.zeros_like(u)).astype(jnp.result_type(g)),
+            lambda u, like: _as_floating(jnp.where(ok, u, jnp.zeros_like(u)), like),
             new_updates,
-            updates,
+            updates if params is None else params,
         )
         return new_updates, StabilizeState(
             law_state=law_state,
@@ -152,6 +158,12 @@ def stabilize(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _as_floating(x: jax.Array, like: Any) -> jax.Array:
+    """`x` in the dtype of `like`, where that is a floating one."""
+    dtype = jnp.result_type(like)
+    return x.astype(dtype) if jnp.issubdtype(dtype, jnp.floating) else x
+
+
 def _unshared(state: StabilizeState) -> StabilizeState:
     """Gives every scalar a buffer of its own, as donating the state asks for."""
     return jax.tree.map(lambda x: jnp.array(x, copy=True) if jnp.size(x) == 1 else x, state)
@@ -165,7 +177,7 @@ def _restore(ok: jax.Array, new: optax.OptState, old: optax.OptState) -> optax.O
 
     def choose(after: Any, before: Any) -> Any:
         # Some optax states take on the dtype of the updates, which are float32 here.
-        return after if held(after) else jnp.where(ok, after, before).astype(before.dtype)
+        return after if held(after) else _as_floating(jnp.where(ok, after, before), before)
 
     return jax.tree.map(choose, new, old, is_leaf=held)
 

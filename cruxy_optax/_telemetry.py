@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from cruxy_optax._moments import ScaleByControlledAdamState, ScaleByControlledLionState
 from cruxy_optax._rate import ScaleByMetaLearningRateState, ThrottleByPhaseState
@@ -24,8 +23,8 @@ def telemetry(opt_state: Any) -> dict[str, Any]:
     Returns:
         With one controller, a flat dictionary:
 
-        - `learning_rate`: what the update was multiplied by, both factors included; 0 on a skipped
-          step
+        - `learning_rate`: what the update was multiplied by; 0 on a skipped step. A throttle is
+          counted in where it stands in the same chain or in one around it
         - `meta_scale`, `phase_scale`: the slow and the fast factor in it
         - `beta1`, `beta2`: the decay rates used; 1 on a skipped step
         - `clip_threshold`, `clip_scale`: the predicted norm and the factor on the gradient
@@ -58,7 +57,7 @@ def telemetry(opt_state: Any) -> dict[str, Any]:
         )
     if len(found) == 1:
         return _read(found[0][1])
-    return {path: _read(node) for path, node in found}
+    return {jax.tree_util.keystr(path): _read(node) for path, node in found}
 
 
 def _read(state: StabilizeState) -> dict[str, Any]:
@@ -67,11 +66,14 @@ def _read(state: StabilizeState) -> dict[str, Any]:
 
     rates = _nodes(state.inner_state, ScaleByMetaLearningRateState)
     throttles = _nodes(state.inner_state, ThrottleByPhaseState)
-    throttled = jnp.asarray(_scalar(throttles[0][1].phase_scale)) if len(throttles) == 1 else 1.0
-    for suffix, node in _suffixed(rates):
-        values["learning_rate" + suffix] = _scalar(node.learning_rate) * throttled
+    for suffix, (path, node) in _suffixed(rates):
+        rate = _scalar(node.learning_rate)
+        for where, throttle in throttles:
+            if path[: len(where) - 1] == where[:-1]:  # in the same chain, or in one around it
+                rate = rate * _scalar(throttle.phase_scale)
+        values["learning_rate" + suffix] = rate
     moments = _nodes(state.inner_state, (ScaleByControlledAdamState, ScaleByControlledLionState))
-    for suffix, node in _suffixed(moments):
+    for suffix, (_, node) in _suffixed(moments):
         values["beta1" + suffix] = _scalar(node.beta1)
         values["beta2" + suffix] = _scalar(node.beta2)
 
@@ -87,13 +89,15 @@ def _read(state: StabilizeState) -> dict[str, Any]:
     return values
 
 
-def _nodes(tree: Any, kind: Any) -> list[tuple[str, Any]]:
+def _nodes(tree: Any, kind: Any) -> list[tuple[tuple[Any, ...], Any]]:
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda n: isinstance(n, kind))
-    return [(jax.tree_util.keystr(path), node) for path, node in flat if isinstance(node, kind)]
+    return [(path, node) for path, node in flat if isinstance(node, kind)]
 
 
-def _suffixed(nodes: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    return [("", nodes[0][1])] if len(nodes) == 1 else nodes
+def _suffixed(nodes: list[Any]) -> list[tuple[str, Any]]:
+    if len(nodes) == 1:
+        return [("", nodes[0])]
+    return [(jax.tree_util.keystr(node[0]), node) for node in nodes]
 
 
 def _scalar(leaf: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -67,38 +67,44 @@ class TelemetryLog:
         self._file = None if path is None else Path(path).open("a", encoding="utf-8")
         self._writer = writer
         self._every = every
-        self._waiting: list[tuple[int, dict[str, Any]]] = []
+        self._waiting: list[tuple[Any, Mapping[str, Any]]] = []
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
+    def log(self, step: int | jax.Array, values: Mapping[str, Any]) -> None:
         """Takes one step's telemetry.
 
         Args:
             step: the training step, the x axis.
-            values: what `telemetry` gave; further scalars may be added.
+            values: what `telemetry` gave; further scalars may be added. Dictionaries in it, as of
+                several controllers, are written as `path/name`.
         """
-        self._waiting.append((step, {k: v for k, v in values.items() if k != "step"}))
+        self._waiting.append((step, values))
         if len(self._waiting) >= self._every:
             self.flush()
 
     def flush(self) -> None:
         """Writes what is waiting; waits for the device."""
-        for step, values in jax.device_get(self._waiting):
-            numbers = {name: _plain(value) for name, value in values.items()}
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        for step, values in jax.device_get(waiting):
+            step = int(step)
+            numbers = {name: _plain(value) for name, value in _flat(values)}
             if self._file is not None:
                 self._file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
             if self._writer is not None:
                 for name, number in numbers.items():
                     if number is not None:
                         self._writer.add_scalar(f"cruxy/{name}", float(number), step)
-        self._waiting.clear()
         if self._file is not None:
             self._file.flush()
 
     def close(self) -> None:
         """Writes what is waiting and closes the file; the writer is its owner's to close."""
-        self.flush()
-        if self._file is not None:
-            self._file.close()
+        try:
+            self.flush()
+        finally:
+            if self._file is not None:
+                self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -110,6 +116,14 @@ class TelemetryLog:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif prefix or name != "step":  # the row's own step stands first
+            yield prefix + name, value
 
 
 def _plain(value: Any) -> float | int | bool | None:

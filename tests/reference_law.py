@@ -21,13 +21,17 @@ class _Average:
 
 class _Windows:
     def __init__(self):
-        self.fast, self.slow = _Average(0.9), _Average(0.999)
+        self.fast, self.slow, self.seen = _Average(0.9), _Average(0.999), 0
 
     def see(self, sigma):
         if self.slow.value > 0:
             sigma = min(sigma, 10 * self.slow.value)
         self.fast.see(sigma)
         self.slow.see(sigma)
+        self.seen += 1
+
+    def misled(self, sigma):
+        return 0 < self.seen < 10 and 0 < 10 * sigma < self.slow.value
 
 
 def _clip(x, lower, upper):
@@ -43,6 +47,8 @@ class ReferenceV1:
     def step(self, norm, gamma_norm, loss):
         ok = math.isfinite(norm) and math.isfinite(gamma_norm)
         if ok:
+            if self.windows.misled(norm**2):
+                self.windows = _Windows()
             self.windows.see(norm**2)
             fast, slow = self.windows.fast.value, self.windows.slow.value
             error = (fast - slow) / (slow + 1e-8)
@@ -68,6 +74,8 @@ class _V2Sensors:
         self.bend, self.pair = 0.0, None
 
     def see(self, norm, gamma_norm, loss):
+        if self.windows.misled(gamma_norm):
+            self.windows, self.history, self.rising = _Windows(), [], 0
         first, before = not self.history, self.windows.fast.value
         self.windows.see(gamma_norm)
         fast = self.windows.fast
@@ -142,6 +150,8 @@ class ReferenceMeta3:
     def step(self, norm, gamma_norm, loss):
         ok = math.isfinite(norm) and math.isfinite(gamma_norm)
         if ok:
+            if self.sensors.windows.misled(gamma_norm):
+                self.reference = []
             self.sensors.see(norm, gamma_norm, loss)
             self.reference = [*self.reference, self.sensors.windows.fast.value][-50:]
             self.t += 1

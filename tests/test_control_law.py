@@ -116,22 +116,21 @@ OUTLIERS = {
 
 
 @every_law
-@pytest.mark.parametrize("at", [3, 300])
+@pytest.mark.parametrize("at", [0, 1, 3, 300])
 @pytest.mark.parametrize("outlier", OUTLIERS)
 def test_one_finite_outlier_has_no_lasting_effect(law, outlier, at):
     norm, _, loss = clean(900)
     _, want = run(law, norm, loss)
     OUTLIERS[outlier](norm, loss, at)
     _, got = run(law, norm, loss)
-    # A slow window of 1,000 steps sees at most 9 means more, 1 % of itself, when it is full; at
-    # the third step it is all there is, and what is left in the slow loop is a few of its moves
-    # of at most 5 %. Uncapped, the same outlier leaves 16 % to nine times.
-    tolerance = 0.03 if at == 300 else 0.1
-    for after in (at + 100, 899):
-        for ours, clean_run in zip(got[after][:3], want[after][:3], strict=True):
-            # v1's rate jumps by 17 % at its two thresholds, which a hair's breadth can cross.
-            slack = 0.2 if isinstance(law, StabilityV1) else tolerance
-            assert ours == pytest.approx(clean_run, rel=slack)
+    # A slow window of 1,000 steps sees at most 9 means more, 1 % of itself, when it is full. In the
+    # first steps it is all there is, and what is left are a few moves of the slow loop, of at most
+    # 5 % each. Uncapped, the same outlier leaves the rate 16 % to nine times too high.
+    tolerance = 0.03 if at == 300 else 0.15
+    for after in (at + 150, 899):
+        for name in ("meta_scale", "beta1_factor", "beta2_gap", "phase", "clip_threshold"):
+            ours = float(getattr(got[after][3], name))
+            assert ours == pytest.approx(float(getattr(want[after][3], name)), rel=tolerance), name
 
 
 @every_law
@@ -214,6 +213,7 @@ WRONG = [
     (Meta3, {"reference_window": 1}, "reference_window must be a whole number >= 2"),
     (Meta3, {"scale_bounds": (2.0, 1.0)}, r"scale_bounds must have lower <= upper"),
     (Meta3, {"scale_bounds": 1.0}, r"scale_bounds must be a pair"),
+    (Meta3, {"scale_bounds": (2.0, 3.0)}, r"scale_bounds must contain 1, got"),
     (Meta3, {"clip_threshold": 0.0}, r"clip_threshold must be in \(0, infinity\], got 0.0"),
     (Meta3, {"phase_strength": 1.0}, r"phase_strength must be in \[0, 1\), got 1.0"),
     (Meta3, {"history": 0}, "history must be a whole number >= 1"),
@@ -229,6 +229,17 @@ def test_wrong_constant_raises_with_rule_value_and_remedy(law, wrong, message):
     with pytest.raises(ValueError, match=message) as error:
         law(**wrong)
     assert ";" in str(error.value), "the remedy follows"
+
+
+def test_switch_must_be_a_boolean():
+    with pytest.raises(TypeError, match="debias must be True or False, got 'no'"):
+        Meta3(debias="no")
+
+
+def test_numpy_constants_do_not_widen_the_state():
+    law = Meta3(rate_gain=np.float64(0.05), scale_bounds=(np.float64(0.1), np.float64(10.0)))
+    state, _ = run(law, [1.0] * 12, [1.0] * 12)
+    assert {np.asarray(leaf).dtype.name for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
 
 
 def test_every_constant_changes_something():
@@ -265,8 +276,6 @@ def test_level_temperature_acts_where_both_windows_are_equal():
 
 
 CHANGES = {
-    "outlier_cap": None,
-    "curvature_limit": None,
     "clip_threshold": 2.0,
     "history": 3,
     "reference_window": 20,

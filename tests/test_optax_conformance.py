@@ -110,7 +110,7 @@ def test_dtypes_of_updates_and_controllers(name, dtype):
     for _ in range(3):
         updates, state = jax.jit(tx.update)(params, state, params, value=jnp.float16(1.0))
         params = optax.apply_updates(params, updates)
-        assert jax.tree.map(lambda u, p: u.dtype == p.dtype, updates, params)
+        assert all(jax.tree.leaves(jax.tree.map(lambda u, p: u.dtype == p.dtype, updates, params)))
         assert all(np.isfinite(x.astype(np.float32)).all() for x in jax.tree.leaves(updates))
     assert jax.tree.map(lambda x: x.dtype, state) == spec
     scalars = jax.tree.leaves((state.law_state, state.signals, state.controls))
@@ -124,6 +124,56 @@ def test_moments_of_half_precision_parameters():
     assert (adam.nu["h"].dtype, adam.nu["b"].dtype) == (jnp.float32, jnp.float32)
     lion = meta_lion(1e-3, mu_dtype=jnp.bfloat16).init(params).inner_state[1]
     assert (lion.mu["h"].dtype, lion.mu["b"].dtype) == (jnp.bfloat16, jnp.bfloat16)
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32])
+def test_updates_have_the_dtype_of_the_parameters_not_of_the_gradients(name, dtype):
+    params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    grads = jax.tree.map(lambda p: p.astype(dtype), params)
+    tx = OPTIMIZERS[name]()
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params, value=1.0)
+    want, _ = tx.update(params, tx.init(params), params, value=1.0)
+    assert_close(updates, want)
+    assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(
+        lambda x: x.dtype, tx.init(params)
+    )
+
+
+def test_numpy_hyperparameters_do_not_widen_the_state():
+    with jax.enable_x64(True):
+        params = {"w": jnp.ones(3, jnp.float32)}
+        one = np.float64(1.0)
+        tx = meta3(0.1 * one, b1=0.9 * one, b2=0.9 * one, eps=1e-8 * one, bounds=(0 * one, one))
+        before = tx.init(params)
+        _, after = tx.update(params, before, params, value=one)
+        assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, before)
+
+
+def test_weight_decay_may_be_a_schedule_of_good_steps():
+    params = {"w": jnp.ones(3)}
+    zero = {"w": jnp.zeros(3)}
+    tx = meta3(0.1, weight_decay=lambda count: 0.5 * count)
+    state, decayed = tx.init(params), []
+    for grads in (zero, {"w": zero["w"] * jnp.nan}, zero):
+        updates, state = tx.update(grads, state, params)
+        decayed.append(float(-updates["w"][0] / 0.1))
+    assert decayed == [0.0, 0.0, pytest.approx(0.5, rel=1e-5)]
+
+
+def test_bfloat16_momentum_changes_few_signs():
+    """Its rounding, 2^-9 of the momentum, decides only where the two terms nearly cancel."""
+    _, losses = gradients(STEPS)
+    wide, narrow = meta_lion(0.01), meta_lion(0.01, mu_dtype=jnp.bfloat16)
+    params = {"w": jnp.zeros((64, 64))}
+    rng = np.random.default_rng(0)
+    states, flipped = [wide.init(params), narrow.init(params)], []
+    for t in range(STEPS):
+        g = {"w": jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)}
+        one, states[0] = wide.update(g, states[0], params, value=losses[t])
+        two, states[1] = narrow.update(g, states[1], params, value=losses[t])
+        flipped.append(float(jnp.mean(jnp.sign(one["w"]) != jnp.sign(two["w"]))))
+    assert max(flipped) < 0.01
 
 
 def test_state_costs_what_the_docstring_says():
@@ -143,7 +193,7 @@ def test_state_costs_what_the_docstring_says():
 def test_none_leaves_and_an_empty_tree_pass(name):
     tx = OPTIMIZERS[name]()
     params = {"w": jnp.ones((2, 2)), "gone": None}
-    updates, state = tx.update(params, tx.init(params), params, value=1.0)
+    updates, state = jax.jit(tx.update)(params, tx.init(params), params, value=1.0)
     assert updates["gone"] is None
     updates, state = tx.update({}, tx.init({}), {}, value=1.0)
     assert updates == {}

@@ -53,6 +53,22 @@ def test_unknown_law(law):
         stabilize(optax.sgd(0.1), law=law)
 
 
+@pytest.mark.parametrize("value", [None, [0.1], "0.1", True])
+def test_no_number_at_all(value):
+    with pytest.raises(TypeError, match="eps must be a number, got"):
+        meta3(1e-3, eps=value)
+
+
+def test_momentum_of_integers():
+    with pytest.raises(TypeError, match="mu_dtype must be a floating dtype, got"):
+        meta_lion(1e-3, mu_dtype=int)
+
+
+def test_inner_that_is_no_transformation():
+    with pytest.raises(TypeError, match=r"inner must be a gradient transformation, got 0\.1"):
+        stabilize(0.1)
+
+
 def test_string_for_a_number():
     with pytest.raises(TypeError, match="learning_rate must be a number, got '1e-3'"):
         meta3("1e-3")

@@ -6,7 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from cruxy_optax import meta3, meta_lion, telemetry
+from cruxy_optax import (
+    meta3,
+    meta_lion,
+    scale_by_controlled_adam,
+    scale_by_meta_learning_rate,
+    stabilize,
+    telemetry,
+)
 from optimizers import OPTIMIZERS, assert_close, assert_same, at, gradients, train, tree
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -155,3 +162,26 @@ def test_guard_holds_under_vmap_for_each_seed_alone():
     alone, _ = tx.update(one, tx.init(tree()), tree())
     assert_close(jax.tree.map(lambda u: u[0], updates), alone)
     assert np.all(updates["w"][1] == 0)
+
+
+def test_a_normaliser_before_the_moments_does_not_let_a_nan_through():
+    unit = optax.stateless(lambda g, _: jax.tree.map(lambda x: x / jnp.linalg.norm(x), g))
+    tx = stabilize(optax.chain(unit, scale_by_controlled_adam(), scale_by_meta_learning_rate(0.1)))
+    params = {"w": jnp.ones(3)}
+    _, state = tx.update({"w": jnp.full(3, jnp.nan)}, tx.init(params), params)
+    updates, state = tx.update(params, state, params)
+    assert np.isfinite(updates["w"]).all()
+
+
+def test_states_of_any_kind_are_restored():
+    """A random key, and a hyperparameter that the user set as a plain number."""
+    params = {"w": jnp.ones(3)}
+    noisy = stabilize(optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(0.1)))
+    state = noisy.init(params)
+    _, after = noisy.update({"w": jnp.full(3, jnp.nan)}, state, params)
+    assert after.inner_state[0].rng_key == state.inner_state[0].rng_key
+    injected = stabilize(optax.inject_hyperparams(optax.sgd)(learning_rate=0.1))
+    state = injected.init(params)
+    state.inner_state.hyperparams["learning_rate"] = 0.5
+    updates, _ = injected.update(params, state, params)
+    np.testing.assert_allclose(updates["w"], -0.5)

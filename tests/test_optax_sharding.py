@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cruxy_optax import meta3, meta_lion, telemetry
@@ -176,3 +176,18 @@ def test_pmap_decides_alike_on_every_device(devices):
         np.testing.assert_array_equal(value[0], value[1])
     got = jax.tree.map(lambda leaf: leaf[0], (params, state))
     assert_close(jax.device_get(got), jax.device_get(single_device(meta3(0.01))), ULPS)
+
+
+@pytest.mark.parametrize("rows", [384, 1040])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_norms_of_a_sharded_matrix_whatever_its_rows_a_device(rows, kind):
+    """48 rows are whole blocks of the one-pass sum, 130 are not."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    grads = jnp.asarray(np.random.default_rng(0).normal(size=(rows, 64)), jnp.float32)
+    tx = meta3(0.01)
+    want = telemetry(tx.update(grads, tx.init(grads), grads)[1])
+    split = jax.device_put(grads, NamedSharding(mesh, P("data", None)))
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda g: tx.update(g, tx.init(g), g)[1])(split)
+    for name in ("grad_norm", "gamma_norm"):
+        np.testing.assert_allclose(float(telemetry(state)[name]), float(want[name]), rtol=1e-5)

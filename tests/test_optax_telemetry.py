@@ -24,10 +24,10 @@ from cruxy_optax import (
 )
 from optimizers import gradients, train, tree
 
-KEYS = {
+KEYS = (
     "learning_rate meta_scale phase_scale beta1 beta2 clip_threshold clip_scale phase curvature "
     "warning grad_norm gamma_norm loss ok step skipped_total skipped_in_a_row"
-}
+)
 
 
 def some_state(steps=3):
@@ -37,7 +37,7 @@ def some_state(steps=3):
 
 def test_flat_dictionary_of_device_scalars():
     shown = telemetry(some_state())
-    assert set(shown) == set(" ".join(KEYS).split())
+    assert set(shown) == set(KEYS.split())
     assert all(isinstance(v, jax.Array) and v.shape == () for v in shown.values())
 
 
@@ -89,6 +89,52 @@ def test_two_actuators_of_a_kind_are_told_apart_by_path():
     shown = telemetry(state)
     rates = sorted(float(v) for k, v in shown.items() if k.startswith("learning_rate"))
     assert rates == [pytest.approx(0.1), pytest.approx(0.2)]
+
+
+def group(scale, *, throttled):
+    throttle = [throttle_by_phase()] if throttled else []
+    return optax.chain(scale_by_controlled_lion(), *throttle, scale_by_meta_learning_rate(scale))
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_each_group_shows_the_rate_it_really_has(both):
+    parts = {"a": group(0.1, throttled=True), "b": group(0.2, throttled=both)}
+    tx = stabilize(optax.partition(parts, {"w": "a", "v": "b"}))
+    params = {"w": jnp.ones(3), "v": jnp.ones(2)}
+    updates, state = tx.update(params, tx.init(params), params)
+    shown = telemetry(state)
+    rates = {k: float(v) for k, v in shown.items() if k.startswith("learning_rate")}
+    for label, leaf in (("'a'", "w"), ("'b'", "v")):
+        [rate] = [v for k, v in rates.items() if label in k]
+        assert rate == pytest.approx(-float(updates[leaf][0]))
+
+
+def test_throttle_around_the_groups_counts_for_each():
+    parts = {"a": group(0.1, throttled=False), "b": group(0.2, throttled=False)}
+    tx = stabilize(optax.chain(optax.partition(parts, {"w": "a", "v": "b"}), throttle_by_phase()))
+    params = {"w": jnp.ones(3), "v": jnp.ones(2)}
+    updates, state = tx.update(params, tx.init(params), params)
+    rates = sorted(float(v) for k, v in telemetry(state).items() if k.startswith("learning_rate"))
+    assert rates == [pytest.approx(-float(updates[k][0])) for k in ("w", "v")]
+
+
+def test_log_takes_several_controllers_and_a_device_step(tmp_path):
+    params = {"w": jnp.ones(3), "v": jnp.ones(2)}
+    tx = optax.partition({"a": meta3(0.1), "b": meta3(0.2)}, {"w": "a", "v": "b"})
+    _, state = tx.update(params, tx.init(params), params)
+    with TelemetryLog(tmp_path / "t.jsonl") as log:
+        log.log(jnp.int32(7), telemetry(state))
+    [row] = map(json.loads, (tmp_path / "t.jsonl").read_text().splitlines())
+    assert row["step"] == 7
+    assert sum(name.endswith("/phase") for name in row) == 2
+
+
+def test_log_closes_its_file_when_a_value_cannot_be_written(tmp_path):
+    log = TelemetryLog(tmp_path / "t.jsonl")
+    log.log(0, {"phase": object()})
+    with pytest.raises(TypeError):
+        log.close()
+    log.close()
 
 
 def test_usable_inside_the_jitted_step():

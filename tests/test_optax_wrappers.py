@@ -73,6 +73,12 @@ def test_multi_steps_without_its_skip_keeps_a_nan_for_ever():
     assert np.isnan(state.acc_grads["w"]).all()
 
 
+def test_multi_steps_inside_a_chain_loses_the_loss():
+    """Optax's wrapper says it takes no extra arguments: it has to be the outermost one."""
+    _, state = run(optax.chain(optax.MultiSteps(meta3(0.01), 2), optax.identity()))
+    assert np.isnan(telemetry(state)["loss"])
+
+
 def test_inject_hyperparams_sets_the_rate_and_leaves_the_law_alone():
     factory = optax.inject_hyperparams(meta3, static_args=("mask",), hyperparam_dtype=jnp.float32)
     params = tree(jnp.bfloat16)
