@@ -1,0 +1,128 @@
+"""What a user may give `CruxyOptimizer`: the checks at its door, and the law and loss they name."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cruxy_control import Law, Meta3, StabilityV1, StabilityV2
+from cruxy_control.checks import check_bounds, check_range
+from cruxy_torch import _native, _sensors
+
+
+def law_of(mode: str, gamma: float, rate_gain: float, beta2_gain: float, interval: int) -> Law:
+    """The law that `mode` names, with the four constants that are arguments of their own."""
+    if mode == "meta3":
+        return Meta3(
+            gamma=gamma, rate_gain=rate_gain, beta2_gain=beta2_gain, meta_interval=interval
+        )
+    if mode == "stability_v2":
+        return StabilityV2(gamma=gamma)
+    if mode == "stability_v1":
+        return StabilityV1()
+    raise ValueError(
+        f"mode must be 'meta3', 'stability_v2' or 'stability_v1', got {mode!r}; "
+        "give law= for a law with constants of your own."
+    )
+
+
+def check_choices(
+    lr_bounds: tuple[float, float] | None,
+    momentum_dtype: torch.dtype | None,
+    bias_correction: str,
+    foreach: bool | None,
+    fused: bool | None,
+    compile: bool,
+    differentiable: bool,
+) -> None:
+    """Raises where an argument for the whole optimizer is outside its range or excludes another."""
+    if lr_bounds is not None:
+        check_bounds("lr_bounds", lr_bounds, 0.0, math.inf, remedy="None is no bound")
+    if momentum_dtype is not None and not momentum_dtype.is_floating_point:
+        raise ValueError(
+            f"momentum_dtype must be a floating-point dtype, got {momentum_dtype}; "
+            "torch.bfloat16 halves Lion's state."
+        )
+    if bias_correction not in ("exact", "cruxy_2_1_0"):
+        raise ValueError(
+            f"bias_correction must be 'exact' or 'cruxy_2_1_0', got {bias_correction!r}; "
+            "the second is for comparison with that package alone."
+        )
+    if sum(bool(choice) for choice in (foreach, fused, compile)) > 1:
+        raise ValueError(
+            "at most one of foreach, fused and compile may be true, got "
+            f"foreach={foreach}, fused={fused}, compile={compile}; leave all out for the default."
+        )
+    if fused and not _native.available():
+        raise RuntimeError(
+            "fused=True needs a C compiler (cc, gcc or clang, or the variable CC), got none that "
+            "works; leave fused out for the slower path."
+        )
+    if differentiable:
+        raise ValueError(
+            "differentiable must be False, got True; the controller decides from values, which "
+            "has no useful derivative."
+        )
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raises where an option of a parameter group, defaults filled in, is outside its range."""
+    remedy = "1e-3 is the default"
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError(
+            f"a tensor lr must have one element, got shape {tuple(group['lr'].shape)}; "
+            "use torch.tensor(1e-3)."
+        )
+    check_range("lr", group["lr"], 0.0, math.inf, upper_open=True, remedy=remedy)
+    pair = group["betas"]
+    if len(pair) != 2:
+        raise ValueError(f"betas must be a pair, got {pair!r}; (0.9, 0.999) is the default.")
+    for index, beta in enumerate(pair):
+        remedy = "(0.9, 0.999) is the default"
+        check_range(f"betas[{index}]", beta, 0.0, 1.0, upper_open=True, remedy=remedy)
+    check_range("eps", group["eps"], 0.0, remedy="1e-8 is the default")
+    check_range("weight_decay", group["weight_decay"], 0.0, remedy="0 switches it off")
+
+
+def check_param(param: Tensor) -> None:
+    """Raises unless a parameter is real and floating-point."""
+    if not param.is_floating_point():
+        raise ValueError(
+            f"parameters must be real floating-point tensors, got {param.dtype}; "
+            "optimize torch.view_as_real(p) in place of a complex p."
+        )
+
+
+def check_grad(param: Tensor) -> None:
+    """Raises where a parameter's gradient is sparse."""
+    grad = param.grad
+    if grad is not None and grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"gradients must be dense, got layout {grad.layout}; "
+            "build the embedding with sparse=False."
+        )
+
+
+def mean_loss(losses: list[float | Tensor], device: torch.device) -> Tensor:
+    """The mean as a float32 scalar on the device, NaN of nothing."""
+    # A number is filled in, not copied from the host, so it does not wait for the device.
+    each = [
+        loss.to(device, torch.float32, non_blocking=True)
+        if isinstance(loss, Tensor)
+        else torch.full((), loss, dtype=torch.float32, device=device)
+        for loss in losses or [math.nan]
+    ]
+    return torch.stack(each).mean() if len(each) > 1 else each[0]
+
+
+def scalar_loss(loss: float | Tensor) -> float | Tensor:
+    """The loss as a number or a 0-d tensor without history."""
+    if not isinstance(loss, Tensor):
+        return float(loss)
+    if loss.numel() != 1 or loss.is_complex():
+        raise ValueError(
+            f"loss must be one real number, got {loss.dtype} of shape {tuple(loss.shape)}; "
+            "reduce it first, for instance with .mean()."
+        )
+    return _sensors.local(loss.detach()).reshape(())

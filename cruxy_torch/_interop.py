@@ -1,0 +1,184 @@
+"""Moves a run between `cruxy_optax` and `CruxyOptimizer`, without importing JAX.
+
+What crosses is NumPy: an Optax state is a nest of NamedTuples whose leaves NumPy can read, and what
+goes back has the same nest with NumPy leaves, which JAX takes as they are.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from cruxy_torch import _controller
+from cruxy_torch._optimizer import CruxyOptimizer
+
+_MOMENTS = ("ScaleByControlledAdamState", "ScaleByControlledLionState")
+
+
+def state_from_optax(
+    optimizer: CruxyOptimizer, opt_state: Any, leaves: Callable[[Any], Sequence[Any]]
+) -> dict[str, Any]:
+    """The `state_dict` with which `optimizer` continues what `opt_state` has begun.
+
+    Args:
+        optimizer: of the same mode and options; nothing of it changes.
+        opt_state: the state of `cruxy_optax.meta3`, `meta_lion`, `stability_v1` or `stability_v2`.
+        leaves: lists the leaves of a tree like the JAX parameters in the order and layout of
+            `optimizer`'s, such as `lambda tree: [tree["kernel"].T, tree["bias"]]`: the moments
+            are trees like that.
+
+    Returns:
+        A new state dictionary for `optimizer.load_state_dict`.
+
+    Raises:
+        ValueError: where the state has no controller or not just one set of moments, or a leaf's
+            shape is not its parameter's.
+
+    Example:
+        >>> import jax.numpy as jnp, torch, cruxy_optax, cruxy_torch
+        >>> tx = cruxy_optax.meta3(1e-3)
+        >>> params = {"kernel": jnp.ones((3, 2))}
+        >>> _, opt_state = tx.update(params, tx.init(params), params, value=1.0)
+        >>> linear = torch.nn.Linear(3, 2, bias=False)
+        >>> optimizer = cruxy_torch.CruxyOptimizer(linear.parameters(), lr=1e-3)
+        >>> state = cruxy_torch.state_from_optax(optimizer, opt_state, lambda t: [t["kernel"].T])
+        >>> optimizer.load_state_dict(state)
+        >>> optimizer.telemetry()["step"]
+        1
+    """
+    controller, moments = _parts(opt_state)
+    saved = optimizer.state_dict()
+    memory = saved["param_groups"][0]["controller"]
+    values = {f"law.{k}": v for k, v in _controller._leaves(controller.law_state)}
+    values |= {name: getattr(controller, name) for name in _controller.COUNTERS}
+    values |= {name: memory[name] for name in ("report", "format")}
+    saved["param_groups"][0]["controller"] = {k: _tensor(values[k]) for k in memory}
+
+    columns = {"exp_avg": leaves(moments.mu)}
+    adam = hasattr(moments, "nu")
+    if adam:
+        columns["exp_avg_sq"] = leaves(moments.nu)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    saved["state"] = {}
+    for index, param in enumerate(params):
+        state = {key: _tensor(_at(column, index, len(params))) for key, column in columns.items()}
+        for key, value in state.items():
+            if value.shape != param.shape:
+                raise ValueError(
+                    f"{key} {index} must have its parameter's shape {tuple(param.shape)}, got "
+                    f"{tuple(value.shape)}; let leaves() transpose what the two frameworks lay "
+                    "out differently."
+                )
+        if adam:
+            state["beta1_product"] = _tensor(moments.mu_decay)
+            state["beta2_product"] = _tensor(moments.nu_decay)
+        saved["state"][index] = state
+    return saved
+
+
+def state_to_optax(
+    optimizer: CruxyOptimizer, opt_state: Any, tree: Callable[[list[np.ndarray]], Any]
+) -> Any:
+    """The Optax state with which JAX continues what `optimizer` has begun.
+
+    Args:
+        optimizer: its state is copied to the host.
+        opt_state: a state to take the structure from, such as `tx.init(params)` gives.
+        tree: makes a tree like the JAX parameters of a list in the order and layout of
+            `optimizer`'s, such as `lambda p: {"kernel": p[0].T, "bias": p[1]}`.
+
+    Returns:
+        A state like `opt_state` with NumPy leaves. The signals and controls of the last step, which
+        only telemetry reads, are those of `opt_state`.
+
+    Raises:
+        ValueError: where the two do not fit, or parameters have seen different numbers of steps,
+            which an Optax state cannot say.
+    """
+    controller, moments = _parts(opt_state)
+    memory = optimizer.param_groups[0]["controller"]
+    new: dict[str, Any] = {n: memory[n].cpu().numpy() for n in _controller.COUNTERS}
+    new["law_state"] = _controller._restored(
+        controller.law_state, {k: v.cpu().numpy() for k, v in memory.items()}, "law."
+    )
+    states = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+    if not all("exp_avg" in state for state in states):
+        raise ValueError(
+            "every parameter must have taken a step, got some without state; take one step with "
+            "gradients for all of them before moving the run."
+        )
+    changed = {"mu": tree([_array(s["exp_avg"]) for s in states])}
+    if hasattr(moments, "nu"):
+        changed["nu"] = tree([_array(s["exp_avg_sq"]) for s in states])
+        changed["mu_decay"] = _common([s["beta1_product"] for s in states])
+        changed["nu_decay"] = _common([s["beta2_product"] for s in states])
+    count = memory["step"].cpu().numpy()
+
+    def replaced(node: Any) -> Any:
+        kind = type(node).__name__
+        if kind in _MOMENTS:
+            return node._replace(**changed)
+        if kind == "ScaleByMetaLearningRateState":
+            return node._replace(count=count)
+        if node is controller:
+            return node._replace(inner_state=replaced(node.inner_state), **new)
+        if isinstance(node, tuple):
+            parts = [replaced(part) for part in node]
+            return type(node)(*parts) if hasattr(node, "_fields") else tuple(parts)
+        return node
+
+    return replaced(opt_state)
+
+
+def _parts(opt_state: Any) -> tuple[Any, Any]:
+    """The one controller in a state, and the one set of moments under it."""
+    controllers = _found(opt_state, ("StabilizeState",))
+    moments = _found(opt_state, _MOMENTS)
+    if len(controllers) != 1 or len(moments) != 1:
+        raise ValueError(
+            "opt_state must hold one controller with one set of moments, got "
+            f"{len(controllers)} and {len(moments)}; pass the state of meta3(), meta_lion(), "
+            "stability_v1() or stability_v2()."
+        )
+    return controllers[0], moments[0]
+
+
+def _found(node: Any, kinds: tuple[str, ...]) -> list[Any]:
+    here = [node] if type(node).__name__ in kinds else []
+    below = node if isinstance(node, tuple) else ()
+    return here + [found for part in below for found in _found(part, kinds)]
+
+
+def _at(column: Sequence[Any], index: int, count: int) -> Any:
+    if len(column) != count:
+        raise ValueError(
+            f"leaves() must list one leaf for each of the optimizer's {count} parameters, got "
+            f"{len(column)}; list them in the order of optimizer.param_groups."
+        )
+    return column[index]
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    array = np.asarray(value)
+    if array.dtype.name == "bfloat16":  # NumPy has no such type of its own
+        return torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16)
+    return torch.from_numpy(np.array(array))
+
+
+def _array(value: torch.Tensor) -> np.ndarray:
+    if value.dtype is torch.bfloat16:
+        value = value.float()
+    return value.detach().cpu().numpy().copy()
+
+
+def _common(values: list[torch.Tensor]) -> np.ndarray:
+    arrays = [value.cpu().numpy() for value in values]
+    if any(array != arrays[0] for array in arrays):
+        raise ValueError(
+            "all parameters must have seen the same steps, got different bias corrections; an "
+            "Optax state has one for all of them, so a run with parameters added later must stay."
+        )
+    return arrays[0]

@@ -1,0 +1,172 @@
+"""From the raw gradients of all parameters to the two norms and the loss that a law sees."""
+
+# torch's foreach calls are what torch.optim itself is built on, underscore and all.
+# pyright: reportPrivateImportUsage=false
+
+import math
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cruxy_control import Signals
+from cruxy_torch import _kernels, _native
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def sums(
+    grads: list[Tensor], gamma: float, scale: Tensor, *, native: bool, foreach: bool
+) -> tuple[Tensor, Tensor]:
+    """`sum g^2` and `sum |g|^gamma` over plain tensors, multiplied by `scale` first (WP 1).
+
+    Args:
+        grads: raw gradients, on any devices and of any real dtypes.
+        gamma: the exponent.
+        scale: factor on every gradient (one over the loss scale); 0-d.
+        native: takes the C library for what it can take.
+        foreach: takes torch's foreach calls for the rest.
+
+    Returns:
+        Two float32 scalars on the device of `scale`. Each tensor's sum is taken in float32, or in
+        float64 for a float64 gradient.
+    """
+    squares, powers = [torch.zeros_like(scale)], [torch.zeros_like(scale)]
+    if native:
+        here = [g for g in grads if g.is_cpu]
+        fast, slow = _native.split([here])
+        if fast:
+            both = _native.sums([here[i] for i in fast], gamma, scale)
+            for part, total in zip(both, (squares, powers), strict=True):
+                total.append(part.to(scale.device))
+        grads = [here[i] for i in slow] + [g for g in grads if not g.is_cpu]
+    parts = _foreach_parts if foreach else _single_parts
+    for square, power in parts(grads, gamma, scale):
+        squares.append(square.to(scale.device, torch.float32, non_blocking=True))
+        powers.append(power.to(scale.device, torch.float32, non_blocking=True))
+    return torch.stack(squares).sum(), torch.stack(powers).sum()
+
+
+def _single_parts(grads: list[Tensor], gamma: float, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
+    parts = []
+    for grad in grads:
+        for (g,) in _kernels.blocks(grad):
+            a = (g.to(_kernels.compute_dtype(g)) * scale.to(g.device)).abs_()
+            parts.append((a.square().sum(), _power(a, gamma).sum()))
+    return parts
+
+
+def _power(a: Tensor, gamma: float) -> Tensor:
+    """`a^gamma` of non-negative `a`; `pow` costs several times a root."""
+    if gamma == 2.0:
+        return a.square()
+    return a * a.sqrt() if gamma == 1.5 else a**gamma
+
+
+def _foreach_parts(grads: list[Tensor], gamma: float, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
+    parts = []
+    for indices in _kernels.buckets(grads):
+        bucket = _kernels.widened([grads[i] for i in indices])
+        sizes = torch._foreach_abs(bucket)
+        torch._foreach_mul_(sizes, scale.to(bucket[0].device))
+        squares = torch._foreach_norm(torch._foreach_mul(sizes, sizes), 1)
+        if gamma == 2.0:
+            powers = squares
+        elif gamma == 1.5:
+            powers = torch._foreach_norm(torch._foreach_mul(sizes, torch._foreach_sqrt(sizes)), 1)
+        else:
+            powers = torch._foreach_norm(torch._foreach_pow(sizes, gamma), 1)
+        parts.append((torch.stack(squares).sum(), torch.stack(powers).sum()))
+    return parts
+
+
+def measure(
+    grads: list[Tensor],
+    loss: Tensor,
+    gamma: float,
+    *,
+    scale: Tensor,
+    found_inf: Tensor | None,
+    process_group: dist.ProcessGroup | None,
+    native: bool,
+    foreach: bool,
+) -> Signals:
+    """What the law sees, the same on every rank that shares the parameters.
+
+    A `DTensor` is measured on its local shard; one all-reduce over its mesh makes the sums global
+    and averages the loss over the ranks that have a finite one. Plain gradients count as
+    replicated: with `process_group` (or beside a mesh) their sums are averaged over the ranks.
+
+    Args:
+        grads: raw gradients, plain or `DTensor`.
+        loss: this rank's loss, float32, 0-d, NaN where there is none.
+        gamma: the law's exponent.
+        scale: factor on every gradient; 0-d, float32.
+        found_inf: what a `GradScaler` found, positive where the step is to be skipped.
+        process_group: ranks that hold the same gradients but a loss of their own.
+        native: takes the C library for what it can take.
+        foreach: takes torch's foreach calls for the rest.
+
+    Raises:
+        ValueError: where a gradient is a partial sum that has not been reduced.
+    """
+    fast = {"native": native, "foreach": foreach}
+    plain, sharded = _by_mesh(grads)
+    total = torch.stack(sums(plain, gamma, scale, **fast))
+    if found_inf is not None:
+        found = found_inf.to(total.device, non_blocking=True).sum() > 0
+        total = torch.where(found, math.nan, total)
+    known = torch.isfinite(loss)
+    losses = torch.stack([torch.where(known, loss, 0.0), known.to(torch.float32)])
+    for mesh, shares in sharded.items():
+        total = total / mesh.size()
+        for copies, shards in shares.items():
+            total = total + torch.stack(sums(shards, gamma, scale, **fast)) / copies
+        packed = torch.cat([total, losses])
+        for axis in range(mesh.ndim):
+            dist.all_reduce(packed, group=mesh.get_group(axis))
+        total, losses = packed[:2], packed[2:]
+    if process_group is not None:
+        packed = torch.cat([total / dist.get_world_size(process_group), losses])
+        dist.all_reduce(packed, group=process_group)
+        total, losses = packed[:2], packed[2:]
+    root = 1.0 / gamma
+    return Signals(
+        grad_norm=total[0].sqrt(),
+        gamma_norm=total[1] ** root,
+        loss=torch.where(losses[1] > 0.0, losses[0] / losses[1], math.nan),
+    )
+
+
+def _by_mesh(grads: list[Tensor]) -> tuple[list[Tensor], dict[Any, dict[int, list[Tensor]]]]:
+    """Plain tensors, and local shards by mesh and by how many ranks hold the same shard."""
+    plain: list[Tensor] = []
+    sharded: dict[Any, dict[int, list[Tensor]]] = {}
+    for grad in grads:
+        if not is_sharded(grad):
+            plain.append(grad)
+            continue
+        copies = 1
+        for axis, placement in enumerate(grad.placements):
+            if placement.is_partial():
+                raise ValueError(
+                    f"gradients must be reduced before step(), got a DTensor placed as {placement};"
+                    " call redistribute() on it, or let fully_shard do it."
+                )
+            if placement.is_replicate():
+                copies *= grad.device_mesh.size(axis)
+        mesh = grad.device_mesh
+        sharded.setdefault(mesh, {}).setdefault(copies, []).append(local(grad))
+    return plain, sharded
+
+
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether it is a `DTensor`, without importing that subsystem for those who use none."""
+    return type(tensor) is not Tensor and hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a `DTensor`, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor

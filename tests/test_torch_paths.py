@@ -1,0 +1,164 @@
+"""The paths of the torch update agree: tensor by tensor, foreach, and the C library."""
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import torch_models as models  # noqa: E402
+from cruxy_torch import CruxyOptimizer, _kernels, _native  # noqa: E402
+from torch_models import OPTIONS  # noqa: E402
+
+STEPS = 30
+PATHS: dict[str, dict[str, Any]] = {
+    "single": {"fused": False},
+    "foreach": {"foreach": True},
+    "native": {"fused": True},
+}
+needs_compiler = pytest.mark.skipif(not _native.available(), reason="needs a C compiler")
+
+
+def run(options, path, dtype=torch.float32):
+    net = models.model(dtype)
+    optimizer = models.optimizer(net, **options, **PATHS[path])
+    models.train(net, optimizer, STEPS)
+    return models.everything(net, optimizer)
+
+
+@pytest.mark.parametrize("path", ["foreach", pytest.param("native", marks=needs_compiler)])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_fast_paths_follow_the_reference(name, path):
+    ours, theirs = run(OPTIONS[name], path), run(OPTIONS[name], "single")
+    # Each step adds a few roundings of float32 to values of order one, and Adam's quotient passes a
+    # relative error of a moment on to an update of at most `lr`.
+    roundings = STEPS * 16 * 2.0**-24
+    if OPTIONS[name].get("momentum_dtype") is torch.bfloat16:
+        roundings = STEPS * 2.0**-9
+    for key, value in theirs.items():
+        if OPTIONS[name].get("use_lion") and key.startswith("param."):
+            # One rounding can turn a sign, which moves a weight by two rates.
+            turned = torch.gt((ours[key] - value).abs(), roundings)
+            assert turned.sum() <= 0.002 * value.numel() + 1
+            continue
+        scale = max(1.0, value.abs().max().item()) if value.numel() else 1.0
+        torch.testing.assert_close(ours[key], value, rtol=roundings, atol=roundings * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["meta3", "meta_lion"])
+def test_foreach_follows_the_reference_in_other_dtypes(name, dtype):
+    ours, theirs = run(OPTIONS[name], "foreach", dtype), run(OPTIONS[name], "single", dtype)
+    allowed = {torch.float64: STEPS * 64 * 2.0**-24}.get(dtype, STEPS * torch.finfo(dtype).eps)
+    for key, value in theirs.items():
+        if key.startswith("param."):
+            difference = (ours[key] - value).abs().double()
+            assert torch.gt(difference, allowed).sum() <= 0.01 * value.numel() + 1, key
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["meta3", "meta_lion_centralized"])
+def test_native_handles_channels_last_and_transposed_gradients(name):
+    def steps(path):
+        net = models.model().to(memory_format=torch.channels_last)  # pyright: ignore
+        linear = net.get_submodule("3")
+        linear.weight = torch.nn.Parameter(linear.get_parameter("weight").t().contiguous().t())
+        optimizer = models.optimizer(net, **OPTIONS[name], **PATHS[path])
+        models.train(net, optimizer, 5)
+        return [p.detach() for p in net.parameters()]
+
+    for ours, theirs in zip(steps("native"), steps("single"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=5 * 16 * 2.0**-24)
+
+
+@needs_compiler
+def test_native_result_does_not_depend_on_the_number_of_threads():
+    def tensors(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            generator = torch.Generator().manual_seed(0)
+            params = [torch.nn.Parameter(torch.randn(n, generator=generator)) for n in (50_001, 7)]
+            optimizer = CruxyOptimizer(params, fused=True)
+            for _ in range(3):
+                for p in params:
+                    p.grad = torch.randn(p.shape, generator=generator)
+                optimizer.step()
+            return [p.detach() for p in params]
+        finally:
+            torch.set_num_threads(before)
+
+    assert all(map(torch.equal, tensors(1), tensors(2)))
+
+
+def test_blocks_and_buckets_change_nothing(monkeypatch):
+    whole = {path: run(OPTIONS["meta3_centralized"], path) for path in ("single", "foreach")}
+    monkeypatch.setattr(_kernels, "BLOCK", 50)
+    for path, theirs in whole.items():
+        ours = run(OPTIONS["meta3_centralized"], path)
+        for key, value in theirs.items():
+            # The norms are summed in another order.
+            torch.testing.assert_close(ours[key], value, rtol=STEPS * 2.0**-20, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["single", pytest.param("native", marks=needs_compiler)])
+@pytest.mark.parametrize("lion", [False, True])
+def test_no_temporary_is_larger_than_the_largest_parameter(path, lion):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.elements = max(self.elements, out.numel())
+            return out
+
+    params = [torch.nn.Parameter(torch.randn(200, 10)) for _ in range(5)]
+    optimizer = CruxyOptimizer(params, use_lion=lion, **PATHS[path])
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    with Largest() as mode:
+        optimizer.step()
+    assert mode.elements <= 2000
+
+
+def test_without_a_compiler_the_default_still_steps(monkeypatch):
+    monkeypatch.setattr(_native, "_library", lambda: None)
+    net = models.model()
+    optimizer = models.optimizer(net)
+    models.train(net, optimizer, 2)
+    assert optimizer.telemetry()["step"] == 2
+    with pytest.raises(RuntimeError, match="fused=True needs a C compiler"):
+        models.optimizer(net, fused=True)
+
+
+def test_a_broken_compiler_is_no_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _native._library.cache_clear()
+    try:
+        assert not _native.available()
+    finally:
+        _native._library.cache_clear()
+
+
+@needs_compiler
+def test_the_library_is_built_once_and_survives_an_unwritable_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _native._library.cache_clear()
+    try:
+        assert _native.available()
+        (built,) = (tmp_path / "cruxy_torch").glob("*.so")
+        before = built.stat().st_mtime_ns
+        _native._library.cache_clear()
+        assert _native.available()
+        assert built.stat().st_mtime_ns == before
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        _native._library.cache_clear()
+        assert _native.available()
+    finally:
+        _native._library.cache_clear()
