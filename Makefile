@@ -5,7 +5,7 @@ VENV ?= .venv
 ARGS ?=
 
 demo_EXTRAS := jax,examples
-dev_EXTRAS := jax,torch,examples,test
+dev_EXTRAS := jax,torch,hf,examples,test
 docs_EXTRAS := docs
 
 DEMO := $(VENV)-demo/bin
@@ -47,6 +47,7 @@ docs: $(VENV)-docs/.installed
 
 bench: $(VENV)-dev/.installed
 	$(DEV)/python -m benchmarks.step_time $(ARGS)
+	$(DEV)/python -m benchmarks.step_time_torch $(ARGS)
 
 clean:
 	rm -rf $(VENV)-demo $(VENV)-dev $(VENV)-docs

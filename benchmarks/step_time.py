@@ -26,6 +26,7 @@ from rich.table import Table
 from benchmarks._environment import environment
 from benchmarks._hlo import copied_bytes, host_calls, reads_of_parameters
 from benchmarks._shapes import SIZES
+from benchmarks._timing import cells, interleave, summary
 from cruxy_optax import meta3, meta_lion
 
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -99,7 +100,7 @@ def measure(size: str, repeats: int, names: list[str]) -> dict[str, Any]:
 
     Args:
         size: a key of `SIZES`.
-        repeats: interleaved rounds that count; two more come first.
+        repeats: interleaved rounds that count.
         names: keys of `OPTIMIZERS`; the reference is always among them.
     """
     shapes = SIZES[size]
@@ -110,18 +111,10 @@ def measure(size: str, repeats: int, names: list[str]) -> dict[str, Any]:
         name: Step(OPTIMIZERS[name](), shapes)
         for name in track(names, description=f"compiling for {count / 1e6:.1f}M parameters")
     }
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for _ in track(range(repeats + 2), description="timing"):
-        for name, step in steps.items():
-            seconds[name].append(step.time(grads))
-    rows = {}
+    candidates = {name: functools.partial(step.time, grads) for name, step in steps.items()}
+    rows = summary(interleave(candidates, repeats), REFERENCE)
     for name, step in steps.items():
-        ratios = [a / b for a, b in zip(seconds[name][2:], seconds[REFERENCE][2:], strict=True)]
-        quartiles = statistics.quantiles(ratios, n=4)
-        rows[name] = {
-            "milliseconds": 1e3 * statistics.median(seconds[name][2:]),
-            "ratio": statistics.median(ratios),
-            "ratio_quartiles": [quartiles[0], quartiles[2]],
+        rows[name] |= {
             "state_bytes_per_parameter": step.state_bytes / count,
             "compile_ratio": step.compile_seconds / steps[REFERENCE].compile_seconds,
             "gradient_reads": step.reads,
@@ -143,12 +136,9 @@ def table(result: dict[str, Any]) -> Table:
         shown.add_column(column, justify="right")
     shown.add_column("host calls", justify="right")
     for name, row in result["optimizers"].items():
-        low, high = row["ratio_quartiles"]
         shown.add_row(
             name,
-            f"{row['milliseconds']:.2f}",
-            f"{row['ratio']:.2f}",
-            f"{low:.2f}-{high:.2f}",
+            *cells(row),
             f"{row['state_bytes_per_parameter']:.3f}",
             f"{row['compile_ratio']:.2f}",
             f"{row['gradient_reads']:.1f}",
