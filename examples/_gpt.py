@@ -1,28 +1,12 @@
 """The model the demo trains: a small GPT-2 (Radford et al. 2019) without biases, in Flax NNX."""
 
-import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-
-@dataclasses.dataclass(frozen=True)
-class GPTConfig:
-    """The shape of a GPT.
-
-    Attributes:
-        layers: transformer blocks.
-        heads: attention heads of each; divides `width`.
-        width: length of a character's vector.
-        context: characters the model reads at once.
-    """
-
-    layers: int
-    heads: int
-    width: int
-    context: int
+from _demo import GPTConfig
 
 
 class Block(nnx.Module):

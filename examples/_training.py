@@ -4,7 +4,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,38 +12,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from _data import Corpus, batches, validation_windows
-from _gpt import GPT, GPTConfig
-
-CHUNK = 10
-"""Steps between two transfers from the device to the host."""
-
-VALIDATIONS = 10
-"""How often a run is validated, the last time after its last step."""
-
-VALIDATION_WINDOWS = 1024
-
-
-class Trained(NamedTuple):
-    """What a run leaves behind.
-
-    Attributes:
-        graph: the structure of the model, for `nnx.merge`.
-        params: its trained parameters.
-        parameters: how many there are.
-        telemetry: one array a quantity, shape `(steps,)`; `loss` is one of them.
-        validation: pairs (steps taken, validation loss).
-        seconds_per_step: median over the chunks, without compilation.
-        state_bytes_per_parameter: bytes of optimizer state per parameter of the model.
-    """
-
-    graph: nnx.GraphDef
-    params: nnx.State
-    parameters: int
-    telemetry: dict[str, np.ndarray]
-    validation: list[tuple[int, float]]
-    seconds_per_step: float
-    state_bytes_per_parameter: float
+from _data import Corpus, validation_windows
+from _demo import VALIDATION_WINDOWS, GPTConfig, Trained, chunks
+from _gpt import GPT
 
 
 def train(
@@ -88,40 +59,40 @@ def train(
     def take_steps(carry: Any, windows: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
         return jax.lax.scan(step, carry, windows)
 
-    rng = np.random.default_rng(seed)
     held_out = validation_windows(corpus.validation, config.context, VALIDATION_WINDOWS)
-    validate_every = CHUNK * max(1, steps // (CHUNK * VALIDATIONS))
     compiled: dict[int, Any] = {}
     readings: list[Mapping[str, np.ndarray]] = []
     validation: list[tuple[int, float]] = []
     seconds: list[float] = []
-    carry, taken = (params, tx.init(params)), 0
-    while taken < steps:
-        size = min(CHUNK, steps - taken)
-        windows = batches(corpus.train, batch, config.context, size, rng)
+    carry = params, tx.init(params)
+    for taken, windows, validate in chunks(corpus, config, steps=steps, batch=batch, seed=seed):
+        size = len(windows)
         if size not in compiled:
             compiled[size] = take_steps.lower(carry, windows).compile()
         start = time.perf_counter()
         carry, chunk = compiled[size](carry, windows)
         chunk = jax.device_get(chunk)
         seconds.append((time.perf_counter() - start) / size)
-        taken += size
         readings.append(chunk)
         watch(taken, chunk)
-        if taken % validate_every == 0 or taken == steps:
+        if validate:
             value = validation_loss(graph, carry[0], held_out, batch=batch)
             validation.append((taken, float(value)))
     params, opt_state = carry
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(opt_state))
+
+    def continued(prompt: np.ndarray, length: int) -> np.ndarray:
+        key = jax.random.key(seed)
+        return np.asarray(sample(graph, params, jnp.asarray(prompt), key, length=length))
+
     return Trained(
-        graph=graph,
-        params=params,
         parameters=parameters,
         telemetry={key: np.concatenate([part[key] for part in readings]) for key in readings[0]},
         validation=validation,
         seconds_per_step=statistics.median(seconds),
         state_bytes_per_parameter=state_bytes / parameters,
+        sample=continued,
     )
 
 

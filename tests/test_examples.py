@@ -143,7 +143,7 @@ def test_models_have_the_size_they_are_named_for(module, size):
     import jax
     from flax import nnx
 
-    config = module("shakespeare").MODELS[size].config
+    config = module("_demo").MODELS[size].config
     model = jax.eval_shape(lambda: module("_gpt").GPT(config, 65, rngs=nnx.Rngs(0)))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert round(parameters / 1e6, 1) == {"small": 0.1, "paper": 0.8, "10m": 10.7}[size]
@@ -154,7 +154,7 @@ def test_the_model_cannot_see_what_it_is_to_predict(module):
     from flax import nnx
 
     gpt = module("_gpt")
-    config = gpt.GPTConfig(layers=2, heads=2, width=8, context=6)
+    config = module("_demo").GPTConfig(layers=2, heads=2, width=8, context=6)
     model = nnx.jit(gpt.GPT(config, 5, rngs=nnx.Rngs(0)))
     seen = model(jnp.array([[0, 1, 2, 3, 4, 0]]))
     other = model(jnp.array([[0, 1, 2, 3, 0, 4]]))

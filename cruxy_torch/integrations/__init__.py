@@ -1,0 +1,1 @@
+"""`CruxyOptimizer` inside other libraries' training loops: one module each, imported by name."""
