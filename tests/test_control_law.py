@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cruxy_control import Meta3, Signals, StabilityV1, StabilityV2, betas, meta_learning_rate
@@ -38,6 +38,7 @@ def finite(tree):
 @every_law
 @settings(max_examples=60, deadline=None)
 @given(stream=st.lists(st.tuples(a_norm, anything), min_size=1, max_size=40))
+@example(stream=[(7e37, 0.0), *[(x, 0.0) for x in (0.0, 0.0, 6e37)] * 3])  # a sum that overflowed
 def test_no_stream_makes_the_controller_leave_its_bounds_or_its_numbers(law, stream):
     state, rows = run(law, *zip(*stream, strict=True))
     assert finite(state)
