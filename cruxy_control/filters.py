@@ -27,6 +27,13 @@ def select(ok: Any, new: Any, old: Any, *, xp: Any) -> Any:
     return xp.where(ok, new, old)
 
 
+def reset(over: Any, value: float, old: Any, *, xp: Any) -> Any:
+    """The number `value` where `over`, else `old`, through every field of a nested NamedTuple."""
+    if isinstance(old, tuple):
+        return type(old)(*(reset(over, value, field, xp=xp) for field in old))
+    return xp.where(over, value, old)
+
+
 class Ema(NamedTuple):
     """An exponential moving average.
 
@@ -53,13 +60,15 @@ def ema(state: Ema, x: Any, decay: float, *, debias: bool) -> Ema:
     return Ema(state.value + gain * (x - state.value), weight)
 
 
-# A ring is a float32 vector, newest entry first. An entry not yet filled holds -1: what is stored
-# here is a norm and never negative, so the marker needs no counter beside it.
+# A ring is a float32 vector, newest entry first.
+
+UNFILLED = -1.0
+"""An entry not yet filled: norms are never negative, so the marker needs no counter beside it."""
 
 
 def empty_ring(length: int, like: Any, *, xp: Any) -> Any:
     """A ring of `length` entries, none of them filled; float32, `(length,)`."""
-    return xp.stack([zero(like, xp=xp) - 1.0] * length)
+    return xp.stack([zero(like, xp=xp) + UNFILLED] * length)
 
 
 def push(ring: Any, x: Any, *, xp: Any) -> Any:

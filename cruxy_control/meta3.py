@@ -128,8 +128,7 @@ class Meta3(V2Sensors):
         sensors = self.sense(state.sensors, signals, xp=xp)
         fast = sensors.windows.fast.value
         over = misled(self, state.sensors.windows, signals.gamma_norm)
-        afresh = filters.empty_ring(self.reference_window, fast, xp=xp)
-        reference = filters.select(over, afresh, state.reference, xp=xp)
+        reference = filters.reset(over, filters.UNFILLED, state.reference, xp=xp)
         reference = filters.push(reference, fast, xp=xp)
         mean = filters.ring_mean(reference, xp=xp)  # WP 8
         surge = xp.tanh((fast - mean) / (mean + Z_EPS))  # WP 9: tanh z

@@ -112,8 +112,7 @@ class StabilityV1:
         return state, self._read(state, ok, xp)
 
     def _advance(self, state: StabilityV1State, sigma: Any, xp: Any) -> StabilityV1State:
-        afresh = filters.empty_windows(sigma, xp=xp)
-        windows = filters.select(misled(self, state.windows, sigma), afresh, state.windows, xp=xp)
+        windows = filters.reset(misled(self, state.windows, sigma), 0.0, state.windows, xp=xp)
         windows = advance_windows(self, windows, sigma, xp=xp)
         error = control_error(self, windows.fast.value, windows.slow.value)
         drive = self.proportional_gain * error  # v2.0 5

@@ -126,15 +126,15 @@ class V2Sensors:
 
     def sense(self, state: SensorState, signals: Signals, *, xp: Any) -> SensorState:
         """The sensors after one more good step (WP 1-5, v2.0 31-33, 41)."""
-        afresh = self.init_sensors(signals.gamma_norm, xp=xp)._replace(curvature=state.curvature)
         over = misled(self, state.windows, signals.gamma_norm)
-        state = filters.select(over, afresh, state, xp=xp)
-        windows = advance_windows(self, state.windows, signals.gamma_norm, xp=xp)
-        history = filters.push(state.history, windows.fast.value, xp=xp)
+        before = filters.reset(over, 0.0, state.windows, xp=xp)
+        history = filters.reset(over, filters.UNFILLED, state.history, xp=xp)
+        rising = xp.where(over, 0, state.rising)
+        windows = advance_windows(self, before, signals.gamma_norm, xp=xp)
+        history = filters.push(history, windows.fast.value, xp=xp)
         past = filters.history_mean(history, self.history_memory, xp=xp)  # v2.0 31, 32
         fast = windows.fast.value
         fast = fast + self.history_correction * (past - fast)  # v2.0 33
-        before = state.windows
         rose = (fast > before.fast.value) & (before.fast.weight > 0.0)
         return SensorState(
             windows=windows._replace(fast=windows.fast._replace(value=fast)),
@@ -148,7 +148,7 @@ class V2Sensors:
                 hold_missing=self.hold_missing_loss,
                 xp=xp,
             ),
-            rising=xp.where(rose, state.rising + 1, 0),
+            rising=xp.where(rose, rising + 1, 0),
         )
 
     def warning(self, state: SensorState, *, xp: Any) -> Any:

@@ -94,10 +94,9 @@ def check_param(param: Tensor) -> None:
         )
 
 
-def check_grad(param: Tensor) -> None:
-    """Raises where a parameter's gradient is sparse."""
-    grad = param.grad
-    if grad is not None and grad.layout is not torch.strided:
+def check_grad(grad: Tensor) -> None:
+    """Raises where a gradient is sparse."""
+    if grad.layout is not torch.strided:
         raise RuntimeError(
             f"gradients must be dense, got layout {grad.layout}; "
             "build the embedding with sparse=False."

@@ -6,7 +6,7 @@ It lives in `param_groups[0]["controller"]`. A NamedTuple would be lost on the w
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cruxy_control import Controls, Signals
-from cruxy_torch import _kernels
+from cruxy_torch import _kernels, _numpy
 
 FORMAT = 1
 """Version of the layout of this dictionary and of the state beside the parameters."""
@@ -46,19 +46,21 @@ class Namespace:
 def namespace(memory: dict[str, Tensor]) -> Any:
     """What the law of this memory runs on.
 
-    NumPy, on the very same bytes, where they lie on the CPU: a scalar operation costs a quarter of
-    torch's there. torch on other devices and where a compiler looks on.
+    NumPy's scalars, on the very same bytes, where they lie on the CPU: an operation costs a tenth
+    of torch's there. torch on other devices and where a compiler looks on.
     """
     device = memory["step"].device
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        return numpy
+        return _numpy
     return Namespace(device)
 
 
 def start(law: Any, device: torch.device) -> dict[str, Tensor]:
     """The memory before the first step."""
     like = torch.zeros((), device=device)
-    memory = {f"law.{name}": leaf.clone() for name, leaf in _leaves(law.init(like, xp=torch))}
+    state = law.init(like, xp=torch)
+    names = leaves(names_of(state))
+    memory = {name: leaf.clone() for name, leaf in zip(names, leaves(state), strict=True)}
     for name in COUNTERS:
         memory[name] = torch.zeros((), dtype=torch.int32, device=device)
     memory["report"] = torch.full((len(REPORT),), math.nan, device=device)
@@ -66,17 +68,18 @@ def start(law: Any, device: torch.device) -> dict[str, Tensor]:
     return memory
 
 
-def advance(law: Any, template: Any, memory: dict[str, Tensor], signals: Signals) -> Controls:
+def advance(law: Any, names: Any, memory: dict[str, Tensor], signals: Signals) -> Controls:
     """One step of the law; updates the memory in place and returns what it decided.
 
-    The controls are scalars of `namespace(memory)`.
+    `names` are those of the law's state, as `names_of` gives them. The controls are scalars of
+    `namespace(memory)`.
     """
     xp = namespace(memory)
     values = _values(memory, xp)
-    with numpy.errstate(all="ignore") if xp is numpy else contextlib.nullcontext():
+    with numpy.errstate(all="ignore") if xp is _numpy else contextlib.nullcontext():
         sensed = Signals(*_values(signals._asdict(), xp).values())
-        state, controls = law.step(_restored(template, values, "law."), sensed, xp=xp)
-    new = {f"law.{name}": leaf for name, leaf in _leaves(state)}
+        state, controls = law.step(restored(names, values), sensed, xp=xp)
+    new = dict(zip(leaves(names), leaves(state), strict=True))
     good = xp.where(controls.ok, xp.ones_like(values["step"]), 0)
     new["step"] = values["step"] + good
     new["skipped_total"] = values["skipped_total"] + (1 - good)
@@ -88,21 +91,21 @@ def advance(law: Any, template: Any, memory: dict[str, Tensor], signals: Signals
 def report(memory: dict[str, Tensor], values: Mapping[str, Any]) -> None:
     """Keeps what a step measured and decided, on the device, until somebody asks."""
     xp = namespace(memory)
-    if xp is numpy:
+    if xp is _numpy:
         memory["report"].numpy()[...] = [values[name] for name in REPORT]
     else:
         memory["report"].copy_(torch.stack([values[name].to(torch.float32) for name in REPORT]))
 
 
 def _values(tensors: Mapping[str, Tensor], xp: Any) -> Mapping[str, Any]:
-    if xp is not numpy:
+    if xp is not _numpy:
         return tensors
     # [()] turns a 0-d array into a scalar, which computes several times faster.
     return {name: t.numpy()[()] for name, t in tensors.items()}
 
 
 def _store(memory: dict[str, Tensor], new: dict[str, Any], xp: Any) -> None:
-    if xp is numpy:
+    if xp is _numpy:
         for name, value in new.items():
             memory[name].numpy()[...] = value
     else:
@@ -158,19 +161,25 @@ def load(memory: dict[str, Tensor], saved: Mapping[str, Tensor]) -> None:
         tensor.copy_(saved[name])
 
 
-def _leaves(state: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    for name, value in zip(state._fields, state, strict=True):
+def names_of(state: Any, prefix: str = "law.") -> Any:
+    """A state of the law with the name of each value in the memory in its place."""
+    fields = zip(state._fields, state, strict=True)
+    return type(state)(
+        *(names_of(v, f"{prefix}{k}.") if isinstance(v, tuple) else prefix + k for k, v in fields)
+    )
+
+
+def restored(names: Any, memory: Mapping[str, Any]) -> Any:
+    """The law's state with the values that the memory has under `names`."""
+    return type(names)(*[restored(n, memory) if isinstance(n, tuple) else memory[n] for n in names])
+
+
+def leaves(state: Any) -> list[Any]:
+    """What a nested NamedTuple holds, in order."""
+    flat = []
+    for value in state:
         if isinstance(value, tuple):
-            yield from _leaves(value, f"{prefix}{name}.")
+            flat += leaves(value)
         else:
-            yield prefix + name, value
-
-
-def _restored(template: Any, memory: Mapping[str, Any], prefix: str) -> Any:
-    """The law's state with the structure of `template` and the values of `memory`."""
-    fields = (
-        _restored(value, memory, f"{prefix}{name}.") if isinstance(value, tuple)
-        else memory[prefix + name]
-        for name, value in zip(template._fields, template, strict=True)
-    )  # fmt: skip
-    return type(template)(*fields)
+            flat.append(value)
+    return flat

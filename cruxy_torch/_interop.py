@@ -50,7 +50,9 @@ def state_from_optax(
     controller, moments = _parts(opt_state)
     saved = optimizer.state_dict()
     memory = saved["param_groups"][0]["controller"]
-    values = {f"law.{k}": v for k, v in _controller._leaves(controller.law_state)}
+    state = controller.law_state
+    names = _controller.leaves(_controller.names_of(state))
+    values = dict(zip(names, _controller.leaves(state), strict=True))
     values |= {name: getattr(controller, name) for name in _controller.COUNTERS}
     values |= {name: memory[name] for name in ("report", "format")}
     saved["param_groups"][0]["controller"] = {k: _tensor(values[k]) for k in memory}
@@ -99,9 +101,8 @@ def state_to_optax(
     controller, moments = _parts(opt_state)
     memory = optimizer.param_groups[0]["controller"]
     new: dict[str, Any] = {n: memory[n].cpu().numpy() for n in _controller.COUNTERS}
-    new["law_state"] = _controller._restored(
-        controller.law_state, {k: v.cpu().numpy() for k, v in memory.items()}, "law."
-    )
+    names = _controller.names_of(controller.law_state)
+    new["law_state"] = _controller.restored(names, {k: v.cpu().numpy() for k, v in memory.items()})
     states = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
     if not all("exp_avg" in state for state in states):
         raise ValueError(

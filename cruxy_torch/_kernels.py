@@ -1,6 +1,6 @@
 """The update of Adam and Lion, tensor by tensor (the reference) and by torch's foreach calls.
 
-Everything the controller decides arrives as 0-d tensors, so nothing here waits for the device and
+Everything the controller decides arrives here as 0-d tensors, so nothing waits for the device and
 nothing is compiled anew when a value changes. A gradient is read and never written to.
 """
 
@@ -8,7 +8,7 @@ nothing is compiled anew when a value changes. A gradient is read and never writ
 # pyright: reportPrivateImportUsage=false
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +47,9 @@ class Tensors(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """What one step applies to a group: 0-d tensors, float32 but for `ok`.
+    """What one step applies to a group: scalars of the controller's namespace.
+
+    They are float32 but for `ok`. The C library takes them as numbers, everything else as tensors.
 
     Attributes:
         rate: the learning rate with all its factors.
@@ -57,15 +59,21 @@ class Scalars(NamedTuple):
         ok: whether the step counts; where false the other four leave everything as it is.
     """
 
-    rate: Tensor
-    beta1: Tensor
-    beta2: Tensor
-    scale: Tensor
-    ok: Tensor
+    rate: Any
+    beta1: Any
+    beta2: Any
+    scale: Any
+    ok: Any
 
     def to(self, device: torch.device) -> "Scalars":
-        """The same on another device."""
-        return Scalars(*(value.to(device, non_blocking=True) for value in self))
+        """The same as 0-d tensors on a device."""
+        if isinstance(self.ok, Tensor):
+            return Scalars(*(value.to(device, non_blocking=True) for value in self))
+        rate, beta1, beta2, scale = torch.tensor(
+            [float(value) for value in self[:4]], device=device
+        ).unbind()
+        ok = torch.full((), bool(self.ok), device=device)
+        return Scalars(rate, beta1, beta2, scale, ok)
 
 
 class Options(NamedTuple):

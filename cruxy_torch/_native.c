@@ -8,7 +8,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 
-enum { CHUNK = 16384, STRIP = 1024 };
+/* Waking other threads takes longer than the work on fewer than SERIAL elements. */
+enum { CHUNK = 16384, STRIP = 1024, SERIAL = 32768 };
 
 /* What a chunk is: `numel` elements from `offset` of tensor `index`; `row` is the length of the
  * rows that are centralized, 0 for none. */
@@ -22,13 +23,16 @@ static int64_t chunk_length(int64_t row) {
     return row > CHUNK ? row : CHUNK / row * row;
 }
 
-static Chunk *cut(int64_t tensors, const int64_t *numel, const int64_t *row, int64_t *count) {
-    int64_t total = 0;
+static Chunk *cut(int64_t tensors, const int64_t *numel, const int64_t *row, int64_t *count,
+                  int *threads) {
+    int64_t total = 0, elements = 0;
     for (int64_t i = 0; i < tensors; i++) {
         int64_t length = chunk_length(row ? row[i] : 0);
         total += (numel[i] + length - 1) / length;
+        elements += numel[i];
     }
     *count = total;
+    if (elements < SERIAL) *threads = 1;
     Chunk *chunks = malloc((size_t)(total ? total : 1) * sizeof(Chunk));
     if (!chunks) return NULL;
     Chunk *next = chunks;
@@ -46,7 +50,7 @@ static Chunk *cut(int64_t tensors, const int64_t *numel, const int64_t *row, int
 int cruxy_sums(int64_t tensors, const float *const *grads, const int64_t *numel,
                const float *scale, double gamma, int threads, double *out) {
     int64_t count;
-    Chunk *chunks = cut(tensors, numel, NULL, &count);
+    Chunk *chunks = cut(tensors, numel, NULL, &count, &threads);
     double *parts = malloc((size_t)(count ? count : 1) * 2 * sizeof(double));
     if (!chunks || !parts) {
         free(chunks);
@@ -154,7 +158,7 @@ int cruxy_update(int64_t tensors, float *const *params, const float *const *grad
                  const float *control, const float *option, int threads) {
     if (control[4] == 0) return 0;
     int64_t count;
-    Chunk *chunks = cut(tensors, numel, row, &count);
+    Chunk *chunks = cut(tensors, numel, row, &count, &threads);
     if (!chunks) return 1;
     Step s = {control[0], control[1], control[2], control[3], option[0],
               option[1],  option[2],  1,          0};

@@ -36,20 +36,20 @@ def available() -> bool:
 
 
 def split(columns: Sequence[list[Tensor]]) -> tuple[list[int], list[int]]:
-    """The rows of equally long columns of CPU tensors that can take this path, and the others.
+    """The rows of equally long columns of tensors that can take this path, and the others.
 
-    All of a row must be float32 and lie in the same order without gaps. The third column, first
-    moments, may be bfloat16 as a whole.
+    All of a row must lie on the CPU, be float32 and in the same order without gaps. The third
+    column, first moments, may be bfloat16 as a whole.
     """
     kinds = [torch.float32] * len(columns)
     if len(columns) > 2 and columns[2] and columns[2][0].dtype is torch.bfloat16:
         kinds[2] = torch.bfloat16
-    unfit: set[int] = set()
+    unfit = {i for i, t in enumerate(columns[0]) if not t.is_cpu}
     for column, kind in zip(columns, kinds, strict=True):
-        unfit.update(i for i, t in enumerate(column) if not (t.dtype is kind and t.is_contiguous()))
+        unfit |= {i for i, t in enumerate(column) if t.dtype is not kind or not t.is_contiguous()}
     for i in list(unfit):
-        row = zip((column[i] for column in columns), kinds, strict=True)
-        if all(t.dtype is kind and _channels_last(t) for t, kind in row):
+        row = list(zip((column[i] for column in columns), kinds, strict=True))
+        if row[0][0].is_cpu and all(t.dtype is kind and _channels_last(t) for t, kind in row):
             unfit.remove(i)
     return [i for i in range(len(columns[0])) if i not in unfit], sorted(unfit)
 
@@ -58,30 +58,26 @@ def _channels_last(tensor: Tensor) -> bool:
     return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def sums(grads: list[Tensor], gamma: float, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """`sum g^2` and `sum |g|^gamma` of gradients times `scale`, in one pass."""
+def sums(grads: list[Tensor], gamma: float, scale: Tensor) -> Tensor:
+    """`sum g^2` and `sum |g|^gamma` of gradients times `scale`, in one pass; float32, `(2,)`."""
     out = torch.empty(2, dtype=torch.float64)
-    scale = scale.to(dtype=torch.float32)
     _check(
         _loaded().cruxy_sums(
             len(grads),
             _addresses(grads),
-            _counts([g.numel() for g in grads]),
+            _counts(list(map(Tensor.numel, grads))),
             _address(scale),
             ctypes.c_double(gamma),
             torch.get_num_threads(),
             _address(out),
         )
     )
-    squares, powers = out.to(torch.float32).unbind()
-    return squares, powers
+    return out.to(torch.float32)
 
 
 def update(tensors: Tensors, scalars: Scalars, options: Options) -> None:
-    """One step of Adam or Lion on every tensor, in one pass."""
-    control = torch.stack(
-        [scalars.rate, scalars.beta1, scalars.beta2, scalars.scale, scalars.ok.to(torch.float32)]
-    )
+    """One step of Adam or Lion on every tensor, in one pass; `scalars` are numbers."""
+    control = (ctypes.c_float * 5)(*map(float, scalars))
     decay = 0.0 if options.coupled else options.weight_decay
     coupled = options.weight_decay if options.coupled else 0.0
     option = (ctypes.c_float * 4)(decay, coupled, options.eps, float(options.nesterov))
@@ -99,9 +95,9 @@ def update(tensors: Tensors, scalars: Scalars, options: Options) -> None:
             _addresses(tensors.exp_avg_sqs) if adam else None,
             _addresses(tensors.clocks1) if adam else None,
             _addresses(tensors.clocks2) if adam else None,
-            _counts([p.numel() for p in tensors.params]),
+            _counts(list(map(Tensor.numel, tensors.params))),
             rows,
-            _address(control),
+            control,
             option,
             torch.get_num_threads(),
         )
@@ -109,7 +105,7 @@ def update(tensors: Tensors, scalars: Scalars, options: Options) -> None:
 
 
 def _addresses(tensors: list[Tensor]) -> ctypes.Array:
-    return _counts([t.data_ptr() for t in tensors])
+    return _counts(list(map(Tensor.data_ptr, tensors)))
 
 
 def _counts(values: list[int]) -> ctypes.Array:

@@ -162,7 +162,7 @@ class CruxyOptimizer(Optimizer):
         )
         self._settings = _step.Settings(
             law=law,
-            template=law.init(torch.zeros(()), xp=torch),
+            names=_controller.names_of(law.init(torch.zeros(()), xp=torch)),
             lr_bounds=lr_bounds,
             momentum_dtype=momentum_dtype,
             power=bias_correction == "cruxy_2_1_0",
@@ -214,7 +214,7 @@ class CruxyOptimizer(Optimizer):
         Args:
             closure: clears gradients, computes the loss, calls `backward` and returns the loss.
             loss: this step's loss: a tensor of one element, which is not waited for, or a number.
-                Without it what the closure returned counts, else what `observe` was given, else
+                Without it what `observe` was given counts, else what the closure returned, else
                 the curvature is held. A loss that is not finite counts as none.
 
         Returns:
@@ -228,7 +228,7 @@ class CruxyOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-            loss = result if loss is None else loss
+            loss = result if loss is None and not self._observed else loss
         losses = self._observed if loss is None else [_checks.scalar_loss(loss)]
         self._observed = []
         groups = self._groups()
@@ -371,14 +371,15 @@ class CruxyOptimizer(Optimizer):
         The name and the form are torch's: `torch.compile` runs a method of this name eagerly.
         """
         for param in group["params"]:
-            if param.grad is None:
+            grad = param.grad
+            if grad is None:
                 continue
-            _checks.check_grad(param)
+            _checks.check_grad(grad)
             state = self.state[param]
             if "exp_avg" not in state:
                 state["exp_avg"] = torch.zeros_like(param, dtype=self._first_dtype(param))
             params.append(param)
-            grads.append(param.grad)
+            grads.append(grad)
             exp_avgs.append(state["exp_avg"])
             if group["use_lion"]:
                 continue

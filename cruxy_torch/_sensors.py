@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def sums(
     grads: list[Tensor], gamma: float, scale: Tensor, *, native: bool, foreach: bool
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """`sum g^2` and `sum |g|^gamma` over plain tensors, multiplied by `scale` first (WP 1).
 
     Args:
@@ -30,23 +30,22 @@ def sums(
         foreach: takes torch's foreach calls for the rest.
 
     Returns:
-        Two float32 scalars on the device of `scale`. Each tensor's sum is taken in float32, or in
-        float64 for a float64 gradient.
+        Both as one float32 vector on the device of `scale`. Each tensor's sum is taken in float32,
+        or in float64 for a float64 gradient.
     """
-    squares, powers = [torch.zeros_like(scale)], [torch.zeros_like(scale)]
+    totals = []
     if native:
-        here = [g for g in grads if g.is_cpu]
-        fast, slow = _native.split([here])
+        fast, slow = _native.split([grads])
         if fast:
-            both = _native.sums([here[i] for i in fast], gamma, scale)
-            for part, total in zip(both, (squares, powers), strict=True):
-                total.append(part.to(scale.device))
-        grads = [here[i] for i in slow] + [g for g in grads if not g.is_cpu]
+            totals.append(_native.sums([grads[i] for i in fast], gamma, scale))
+        grads = [grads[i] for i in slow]
     parts = _foreach_parts if foreach else _single_parts
-    for square, power in parts(grads, gamma, scale):
-        squares.append(square.to(scale.device, torch.float32, non_blocking=True))
-        powers.append(power.to(scale.device, torch.float32, non_blocking=True))
-    return torch.stack(squares).sum(), torch.stack(powers).sum()
+    for pair in parts(grads, gamma, scale):
+        pair = torch.stack(pair)
+        totals.append(pair.to(scale.device, torch.float32, non_blocking=True))
+    if len(totals) == 1:
+        return totals[0]
+    return torch.stack(totals).sum(0) if totals else torch.zeros(2, device=scale.device)
 
 
 def _single_parts(grads: list[Tensor], gamma: float, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -114,16 +113,18 @@ def measure(
     """
     fast = {"native": native, "foreach": foreach}
     plain, sharded = _by_mesh(grads)
-    total = torch.stack(sums(plain, gamma, scale, **fast))
+    total = sums(plain, gamma, scale, **fast)
     if found_inf is not None:
         found = found_inf.to(total.device, non_blocking=True).sum() > 0
         total = torch.where(found, math.nan, total)
     known = torch.isfinite(loss)
+    if not sharded and process_group is None:
+        return _signals(total, torch.where(known, loss, math.nan), gamma)
     losses = torch.stack([torch.where(known, loss, 0.0), known.to(torch.float32)])
     for mesh, shares in sharded.items():
         total = total / mesh.size()
         for copies, shards in shares.items():
-            total = total + torch.stack(sums(shards, gamma, scale, **fast)) / copies
+            total = total + sums(shards, gamma, scale, **fast) / copies
         packed = torch.cat([total, losses])
         for axis in range(mesh.ndim):
             dist.all_reduce(packed, group=mesh.get_group(axis))
@@ -132,16 +133,18 @@ def measure(
         packed = torch.cat([total / dist.get_world_size(process_group), losses])
         dist.all_reduce(packed, group=process_group)
         total, losses = packed[:2], packed[2:]
-    root = 1.0 / gamma
-    return Signals(
-        grad_norm=total[0].sqrt(),
-        gamma_norm=total[1] ** root,
-        loss=torch.where(losses[1] > 0.0, losses[0] / losses[1], math.nan),
-    )
+    loss = torch.where(losses[1] > 0.0, losses[0] / losses[1], math.nan)
+    return _signals(total, loss, gamma)
+
+
+def _signals(total: Tensor, loss: Tensor, gamma: float) -> Signals:
+    return Signals(grad_norm=total[0].sqrt(), gamma_norm=total[1] ** (1.0 / gamma), loss=loss)
 
 
 def _by_mesh(grads: list[Tensor]) -> tuple[list[Tensor], dict[Any, dict[int, list[Tensor]]]]:
     """Plain tensors, and local shards by mesh and by how many ranks hold the same shard."""
+    if not any_sharded(grads):
+        return grads, {}
     plain: list[Tensor] = []
     sharded: dict[Any, dict[int, list[Tensor]]] = {}
     for grad in grads:
@@ -160,6 +163,11 @@ def _by_mesh(grads: list[Tensor]) -> tuple[list[Tensor], dict[Any, dict[int, lis
         mesh = grad.device_mesh
         sharded.setdefault(mesh, {}).setdefault(copies, []).append(local(grad))
     return plain, sharded
+
+
+def any_sharded(tensors: list[Tensor]) -> bool:
+    """Whether one of them is a `DTensor`."""
+    return any(is_sharded(t) for t in tensors if type(t) is not Tensor)
 
 
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":

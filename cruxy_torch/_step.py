@@ -1,16 +1,15 @@
 """One step on the device: measure, ask the law, update. Nothing here reads a value on the host."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from cruxy_control import Controls, Law, Signals, meta_learning_rate
 from cruxy_control import betas as controlled_betas
-from cruxy_torch import _controller, _kernels, _native, _sensors
+from cruxy_torch import _controller, _kernels, _native, _numpy, _sensors
 from cruxy_torch._kernels import Options, Scalars, Tensors
 
 
@@ -20,14 +19,14 @@ class Settings:
 
     Attributes:
         law: the control law.
-        template: a state of it, for its structure.
+        names: of the values in its state, see `_controller.names_of`.
         lr_bounds: absolute bounds on each rate before the phase factor.
         momentum_dtype: of first moments; `None` for each parameter's own, float32 for float16.
         power: the bias correction of `cruxy` 2.1.0, see `Options`.
     """
 
     law: Law
-    template: Any
+    names: Any
     lr_bounds: tuple[float, float] | None
     momentum_dtype: torch.dtype | None
     power: bool
@@ -83,63 +82,44 @@ def run(
         native=native,
         foreach=foreach,
     )
-    controls = _controller.advance(settings.law, settings.template, memory, signals)
+    controls = _controller.advance(settings.law, settings.names, memory, signals)
     xp = _controller.namespace(memory)
-    applied = [_scalars(group, controls, settings, xp) for group in groups]
+    applied = [_scalars(group, controls, scale, settings, xp) for group in groups]
     for group, scalars in zip(groups, applied, strict=True):
-        _update(group, _tensors(scalars, scale, group.maximize), native=native, foreach=foreach)
+        _update(group, scalars, native=native, foreach=foreach)
     _report(memory, signals, controls, applied[0])
 
 
-class Applied(NamedTuple):
-    """What a group applies, as scalars of the controller's namespace."""
-
-    rate: Any
-    beta1: Any
-    beta2: Any
-    clip_scale: Any
-    ok: Any
-
-
-def _scalars(group: Group, controls: Controls, settings: Settings, xp: Any) -> Applied:
-    lr, b1, b2 = (
-        value.numpy() if xp is numpy and isinstance(value, Tensor) else value
-        for value in (group.lr, group.b1, group.b2)
+def _scalars(
+    group: Group, controls: Controls, scale: Tensor, settings: Settings, xp: Any
+) -> Scalars:
+    lr, b1, b2, factor = (
+        value.numpy()[()] if xp is _numpy and isinstance(value, Tensor) else value
+        for value in (group.lr, group.b1, group.b2, scale)
     )
     beta1, beta2 = controlled_betas(controls, b1, b2, xp=xp)
     rate = meta_learning_rate(controls, lr, settings.lr_bounds, xp=xp) * controls.phase_scale
-    return Applied(rate, beta1, beta2, controls.clip_scale, controls.ok)
-
-
-def _tensors(applied: Applied, scale: Tensor, maximize: bool) -> Scalars:
-    if not isinstance(applied.ok, Tensor):
-        numbers = torch.from_numpy(numpy.array(applied[:4], numpy.float32))
-        rate, beta1, beta2, clip_scale = numbers.unbind()
-        applied = Applied(rate, beta1, beta2, clip_scale, torch.tensor(bool(applied.ok)))
-    factor = applied.clip_scale * scale
-    scale = -factor if maximize else factor
-    return Scalars(applied.rate, applied.beta1, applied.beta2, scale, applied.ok)
+    factor = controls.clip_scale * factor
+    return Scalars(rate, beta1, beta2, -factor if group.maximize else factor, controls.ok)
 
 
 def _update(group: Group, scalars: Scalars, *, native: bool, foreach: bool) -> None:
     tensors, options = group.tensors, group.options
-    if any(map(_sensors.is_sharded, tensors.grads)):
+    if _sensors.any_sharded(tensors.grads):
         if options.centralize:
             _check_centralizable(tensors.grads)
         tensors = Tensors(*([_sensors.local(t) for t in column] for column in tensors))
+    if native and tensors.params and not options.power:
+        fast, slow = _native.split([column for column in tensors[:4] if column])
+        if fast:
+            _native.update(tensors.select(fast), scalars, options)
+        tensors = tensors.select(slow)
     by_device: dict[torch.device, list[int]] = {}
     for index, param in enumerate(tensors.params):
         by_device.setdefault(param.device, []).append(index)
+    step = _kernels.foreach if foreach else _kernels.single
     for device, indices in by_device.items():
-        part, here = tensors.select(indices), scalars.to(device)
-        if native and device.type == "cpu" and not options.power:
-            fast, slow = _native.split([column for column in part[:4] if column])
-            if fast:
-                _native.update(part.select(fast), here, options)
-            part = part.select(slow)
-        if part.params:
-            step = _kernels.foreach if foreach else _kernels.single
-            step(part, here, options)
+        step(tensors.select(indices), scalars.to(device), options)
 
 
 def _check_centralizable(grads: list[Tensor]) -> None:
@@ -155,7 +135,7 @@ def _check_centralizable(grads: list[Tensor]) -> None:
 
 
 def _report(
-    memory: dict[str, Tensor], signals: Signals, controls: Controls, first: Applied
+    memory: dict[str, Tensor], signals: Signals, controls: Controls, first: Scalars
 ) -> None:
     """Keeps the telemetry; rate and betas are the first group's."""
     values = {**signals._asdict(), **controls._asdict()}

@@ -221,3 +221,19 @@ class TestMetrics:
             models.train(net, optimizer, 2)
             del optimizer
         assert [line["step"] for line in self.lines(path)] == [1, 2, 1, 2]
+
+
+def test_what_was_observed_counts_before_what_the_closure_returned():
+    """Lightning's closure knows the last micro-batch alone; `training_step` observes them all."""
+    net = models.model()
+    optimizer = models.optimizer(net)
+    optimizer.observe(3.0)
+
+    def closure():
+        optimizer.observe(1.0)
+        loss = models.loss_of(net, *models.batch(0))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert optimizer.telemetry()["loss"] == 2.0

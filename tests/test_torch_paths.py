@@ -162,3 +162,15 @@ def test_the_library_is_built_once_and_survives_an_unwritable_cache(monkeypatch,
         assert _native.available()
     finally:
         _native._library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "path", ["single", "foreach", pytest.param("native", marks=needs_compiler)]
+)
+def test_a_group_without_gradients_stays_as_it_is(path):
+    moving, still = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    moving.grad = torch.ones(3)
+    groups = [{"params": [still]}, {"params": [moving]}]
+    CruxyOptimizer(groups, lr=0.1, **PATHS[path]).step()
+    assert torch.equal(still, torch.ones(3))
+    assert torch.all(moving < 1.0)
