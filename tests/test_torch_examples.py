@@ -113,7 +113,7 @@ def test_validation_ends_after_the_last_step(demo):
 
 
 def test_the_model_computes_what_the_jax_model_does(module):
-    nnx = pytest.importorskip("flax").nnx
+    nnx = pytest.importorskip("flax.nnx")
     import jax.numpy as jnp
 
     shape = {"layers": 2, "heads": 2, "width": 16, "context": 8}
