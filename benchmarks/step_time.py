@@ -6,23 +6,19 @@ Only the optimizer: update and apply, jitted, with parameters and state donated.
 `optax.adamw` is taken pair by pair, so that a machine whose speed drifts still gives the right one.
 """
 
-import argparse
 import functools
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks._command import parser, publish
 from benchmarks._environment import environment
 from benchmarks._hlo import copied_bytes, host_calls, reads_of_parameters
 from benchmarks._shapes import SIZES
@@ -150,30 +146,11 @@ def table(result: dict[str, Any]) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures, prints a table and writes JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step_time", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--size", choices=SIZES, default="10m", help="parameter set (default: 10m)")
-    parser.add_argument("--repeats", type=int, default=100, help="rounds that count (default: 100)")
-    parser.add_argument(
-        "--optimizer", choices=OPTIMIZERS, action="append", help="one of several; default: all"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("benchmark-output/step_time.json"),
-        help="where the figures go as JSON (default: %(default)s)",
-    )
-    options = parser.parse_args(arguments)
-    if options.repeats < 2:
-        parser.error(f"--repeats must be at least 2, got {options.repeats}; 100 gives a steady one")
+    options = parser("step_time", __doc__, OPTIMIZERS).parse_args(arguments)
     result = measure(options.size, options.repeats, options.optimizer or list(OPTIMIZERS))
     result["environment"] = environment()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table(result))
-    console.print(f"{result['environment']['device']}, jax {jax.__version__}; {options.output}")
+    line = f"{result['environment']['device']}, jax {jax.__version__}"
+    publish(result, table(result), options.output, line)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,15 @@
 Gradients are the same every step and stay where they are. On a GPU each step is waited for.
 """
 
-import argparse
 import functools
-import json
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks._command import parser, publish
 from benchmarks._environment import environment
 from benchmarks._shapes import SIZES
 from benchmarks._timing import cells, interleave, summary
@@ -113,32 +109,13 @@ def table(result: dict[str, Any]) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures, prints a table and writes JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step_time_torch", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--size", choices=SIZES, default="10m", help="parameter set (default: 10m)")
-    parser.add_argument("--repeats", type=int, default=100, help="rounds that count (default: 100)")
-    parser.add_argument(
-        "--optimizer", choices=OPTIMIZERS, action="append", help="one of several; default: all"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("benchmark-output/step_time_torch.json"),
-        help="where the figures go as JSON (default: %(default)s)",
-    )
-    options = parser.parse_args(arguments)
-    if options.repeats < 2:
-        parser.error(f"--repeats must be at least 2, got {options.repeats}; 100 gives a steady one")
+    command = parser("step_time_torch", __doc__, OPTIMIZERS)
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = command.parse_args(arguments)
     device = torch.device(options.device)
     result = measure(options.size, options.repeats, options.optimizer or list(OPTIMIZERS), device)
     result["environment"] = environment() | {"torch": torch.__version__, "device": str(device)}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table(result))
-    console.print(f"{device}, torch {torch.__version__}; {options.output}")
+    publish(result, table(result), options.output, f"{device}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":
