@@ -4,32 +4,53 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-PACKAGES = ("jax", "jaxlib", "optax", "numpy", "cruxy-optax")
+PACKAGES = ("jax", "jaxlib", "optax", "flax", "torch", "numpy", "cruxy-optax")
 
 
 def environment() -> dict[str, Any]:
     """The facts that belong beside every measured figure."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     return {
-        "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
+        "device": device(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions(PACKAGES),
         "commit": _git("rev-parse", "HEAD"),
         "changed": bool(_git("status", "--porcelain")),
     }
+
+
+def basis(framework: str) -> list[Any]:
+    """What a run's figures depend on besides the project's own code: device and versions.
+
+    Args:
+        framework: "jax" or "torch".
+    """
+    packages = ("jax", "jaxlib", "optax", "flax", "numpy", *(["torch"] * (framework == "torch")))
+    return [device(), _processor(), versions(packages)]
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Installed versions by package; `None` for one that is not installed."""
+    found: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def device() -> str:
+    """The accelerator, or the processor where there is none, as JAX names it."""
+    return f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}"
 
 
 def _processor() -> str:

@@ -1,0 +1,63 @@
+"""Our optimizers in the comparison: the modes, Meta3 part by part, the paper's own settings."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from benchmarks._optimizers import GUARDED_PEERS, PEERS, WEIGHT_DECAY, Optimizer, matrices
+from cruxy_control import Meta3
+from cruxy_optax import meta3, meta_lion, stability_v1, stability_v2, telemetry
+
+SOURCES = ("benchmarks/_*optimizers.py", "cruxy_control/*.py", "cruxy_optax/*.py")
+
+
+def _skips(state: Any) -> Any:
+    return telemetry(state)["skipped_total"]
+
+
+def _controlled(
+    make: Callable[..., Any], label: str, scale: float = 1.0, **options: Any
+) -> Optimizer:
+    def build(rate: Any, steps: int) -> optax.GradientTransformation:
+        return make(rate, **{"weight_decay": WEIGHT_DECAY, "mask": matrices} | options)
+
+    return Optimizer(label, build, scale, skipped=_skips, sources=SOURCES)
+
+
+def _without(label: str, **changes: Any) -> Optimizer:
+    """Meta3 with constants of its law changed."""
+    return _controlled(meta3, f"Meta3 without {label}", law=dataclasses.replace(Meta3(), **changes))
+
+
+CONTROLLED = {
+    "meta3": _controlled(meta3, "Meta3"),
+    "meta_lion": _controlled(meta_lion, "Meta-Lion", scale=0.1),
+    "stability_v1": _controlled(stability_v1, "Stability v1"),
+    "stability_v2": _controlled(stability_v2, "Stability v2"),
+}
+"""Ours."""
+
+ABLATION = {
+    "meta3-no-phase-rate": _without("phase throttle of the rate", phase_strength=0.0),
+    "meta3-no-phase-beta2": _without("phase throttle of beta2", beta2_phase_strength=0.0),
+    "meta3-no-meta-rate": _without("meta rate", rate_gain=0.0),
+    "meta3-no-meta-beta2": _without("meta beta2", beta2_gain=0.0),
+    "meta3-no-curvature": _without("curvature", beta1_gain=0.0),
+    "meta3-no-clip": _without("predictive clip", clip_threshold=None),
+    "meta3-no-debias": _without("debias", debias=False),
+    "meta3-no-nesterov": _controlled(meta3, "Meta3 without Nesterov", nesterov=False),
+}
+"""Meta3 with one part removed each."""
+
+# Section 5 of the paper: Meta-Lion with its own betas, centralized gradients and more decay.
+PUBLISHED = {
+    "meta_lion-paper": _controlled(
+        meta_lion, "Meta-Lion, as published", 0.1, weight_decay=0.2, centralize=True
+    ),
+}
+"""The paper's own settings where they are not the registry's."""
+
+OPTIMIZERS: dict[str, Optimizer] = CONTROLLED | PEERS | GUARDED_PEERS | ABLATION | PUBLISHED
+"""Every optimizer by name."""

