@@ -1,0 +1,60 @@
+"""How the figures are drawn: one look for every benchmark."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito (2008), told apart with any colour vision; the marker tells apart what shares one.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker by name, the same for the same order of names."""
+    return {
+        name: {
+            "color": COLORS[i % len(COLORS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": ("-", (0, (4, 1.5)), (0, (1, 1)))[i // len(COLORS) % 3],
+        }
+        for i, name in enumerate(names)
+    }
+
+
+def one_panel(title: str) -> tuple[Figure, Axes]:
+    """A figure with a single panel."""
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    axes = figure.add_subplot()
+    finish(axes, title)
+    return figure, axes
+
+
+def finish(axes: Axes, title: str) -> None:
+    """Heading, light grid, no box."""
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def dots(axes: Axes, rows: Sequence[tuple[str, float | None, float | None]], unit: str) -> None:
+    """One dot with its error bar a row, the first row on top.
+
+    Args:
+        axes: where to.
+        rows: label, mean and standard error each; a mean of `None` leaves the row empty.
+        unit: of the mean.
+    """
+    places = range(len(rows))
+    for place, (_, mean, error) in zip(places, rows, strict=True):
+        if mean is not None:
+            axes.errorbar(mean, place, xerr=error or 0.0, fmt="o", color=COLORS[0], capsize=3)
+    axes.set_yticks(list(places), [row[0] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{unit}; bars: standard error over seeds")
+
+
+def legend(axes: Axes) -> None:
+    """A legend beside the panel."""
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=3.5)

@@ -1,0 +1,121 @@
+"""How much the learning rate matters: `l*` and `S` of every optimizer over a grid of rates."""
+
+import argparse
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from benchmarks._comparison import Comparison, add_arguments, curve, final, label, rates
+from benchmarks._plots import legend, one_panel, styles
+from benchmarks._protocol import Protocol, Rows
+from benchmarks._statistics import mean
+
+OPTIMIZERS = (
+    "meta3",
+    "meta_lion",
+    "stability_v1",
+    "stability_v2",
+    "adamw",
+    "adamw-cosine",
+    "adamw-wsd",
+    "lion-cosine",
+    "schedule-free",
+    "prodigy",
+    "muon-cosine",
+    "dog",
+)
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    add_arguments(parser, optimizers=OPTIMIZERS)
+
+
+def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    comparison = Comparison(options, console)
+    grid = comparison.over_grid(options.optimizer)
+    found: dict[str, Any] = {}
+    for name, by_rate in grid.items():
+        losses = {rate: mean(list(final(records).values())) for rate, records in by_rate.items()}
+        diverged = {
+            rate: sum(not np.isfinite(r.held_out[-1]) for r in records.values())
+            for rate, records in by_rate.items()
+        }
+        at_best = curve(by_rate)
+        found[name] = {
+            "label": label(name),
+            "best": at_best.best,
+            "best_error": losses[at_best.best_rate].error,
+            "best_rate": at_best.best_rate,
+            "at_edge": at_best.at_edge,
+            "sensitivity": at_best.sensitivity,
+            "losses": [value.mean for value in losses.values()],
+            "errors": [value.error for value in losses.values()],
+            "diverged": list(diverged.values()),
+        }
+    starts = [r.start for records in grid[options.optimizer[0]].values() for r in records.values()]
+    return comparison.described() | {
+        "grid": {name: list(rates(name)) for name in options.optimizer},
+        "start": float(np.mean(starts)),
+        "optimizers": found,
+    }
+
+
+def _rows(result: dict[str, Any]) -> Rows:
+    ordered = sorted(result["optimizers"].values(), key=lambda row: row["best"])
+    return Rows(
+        ("optimizer", "best held-out loss l*", "at rate", "sensitivity S", "diverged runs"),
+        [
+            (
+                row["label"],
+                f"{row['best']:.3f} \u00b1 {row['best_error'] or 0.0:.3f}",
+                f"{row['best_rate']:g}" + (" (edge)" if row["at_edge"] else ""),
+                f"{row['sensitivity']:.3f}",
+                f"{sum(row['diverged'])} of {len(row['losses']) * len(result['seeds'])}",
+            )
+            for row in ordered
+        ],
+    )
+
+
+def _draw(result: dict[str, Any]) -> Figure:
+    work = result["workload"]
+    figure, axes = one_panel(f"{work['name']}, {work['steps']:,} steps")
+    look = styles(result["optimizers"])
+    for name, row in result["optimizers"].items():
+        grid = np.array(result["grid"][name])
+        centre = grid[len(grid) // 2]
+        axes.errorbar(
+            grid / centre,
+            row["losses"],
+            yerr=[error or 0.0 for error in row["errors"]],
+            label=f"{row['label']} (1 = {centre:g})",
+            linewidth=1.2,
+            markersize=4,
+            capsize=2,
+            **look[name],
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("rate, relative to the middle of the optimizer's grid")
+    axes.set_ylabel(work["unit"])
+    bests = [row["best"] for row in result["optimizers"].values()]
+    axes.set_ylim(min(bests) - 0.05 * (result["start"] - min(bests)), result["start"])
+    legend(axes)
+    return figure
+
+
+PROTOCOL = Protocol(
+    name="rate-sensitivity",
+    title="Learning-rate sensitivity.",
+    reading=(
+        "Every optimizer is run at seven rates over three decades. l* is its lowest held-out loss, "
+        "S the mean over the rates of what the loss lies above l*, with a run that diverged or got "
+        "worse counted as not trained at all (Wortsman et al. 2023, arXiv:2309.14322). Read both: "
+        "a bad optimizer can be insensitive."
+    ),
+    arguments=_arguments,
+    measure=_measure,
+    rows=_rows,
+    draw=_draw,
+)

@@ -1,0 +1,152 @@
+"""Turns the benchmarks' figures into `docs/evidence.md`: tables, plots, commands, machine.
+
+Figures that do not belong together are refused: those of a working tree with changes that no commit
+holds, and tables of one benchmark that were taken at different commits or on different grids.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.__main__ import MODULES, protocol
+from benchmarks._protocol import OUTPUT, Protocol, Rows
+
+DOCS = Path("docs")
+
+INTRODUCTION = """# Evidence
+
+Everything below is made by one command each, written under its table, and this page by
+`python -m benchmarks report`. Losses are means over seeds on data that training does not see, with
+standard errors; every optimizer is tuned with the same number of trials of its rate and nothing
+else. Where ours lose, the table shows it.
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Writes the page.
+
+    Args:
+        argv: the arguments, without the name of the command.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks report", description="Writes docs/evidence.md from the figures."
+    )
+    parser.add_argument(
+        "--input", type=Path, default=OUTPUT, help="where the figures are (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--docs", type=Path, default=DOCS, help="where the page goes (default: %(default)s)"
+    )
+    options = parser.parse_args(argv)
+    try:
+        results = read(options.input)
+        page = write(results)
+    except ValueError as error:
+        parser.error(str(error))
+    folder = options.docs / "evidence"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in results:
+        for file in (path, path.with_suffix(".png")):
+            if file.parent.resolve() != folder.resolve():
+                shutil.copy(file, folder)
+    (options.docs / "evidence.md").write_text(page)
+    print(f"{options.docs / 'evidence.md'}: {len(results)} tables")
+
+
+def read(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The figures in a folder, by file, once they were found to belong together.
+
+    Raises:
+        ValueError: if there are none, or some do not belong together; the message says which and
+            what to do.
+    """
+    paths = [path for name in MODULES for path in sorted(folder.glob(f"{name}-*.json"))]
+    if not paths:
+        raise ValueError(
+            f"--input must hold figures of the benchmarks, got {folder}, which holds none; "
+            "run python -m benchmarks rate-sensitivity."
+        )
+    results = {path: json.loads(path.read_text()) for path in paths}
+    for path, result in results.items():
+        if result["environment"]["changed"]:
+            raise ValueError(
+                f"{path.name} was measured with changes that no commit holds; commit them and run "
+                f"{result['command']} again."
+            )
+    for name in MODULES:
+        same = {path: result for path, result in results.items() if result["protocol"] == name}
+        check_alike(same)
+    return results
+
+
+def check_alike(results: dict[Path, dict[str, Any]]) -> None:
+    """Refuses tables of one benchmark whose commit, or an optimizer's grid, differ.
+
+    Raises:
+        ValueError: if they do.
+    """
+    commits: dict[str, Path] = {}
+    grids: dict[str, tuple[Path, Any]] = {}
+    for path, result in results.items():
+        commits.setdefault(result["environment"]["commit"], path)
+        for optimizer, grid in result.get("grid", {}).items():
+            first, known = grids.setdefault(optimizer, (path, grid))
+            if known != grid:
+                raise ValueError(
+                    f"{optimizer} has the grid {known} in {first.name} and {grid} in {path.name}; "
+                    "run one of them again."
+                )
+    if len(commits) > 1:
+        listed = ", ".join(f"{path.name} at {commit[:10]}" for commit, path in commits.items())
+        raise ValueError(f"figures of one benchmark need one commit, got {listed}; run them again.")
+
+
+def write(results: dict[Path, dict[str, Any]]) -> str:
+    """The page as Markdown."""
+    parts = [INTRODUCTION]
+    shown = ""
+    for path, result in results.items():
+        found = protocol(result["protocol"])
+        if found.name != shown:
+            parts.append(_heading(found))
+            shown = found.name
+        parts.append(_section(path, result, found))
+    return "\n".join(parts)
+
+
+def _heading(found: Protocol) -> str:
+    return f"## {found.title.rstrip('.')}\n\n{found.reading}\n"
+
+
+def _section(path: Path, result: dict[str, Any], found: Protocol) -> str:
+    environment = result["environment"]
+    packages = ", ".join(
+        f"{name} {version}" for name, version in environment["versions"].items() if version
+    )
+    facts = [
+        f"{environment['processor']}, {environment['cores']} cores; {environment['device']}",
+        f"Python {environment['python']}, {packages}",
+        f"commit {environment['commit'][:10]}",
+    ]
+    if "seeds" in result:
+        facts.insert(0, f"seeds {', '.join(map(str, result['seeds']))}")
+    return "\n".join(
+        [
+            f"### {result['part']}\n",
+            _markdown(found.rows(result)),
+            f"\n![{found.title} {result['part']}](evidence/{path.stem}.png)\n",
+            f"```console\n$ {result['command']}\n```\n",
+            f"{'; '.join(facts)}. [Figures as JSON](evidence/{path.name}).\n",
+        ]
+    )
+
+
+def _markdown(rows: Rows) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+    marks = ["---", *["---:"] * (len(rows.headers) - 1)]
+    return "\n".join([line(rows.headers), line(marks), *(line(row) for row in rows.rows)])

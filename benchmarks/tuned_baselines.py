@@ -1,0 +1,98 @@
+"""Everybody at their best: the rate tuned with the same number of trials, then fresh seeds."""
+
+import argparse
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from benchmarks._comparison import Comparison, add_arguments, curve, final, label, rates
+from benchmarks._plots import dots, one_panel
+from benchmarks._protocol import Protocol, Rows
+from benchmarks._statistics import mean, paired
+
+OPTIMIZERS = (
+    "meta3",
+    "meta_lion",
+    "adamw",
+    "adamw-cosine",
+    "lion-cosine",
+    "schedule-free",
+    "prodigy",
+    "muon-cosine",
+)
+REFERENCE = "adamw-cosine"
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    add_arguments(parser, optimizers=OPTIMIZERS)
+
+
+def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    comparison = Comparison(options, console)
+    names = list(dict.fromkeys([REFERENCE, *options.optimizer]))
+    best = {name: curve(runs) for name, runs in comparison.over_grid(names).items()}
+    fresh = tuple(seed + options.seeds for seed in comparison.seeds)
+    tasks = {
+        (name, seed): comparison.task(name, best[name].best_rate, seed)
+        for name in names
+        for seed in fresh
+    }
+    runs = comparison.run(tasks.values())
+    losses = {name: final({seed: runs[tasks[name, seed]] for seed in fresh}) for name in names}
+    rows = {}
+    for name in names:
+        at_end, difference = mean([*losses[name].values()]), paired(losses[name], losses[REFERENCE])
+        rows[name] = {
+            "label": label(name),
+            "rate": best[name].best_rate,
+            "at_edge": best[name].at_edge,
+            "loss": at_end.mean,
+            "error": at_end.error,
+            "difference": difference.mean,
+            "difference_error": difference.error,
+        }
+    return comparison.described() | {
+        "grid": {name: list(rates(name)) for name in names},
+        "fresh_seeds": list(fresh),
+        "optimizers": rows,
+    }
+
+
+def _rows(result: dict[str, Any]) -> Rows:
+    ordered = sorted(result["optimizers"].values(), key=lambda row: row["loss"])
+    return Rows(
+        ("optimizer", "tuned rate", "held-out loss", f"minus {REFERENCE}, paired by seed"),
+        [
+            (
+                row["label"],
+                f"{row['rate']:g}" + (" (edge)" if row["at_edge"] else ""),
+                f"{row['loss']:.3f} \u00b1 {row['error'] or 0.0:.3f}",
+                f"{row['difference']:+.3f} \u00b1 {row['difference_error'] or 0.0:.3f}",
+            )
+            for row in ordered
+        ],
+    )
+
+
+def _draw(result: dict[str, Any]) -> Figure:
+    work = result["workload"]
+    figure, axes = one_panel(f"{work['name']}, {work['steps']:,} steps, everybody tuned alike")
+    ordered = sorted(result["optimizers"].values(), key=lambda row: row["loss"])
+    dots(axes, [(row["label"], row["loss"], row["error"]) for row in ordered], work["unit"])
+    return figure
+
+
+PROTOCOL = Protocol(
+    name="tuned-baselines",
+    title="Every optimizer at its best rate.",
+    reading=(
+        "The rate of each is chosen from its own grid of seven by the mean held-out loss over the "
+        "first seeds; the figures are then taken with as many fresh ones. Compared at the end of "
+        "the budget only, which is where a schedule is best."
+    ),
+    arguments=_arguments,
+    measure=_measure,
+    rows=_rows,
+    draw=_draw,
+)
