@@ -57,18 +57,20 @@ def matrices(params: Any) -> Any:
 
 def warm_up_cosine(rate: Any, steps: int) -> optax.Schedule:
     """Linear warm-up over a tenth of the run, then a cosine to zero."""
-    return optax.schedules.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps)
+    shape = optax.schedules.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10, steps)
+    return lambda count: rate * shape(count)
 
 
 def warm_up_stable_decay(rate: Any, steps: int) -> optax.Schedule:
     """Linear warm-up over a tenth, constant, and over the last fifth linearly to zero."""
     up, down = steps // 10, steps // 5
     parts = [
-        optax.schedules.linear_schedule(0.0, rate, up),
-        optax.schedules.constant_schedule(rate),
-        optax.schedules.linear_schedule(rate, 0.0, down),
+        optax.schedules.linear_schedule(0.0, 1.0, up),
+        optax.schedules.constant_schedule(1.0),
+        optax.schedules.linear_schedule(1.0, 0.0, down),
     ]
-    return optax.schedules.join_schedules(parts, [up, steps - down])
+    shape = optax.schedules.join_schedules(parts, [up, steps - down])
+    return lambda count: rate * shape(count)
 
 
 def _adamw(rate: Any, steps: int) -> optax.GradientTransformation:

@@ -36,7 +36,7 @@ class Record(NamedTuple):
         start: the held-out figure of the initial weights.
         held_out: the figure after each of the task's `evaluate_at`; NaN where it is not finite.
         losses: the training loss of every step.
-        finite: whether every number in parameters and optimizer state is finite at the end.
+        finite: whether parameters and moments are finite at the end and nothing is NaN.
         skipped: steps the guard skipped; `None` where there is no guard.
         state_bytes_per_parameter: of the optimizer's state.
         seconds: of the whole run, compilation included.

@@ -114,7 +114,8 @@ def sweep(
             line = {"source": _source(task), "task": to_json(task), "record": to_json(record)}
             out.write(json.dumps(line) + "\n")
             out.flush()
-            done[task] = record
+            # As a later command will read it.
+            done[task] = record_from_json(line["record"])
             newest = f"{task.optimizer} {task.rate:g}: {record.held_out[-1]:.3f}"
             bar.update(shown, advance=1, newest=newest)
     return {task: done[task] for task in wanted}

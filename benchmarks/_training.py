@@ -138,7 +138,9 @@ class _Programs(NamedTuple):
 
         def inspect(carry: Any) -> Any:
             leaves = [x for x in jax.tree.leaves(carry) if jnp.issubdtype(x.dtype, jnp.inexact)]
-            finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in leaves]))
+            # A scalar may be infinite on purpose, such as the threshold of a law that never clips.
+            bad = [jnp.isnan(x) if x.ndim == 0 else ~jnp.isfinite(x).all() for x in leaves]
+            finite = ~jnp.any(jnp.array(bad))
             return finite, optimizer.skipped(carry[1])
 
         return cls(

@@ -1,0 +1,337 @@
+"""The benchmarks' instruments give the known answer where there is one."""
+
+import argparse
+import itertools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from rich.console import Console
+
+from benchmarks import _comparison, _sweep, _training, report
+from benchmarks.__main__ import MODULES, main, protocol
+from benchmarks._optimizers import GUARDED_PEERS, PEERS, RATES, Optimizer
+from benchmarks._our_optimizers import OPTIMIZERS
+from benchmarks._runs import Task
+from benchmarks._statistics import mean, paired, sensitivity
+from benchmarks.faults import FAULTS
+from benchmarks.stability_stress import recovery
+from benchmarks.workloads import Workload
+
+QUIET = Console(quiet=True)
+STEPS = 40
+
+
+def quadratic(name="quadratic", data=None):
+    """Half the squared distance to a target that the seed chooses; every batch is the same."""
+
+    def batches(seed):
+        return itertools.repeat(np.full(3, 1.0 + seed, np.float32))
+
+    return Workload(
+        name="quadratic",
+        steps=STEPS,
+        unit="loss",
+        init=lambda seed: {"x": jnp.zeros(3), "m": jnp.full((2, 2), 1.0 + seed)},
+        loss=lambda p, target: 0.5 * jnp.sum((p["x"] - target) ** 2) + 0.5 * jnp.sum(p["m"] ** 2),
+        batches=batches,
+        held_out=lambda p: 0.5 * jnp.sum(p["m"] ** 2),
+        settings={},
+    )
+
+
+@pytest.fixture(autouse=True)
+def known_workload(monkeypatch):
+    """Every workload is the quadratic, and plain gradient descent an optimizer."""
+    monkeypatch.setattr(_training, "load", quadratic)
+    monkeypatch.setattr(_comparison, "load", quadratic)
+    descent = Optimizer("SGD", lambda rate, steps: optax.sgd(rate))
+    monkeypatch.setitem(OPTIMIZERS, "sgd", descent)
+    _training._Programs.of.cache_clear()
+    yield
+    _training._Programs.of.cache_clear()
+
+
+def task(optimizer="sgd", rate=0.1, seed=0, **changes):
+    return Task("quadratic", optimizer, rate, seed, STEPS, (10, 20, STEPS))._replace(**changes)
+
+
+def test_gradient_descent_on_a_quadratic_gives_the_closed_form():
+    record = _training.train([task(rate=0.1, seed=1)])[0]
+    # Every coordinate of m starts at 2 and shrinks by 0.9 a step; four of them, halved squares.
+    expected = [0.5 * 4 * (2.0 * 0.9**n) ** 2 for n in (10, 20, STEPS)]
+    assert record.start == 8.0
+    np.testing.assert_allclose(record.held_out, expected, rtol=STEPS * 2**-22)
+    first = [0.5 * 3 * 2.0**2 + 8.0, (0.5 * 3 * 2.0**2 + 8.0) * 0.81]
+    np.testing.assert_allclose(record.losses[:2], first, rtol=1e-6)
+    assert len(record.losses) == STEPS
+    assert record.final_training_loss(2) == pytest.approx(np.mean(record.losses[-2:]))
+    assert record.finite
+    assert record.skipped is None
+
+
+def test_diverged_run_is_seen():
+    record = _training.train([task(rate=1e4)])[0]
+    assert math.isnan(record.held_out[-1])
+    assert not record.finite
+
+
+@pytest.mark.parametrize("name", ["adamw-cosine", "meta3", "schedule-free"])
+def test_runs_trained_together_equal_runs_trained_alone(name):
+    tasks = [task(name, rate, seed) for rate in (1e-2, 1e-1) for seed in (0, 1)]
+    together = _training.train(tasks)
+    for alone, same in zip(tasks, together, strict=True):
+        np.testing.assert_allclose(_training.train([alone])[0].held_out, same.held_out, rtol=1e-4)
+
+
+def test_runs_of_different_optimizers_are_not_trained_together():
+    with pytest.raises(ValueError, match="rate and seed alone"):
+        _training.train([task("sgd"), task("adamw")])
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_every_optimizer_runs_with_a_traced_rate(name):
+    record = _training.train([task(name, OPTIMIZERS[name].rates()[3])])[0]
+    assert record.finite
+    assert record.held_out[-1] < record.start
+    guarded = name not in PEERS and name != "adamw-clipped"
+    assert record.skipped == (0 if guarded else None)
+
+
+def test_schedule_ends_at_zero():
+    from benchmarks._optimizers import warm_up_cosine, warm_up_stable_decay
+
+    for schedule in (warm_up_cosine(1.0, 100), warm_up_stable_decay(1.0, 100)):
+        values = [float(schedule(step)) for step in range(101)]
+        assert values[0] == 0.0
+        assert max(values) == pytest.approx(1.0)
+        assert values[100] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_sensitivity_equals_the_hand_computed_figure():
+    # Counted: 3 (capped at the start), 1, 2, 3 (no number). Above the best: 2, 0, 1, 2.
+    losses = {1e-3: 5.0, 1e-2: 1.0, 1e-1: 2.0, 1.0: math.nan}
+    found = sensitivity(losses, start=3.0)
+    assert found.best == 1.0
+    assert found.best_rate == 1e-2
+    assert found.sensitivity == (2 + 0 + 1 + 2) / 4
+    assert not found.at_edge
+    assert sensitivity({1.0: 1.0, 2.0: 2.0}, start=3.0).at_edge
+
+
+def test_mean_and_its_error_equal_the_hand_computed_figures():
+    found = mean([1.0, 3.0])
+    assert (found.mean, found.error, found.count) == (2.0, 1.0, 2)
+    assert math.isnan(mean([1.0]).error)
+
+
+def test_paired_difference_leaves_out_what_the_seed_does_to_both():
+    found = paired({0: 10.5, 1: 0.5}, {0: 10.0, 1: 0.0})
+    assert (found.mean, found.error) == (0.5, 0.0)
+    with pytest.raises(ValueError, match="same seeds"):
+        paired({0: 1.0}, {1: 1.0})
+
+
+def test_every_grid_spans_the_same_decades():
+    for optimizer in OPTIMIZERS.values():
+        grid = optimizer.rates()
+        assert len(grid) == len(RATES)
+        assert grid[-1] / grid[0] == pytest.approx(RATES[-1] / RATES[0], rel=1e-4)
+
+
+TASKS = [task(rate=rate, seed=seed) for rate in (0.1, 0.2) for seed in (0, 1)]
+
+
+def outcome(runs):
+    """What has to be the same; seconds need not."""
+    return {key: value._replace(seconds=0.0) for key, value in runs.items()}
+
+
+def test_sweep_that_was_interrupted_equals_one_that_was_not(tmp_path):
+    whole = _sweep.sweep(TASKS, tmp_path / "whole.jsonl", workers=0, console=QUIET)
+    cut = tmp_path / "cut.jsonl"
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines()
+    # Two finished runs and the line that a crash cut short.
+    cut.write_text("\n".join([*lines[:2], lines[2][:50]]) + "\n")
+    resumed = _sweep.sweep(TASKS, cut, workers=0, console=QUIET)
+    assert outcome(resumed) == outcome(whole)
+    assert outcome(_sweep.finished(cut)) == outcome(whole)
+
+
+def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
+    store = tmp_path / "runs.jsonl"
+    first = _sweep.sweep(TASKS, store, workers=0, console=QUIET)
+    monkeypatch.setattr(_sweep, "_train", lambda tasks: pytest.fail("run again"))
+    assert _sweep.sweep(TASKS, store, workers=0, console=QUIET) == first
+
+
+def test_runs_of_other_code_are_run_again(tmp_path, monkeypatch):
+    store = tmp_path / "runs.jsonl"
+    _sweep.sweep(TASKS, store, workers=0, console=QUIET)
+    monkeypatch.setattr(_sweep, "source", lambda *_: "another")
+    assert _sweep.finished(store) == {}
+
+
+def test_source_of_a_peer_does_not_depend_on_ours_and_that_of_ours_does():
+    ours, theirs = OPTIMIZERS["meta3"].sources, OPTIMIZERS["adamw"].sources
+    assert "cruxy_optax/*.py" in ours
+    assert not any(pattern.startswith("cruxy") for pattern in theirs)
+
+
+def test_failed_run_says_which(tmp_path, monkeypatch):
+    monkeypatch.setattr(_training, "load", lambda *_: 1 / 0)
+    with pytest.raises(RuntimeError, match=r"rate=0\.1.*division by zero"):
+        _sweep.sweep(TASKS[:1], tmp_path / "runs.jsonl", workers=0, console=QUIET)
+
+
+def test_faults_do_what_they_say():
+    grads = {"a": jnp.ones(2), "b": jnp.full((2, 2), 2.0)}
+    assert FAULTS["times-1000"].gradients(grads)["b"][0, 0] == 2000.0
+    huge = FAULTS["huge"].gradients(grads)
+    assert float(huge["b"].max()) == pytest.approx(1e30)
+    assert jnp.sum(huge["b"] == 2.0) == 3
+    assert jnp.isnan(FAULTS["nan"].gradients(grads)["a"]).all()
+    assert jnp.isfinite(FAULTS["nan"].gradients(grads)["b"]).all()
+    assert jnp.isinf(FAULTS["inf"].gradients(grads)["a"]).all()
+    batch = {"x": np.ones(3), "y": np.arange(50)}
+    shuffled = FAULTS["labels"].batch(batch)
+    assert sorted(shuffled["y"]) == list(range(50))
+    assert (shuffled["y"] != batch["y"]).any()
+    assert FAULTS["twice-1000"].strikes(10) == (2, 3, 4, 5, 6, 7)
+
+
+def test_fault_strikes_the_run_at_its_steps_alone():
+    clean, hit = (_training.train([task(fault=fault)])[0] for fault in ("none", "times-1000"))
+    first = FAULTS["times-1000"].strikes(STEPS)[0]
+    # The loss is taken before the step: the one after the strike is the first that differs.
+    assert hit.losses[: first + 1] == clean.losses[: first + 1]
+    assert hit.losses[first + 1] > 1000 * clean.losses[first + 1]
+
+
+@pytest.mark.parametrize("fault", ["nan", "inf", "huge"])
+def test_guard_and_its_counter_are_seen_by_the_stress_run(fault):
+    guarded, plain = (
+        _training.train([task(name, 1e-2, fault=fault)])[0] for name in ("meta3", "adamw")
+    )
+    assert guarded.skipped == 3
+    assert guarded.finite
+    # Adam's second moment overflows on a finite 1e30 too; nothing moves after that.
+    assert not plain.finite
+
+
+def test_recovery_is_the_longest_wait():
+    clean = (1.0,) * 100
+    losses = [1.0] * 100
+    losses[11:14] = [3.0] * 3
+    losses[51:58] = [3.0] * 7
+    assert recovery(tuple(losses), clean, strikes=(10, 50)) == 7
+    assert recovery((1.0,) * 10 + (3.0,) * 90, clean, strikes=(9,)) is None
+
+
+def figures(tmp_path, name="rate-sensitivity", **changes):
+    """Runs a small benchmark and changes its figures."""
+    main([name, "--workers", "0", "--seeds", "2", "--output", str(tmp_path), *ARGUMENTS[name]])
+    path = next(tmp_path.glob(f"{name}-*.json"))
+    result = json.loads(path.read_text())
+    result["environment"] |= {"changed": False, "commit": "a" * 40} | changes
+    path.write_text(json.dumps(result))
+    return path, result
+
+
+ARGUMENTS = {
+    "rate-sensitivity": ["--optimizer", "adamw", "meta3"],
+    "tuned-baselines": ["--optimizer", "meta3"],
+    "anytime": ["--optimizer", "meta3"],
+    "ablation": ["--optimizer", "meta3-no-clip"],
+    "stability-stress": ["--optimizer", "meta3", "adamw-clipped", "--fault", "nan", "labels"],
+    "paper-table": ["--optimizer", "adamw"],
+}
+
+
+@pytest.mark.parametrize("name", sorted(ARGUMENTS))
+def test_benchmark_writes_figures_plot_and_report(name, tmp_path, capsys):
+    _, result = figures(tmp_path, name)
+    assert "quadratic" in next(tmp_path.glob("*.png")).name
+    assert result["command"].startswith(f"python -m benchmarks {name} --workers 0")
+    assert str(tmp_path) not in result["command"]
+    assert result["seeds"] == [0, 1]
+    report.main(["--input", str(tmp_path), "--docs", str(tmp_path / "docs")])
+    page = (tmp_path / "docs/evidence.md").read_text()
+    for row in protocol(name).rows(result).rows:
+        assert f"| {row[0]} | {row[1]} |" in page
+    assert f"$ {result['command']}" in page
+    assert (tmp_path / f"docs/evidence/{name}-quadratic.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"environment": {"changed": True}}, "no commit holds"),
+        ({"environment": {"commit": "b" * 40}}, "one commit"),
+        ({"grid": {"adamw": [1.0, 2.0]}}, "adamw has the grid"),
+    ],
+    ids=["uncommitted", "commit", "grid"],
+)
+def test_report_refuses_figures_that_do_not_belong_together(changes, message, tmp_path, capsys):
+    path, result = figures(tmp_path)
+    other = {**result, "part": "other"}
+    other["environment"] = result["environment"] | changes.get("environment", {})
+    other["grid"] = changes.get("grid", result["grid"])
+    path.with_name("rate-sensitivity-other.json").write_text(json.dumps(other))
+    with pytest.raises(SystemExit) as stopped:
+        report.main(["--input", str(tmp_path), "--docs", str(tmp_path / "docs")])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "docs").exists()
+
+
+def test_report_without_figures_says_what_to_run(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        report.main(["--input", str(tmp_path)])
+    assert "python -m benchmarks rate-sensitivity" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nothing"], "invalid choice"),
+        (["rate-sensitivity", "--optimizer", "nothing"], "must be one of meta3"),
+        (["rate-sensitivity", "--steps", "10"], "multiple of 4"),
+        (["rate-sensitivity", "--seeds", "0"], "at least 1"),
+        (["anytime", "--workers", "-1"], "at least 0"),
+    ],
+)
+def test_bad_arguments_are_refused(argv, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        main([*argv, *(["--output", str(tmp_path)] if len(argv) > 1 else [])])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_every_benchmark_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    assert f"python -m benchmarks {name}" in capsys.readouterr().out
+
+
+def test_no_name_stands_twice_in_the_registry():
+    assert not PEERS.keys() & GUARDED_PEERS.keys()
+    labels = [optimizer.label for optimizer in OPTIMIZERS.values()]
+    assert len(set(labels)) == len(labels)
+
+
+def test_over_grid_runs_every_rate_with_every_seed(tmp_path):
+    parser = argparse.ArgumentParser()
+    _comparison.add_arguments(parser, optimizers=("sgd",))
+    options = parser.parse_args(["--seeds", "2", "--workers", "0"])
+    options.output = tmp_path
+    by_rate = _comparison.Comparison(options, QUIET).over_grid(["sgd"])["sgd"]
+    assert tuple(by_rate) == OPTIMIZERS["sgd"].rates()
+    assert all(tuple(records) == (0, 1) for records in by_rate.values())
+    assert jax.default_backend() == "cpu" or options.workers == 0
