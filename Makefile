@@ -5,7 +5,7 @@ VENV ?= .venv
 ARGS ?=
 
 demo_EXTRAS := jax,examples
-dev_EXTRAS := jax,torch,hf,examples,test
+dev_EXTRAS := jax,torch,hf,examples,bench,test
 docs_EXTRAS := docs
 
 DEMO := $(VENV)-demo/bin
@@ -46,8 +46,7 @@ docs: $(VENV)-docs/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
 
 bench: $(VENV)-dev/.installed
-	$(DEV)/python -m benchmarks.step_time $(ARGS)
-	$(DEV)/python -m benchmarks.step_time_torch $(ARGS)
+	$(DEV)/python -m benchmarks step-time $(ARGS)
 
 clean:
 	rm -rf $(VENV)-demo $(VENV)-dev $(VENV)-docs

@@ -55,6 +55,24 @@ def dots(axes: Axes, rows: Sequence[tuple[str, float | None, float | None]], uni
     axes.set_xlabel(f"{unit}; bars: standard error over seeds")
 
 
+def bars(axes: Axes, rows: Sequence[tuple[str, float, str, str]], unit: str) -> None:
+    """One bar a row, the first row on top.
+
+    Args:
+        axes: where to.
+        rows: label, value, the text at the bar's end and the bar's colour each.
+        unit: of the values.
+    """
+    labels, values, texts, colors = zip(*rows, strict=True)
+    drawn = axes.barh(range(len(rows)), values, color=colors)
+    axes.bar_label(drawn, [f" {text}" for text in texts])
+    axes.set_yticks(range(len(rows)), labels)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+
+
 def legend(axes: Axes) -> None:
     """A legend beside the panel."""
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=3.5)

@@ -92,7 +92,7 @@ def run(protocol: Protocol, argv: Sequence[str]) -> None:
     rows = protocol.rows(result)
     table = Table(title=protocol.title)
     for i, header in enumerate(rows.headers):
-        table.add_column(header, justify="right" if i else "left")
+        table.add_column(header, justify="right" if i else "left", no_wrap=not i)
     for row in rows.rows:
         table.add_row(*row)
     console.print(table)

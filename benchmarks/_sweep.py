@@ -39,12 +39,14 @@ def source(framework: str, optimizer: str, workload: str) -> str:
         workload: a name that `workloads.load` knows.
     """
     family = workload.partition("-")[0]
+    is_torch = framework == "torch"
     patterns = [
         *entry(framework, optimizer).sources,
         ENGINES[framework],
         "benchmarks/faults.py",
         "benchmarks/workloads/__init__.py",
-        f"benchmarks/workloads/{family}*.py",
+        f"benchmarks/workloads/{family}.py",
+        *([f"benchmarks/workloads/*{suffix}.py" for suffix in ("_torch", "_twins")] * is_torch),
         *(MODEL_FILES if family == "shakespeare" else ()),
     ]
     digest = hashlib.sha256(json.dumps(basis(framework)).encode())

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rich.console import Console
 from rich.progress import track
 
 WARM_UP = 3
@@ -12,17 +13,18 @@ WARM_UP = 3
 
 
 def interleave(
-    candidates: Mapping[str, Callable[[], float]], repeats: int
+    candidates: Mapping[str, Callable[[], float]], repeats: int, console: Console | None = None
 ) -> dict[str, list[float]]:
     """Seconds of each candidate in each round that counts, in a new order each round.
 
     Args:
         candidates: by name, what runs once and returns its seconds.
         repeats: rounds that count.
+        console: where progress is shown; `None` for the standard output.
     """
     order, shuffle = list(candidates), random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in track(range(repeats + WARM_UP), description="timing"):
+    for _ in track(range(repeats + WARM_UP), "timing", console=console):
         shuffle.shuffle(order)
         for name in order:
             seconds[name].append(candidates[name]())

@@ -1,12 +1,9 @@
 """The instruments measure what they say."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import step_time, step_time_torch
 from benchmarks._hlo import copied_bytes, host_calls, reads_of_parameters
 from benchmarks._shapes import SIZES
 from benchmarks._timing import interleave, summary
@@ -61,33 +58,3 @@ def test_host_callback_is_seen():
 def test_copies_are_counted_in_bytes():
     text = "ENTRY %main (p: f32[64,64]) -> f32[64,64] {\n  %c = f32[64,64]{1,0} copy(%p)\n}\n"
     assert copied_bytes(text) == 64 * 64 * 4
-
-
-def test_step_time_writes_what_it_prints(tmp_path, capsys):
-    path = tmp_path / "out.json"
-    step_time.main(["--size", "0.1m", "--repeats", "3", "--output", str(path)])
-    rows = json.loads(path.read_text())["optimizers"]
-    assert rows["optax.adamw"]["ratio"] == 1.0
-    assert rows["meta3"]["state_bytes_per_parameter"] == pytest.approx(8, abs=0.02)
-    assert rows["meta_lion"]["state_bytes_per_parameter"] == pytest.approx(4, abs=0.02)
-    assert rows["meta_lion bfloat16"]["state_bytes_per_parameter"] == pytest.approx(2, abs=0.02)
-    assert all(row["host_calls"] == 0 for row in rows.values())
-    assert "meta_lion" in capsys.readouterr().out
-
-
-def test_step_time_torch_writes_what_it_prints(tmp_path, capsys):
-    pytest.importorskip("torch")
-    path = tmp_path / "out.json"
-    step_time_torch.main(["--size", "0.1m", "--repeats", "3", "--output", str(path)])
-    rows = json.loads(path.read_text())["optimizers"]
-    assert rows["meta3"]["state_bytes_per_parameter"] == pytest.approx(8, abs=0.03)
-    assert rows["meta_lion"]["state_bytes_per_parameter"] == pytest.approx(4, abs=0.03)
-    assert "AdamW foreach" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("module", [step_time, step_time_torch])
-def test_bad_arguments_exit_with_a_message(module, capsys):
-    with pytest.raises(SystemExit) as stop:
-        module.main(["--repeats", "1"])
-    assert stop.value.code == 2
-    assert "--repeats must be at least 2, got 1" in capsys.readouterr().err

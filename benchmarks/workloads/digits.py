@@ -1,0 +1,171 @@
+"""Small image classifiers on scikit-learn's digits: a convolutional net and a vision transformer.
+
+1,797 real images of 8 x 8 pixels, of which a fifth, drawn evenly over the ten digits, is held out.
+No augmentation: with 1,437 images a net soon fits them all, so the held-out figure also shows what
+an optimizer's steps do to generalisation.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from benchmarks.workloads import Workload
+
+BATCH = 64
+EPOCHS = 30
+CLASSES = 10
+SIDE = 8
+PATCH = 4
+
+Batch = tuple[np.ndarray, np.ndarray]
+"""Images, float32 in [-1, 1], shape `(batch, 8, 8, 1)`; digits, int32, shape `(batch,)`."""
+
+
+class Split(NamedTuple):
+    """The images as the nets read them; the held-out ones are the same in every run."""
+
+    train: Batch
+    held_out: Batch
+
+
+@functools.cache
+def split() -> Split:
+    """Loads and splits the data."""
+    pixels, labels = load_digits(return_X_y=True)
+    images = (pixels / 8.0 - 1.0).reshape(-1, SIDE, SIDE, 1).astype(np.float32)
+    train, held_out = train_test_split(
+        np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0
+    )
+    labels = labels.astype(np.int32)
+    return Split((images[train], labels[train]), (images[held_out], labels[held_out]))
+
+
+class ConvNet(nnx.Module):
+    """Three 3 x 3 convolutions, the last two of stride 2, and a linear layer on their output.
+
+    Args:
+        rngs: draws the initial weights.
+    """
+
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        conv = functools.partial(nnx.Conv, kernel_size=(3, 3), padding=1, rngs=rngs)
+        self.first = conv(1, 16)
+        self.second = conv(16, 32, strides=2)
+        self.third = conv(32, 64, strides=2)
+        self.out = nnx.Linear(64 * (SIDE // 4) ** 2, CLASSES, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits, float32, shape `(batch, 10)`, of `images`, shape `(batch, 8, 8, 1)`."""
+        x = images
+        for layer in (self.first, self.second, self.third):
+            x = jax.nn.gelu(layer(x))
+        return self.out(x.reshape(x.shape[0], -1))
+
+
+class Block(nnx.Module):
+    """Self-attention, then a GELU layer four times as wide; both pre-norm and residual."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs) -> None:
+        self.heads = heads
+        self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.attention_in = nnx.Linear(width, 3 * width, rngs=rngs)
+        self.attention_out = nnx.Linear(width, width, rngs=rngs)
+        self.mlp_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.mlp_in = nnx.Linear(width, 4 * width, rngs=rngs)
+        self.mlp_out = nnx.Linear(4 * width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The residual stream, shape `(batch, patches, width)`, one block on."""
+        batch, patches, width = x.shape
+        qkv = self.attention_in(self.attention_norm(x))
+        qkv = qkv.reshape(batch, patches, 3, self.heads, width // self.heads)
+        attended = jax.nn.dot_product_attention(*jnp.moveaxis(qkv, 2, 0))
+        x = x + self.attention_out(attended.reshape(batch, patches, width))
+        return x + self.mlp_out(jax.nn.gelu(self.mlp_in(self.mlp_norm(x))))
+
+
+class ViT(nnx.Module):
+    """A vision transformer (Dosovitskiy et al. 2020) on four patches, whose outputs are averaged.
+
+    Args:
+        width: length of a patch's vector.
+        heads: attention heads, dividing `width`.
+        layers: transformer blocks.
+        rngs: draws the initial weights.
+    """
+
+    def __init__(self, width: int = 32, heads: int = 4, layers: int = 2, *, rngs: nnx.Rngs) -> None:
+        self.patches = nnx.Linear(PATCH**2, width, rngs=rngs)
+        init = jax.nn.initializers.normal(0.02)
+        self.positions = nnx.Embed((SIDE // PATCH) ** 2, width, embedding_init=init, rngs=rngs)
+        self.blocks = nnx.List([Block(width, heads, rngs=rngs) for _ in range(layers)])
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.out = nnx.Linear(width, CLASSES, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits, float32, shape `(batch, 10)`, of `images`, shape `(batch, 8, 8, 1)`."""
+        rows = SIDE // PATCH
+        x = images.reshape(-1, rows, PATCH, rows, PATCH).swapaxes(2, 3)
+        x = self.patches(x.reshape(-1, rows**2, PATCH**2)) + self.positions.embedding[...]
+        for block in self.blocks:
+            x = block(x)
+        return self.out(self.norm(x).mean(1))
+
+
+MODELS: dict[str, Callable[..., nnx.Module]] = {"conv": ConvNet, "vit": ViT}
+
+
+@functools.cache
+def digits(model: str) -> Workload:
+    """A classifier; its weights and the order of the images are drawn from the run's seed.
+
+    Args:
+        model: a key of `MODELS`.
+    """
+    make = MODELS[model]
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+    data = split()
+    per_epoch = len(data.train[1]) // BATCH
+
+    @jax.jit
+    def init(seed: int | jax.Array) -> nnx.State:
+        return nnx.state(make(rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
+
+    def loss(params: nnx.State, batch: Batch) -> jax.Array:
+        images, labels = batch
+        logits = nnx.merge(graph, params)(images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def batches(seed: int) -> Iterator[Batch]:
+        rng = np.random.default_rng(seed)
+        images, labels = data.train
+        while True:
+            # What does not fill a batch sits this epoch out.
+            for drawn in rng.permutation(len(labels))[: per_epoch * BATCH].reshape(-1, BATCH):
+                yield images[drawn], labels[drawn]
+
+    return Workload(
+        name=f"digits-{model}",
+        steps=EPOCHS * per_epoch,
+        unit="held-out loss (nats per image)",
+        init=init,
+        loss=loss,
+        batches=batches,
+        held_out=lambda params: loss(params, data.held_out),
+        settings={
+            "data": "scikit-learn's digits",
+            "model": model,
+            "train": len(data.train[1]),
+            "held_out": len(data.held_out[1]),
+            "batch": BATCH,
+            "epochs": EPOCHS,
+        },
+    )
