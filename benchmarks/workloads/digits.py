@@ -48,6 +48,30 @@ def split() -> Split:
     return Split((images[train], labels[train]), (images[held_out], labels[held_out]))
 
 
+class Conv(nnx.Conv):
+    """A 3 x 3 convolution as one matrix product, for which XLA on CPU needs a tenth of the time."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, *, rngs: nnx.Rngs) -> None:
+        super().__init__(inputs, outputs, kernel_size=(3, 3), padding=1, strides=stride, rngs=rngs)
+        self.stride = stride
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Features, shape `(batch, height / stride, width / stride, outputs)`."""
+        batch, height, width, _ = images.shape
+        padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        shifted = [
+            padded[:, row : row + height : self.stride, column : column + width : self.stride]
+            for row in range(3)
+            for column in range(3)
+        ]
+        kernel = self.kernel[...]
+        rows = jnp.concatenate(shifted, axis=-1).reshape(-1, kernel[..., 0].size)
+        features = rows @ kernel.reshape(-1, kernel.shape[-1])
+        if self.bias is not None:
+            features = features + self.bias[...]
+        return features.reshape(batch, height // self.stride, width // self.stride, -1)
+
+
 class ConvNet(nnx.Module):
     """Three 3 x 3 convolutions, the last two of stride 2, and a linear layer on their output.
 
@@ -56,10 +80,9 @@ class ConvNet(nnx.Module):
     """
 
     def __init__(self, *, rngs: nnx.Rngs) -> None:
-        conv = functools.partial(nnx.Conv, kernel_size=(3, 3), padding=1, rngs=rngs)
-        self.first = conv(1, 16)
-        self.second = conv(16, 32, strides=2)
-        self.third = conv(32, 64, strides=2)
+        self.first = Conv(1, 16, rngs=rngs)
+        self.second = Conv(16, 32, stride=2, rngs=rngs)
+        self.third = Conv(32, 64, stride=2, rngs=rngs)
         self.out = nnx.Linear(64 * (SIDE // 4) ** 2, CLASSES, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
