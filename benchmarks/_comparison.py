@@ -78,7 +78,8 @@ class Comparison:
         console: where progress is shown.
 
     Raises:
-        ValueError: if an optimizer is not known or the steps are no multiple of 4.
+        ValueError: if an optimizer is not known, the steps are no multiple of 4, or PyTorch is to
+            train what has no twin.
     """
 
     def __init__(self, options: argparse.Namespace, console: Console) -> None:
@@ -92,6 +93,10 @@ class Comparison:
         self.seeds = tuple(range(options.seeds))
         for name in options.optimizer:
             label(name)
+            if split(name)[0] == "torch":
+                from benchmarks.workloads.torch_twins import load_twin
+
+                load_twin(options.workload, self.data)
 
     def task(self, optimizer: str, rate: float, seed: int, **changes: Any) -> Task:
         """A run of the whole budget, evaluated at a quarter, half and the end of it."""

@@ -19,6 +19,11 @@ from cruxy_torch import CruxyOptimizer
 Groups = list[dict[str, Any]]
 
 
+# The engine's part that gives a model its weights belongs to every run.
+SOURCES = ("benchmarks/_optimizers*.py", "benchmarks/workloads/torch_twins.py")
+OUR_SOURCES = (*SOURCES, "cruxy_control/*.py", "cruxy_torch/*.py", "cruxy_torch/*.c")
+
+
 class TorchOptimizer(NamedTuple):
     """An optimizer to compare.
 
@@ -26,9 +31,9 @@ class TorchOptimizer(NamedTuple):
         label: for tables and plots.
         make: from parameter groups and the rate.
         scale: of its grid of rates to `RATES`, as in JAX.
-        schedule: from the rate and the number of steps, `None` for a constant rate.
+        schedule: from the rate and the number of steps; `None` for a constant rate.
         takes_loss: whether `step` is given the loss.
-        averaged: whether `train()` and `eval()` of the optimizer switch between the parameters to
+        averaged: whether the optimizer's `train()` and `eval()` switch between the parameters to
             take gradients at and those to evaluate at.
         sources: patterns, from the repository's root, of the files that define it.
     """
@@ -39,7 +44,7 @@ class TorchOptimizer(NamedTuple):
     schedule: Callable[[float, int], optax.Schedule] | None = None
     takes_loss: bool = False
     averaged: bool = False
-    sources: tuple[str, ...] = ("benchmarks/_optimizers*.py",)
+    sources: tuple[str, ...] = SOURCES
 
     def rates(self) -> tuple[float, ...]:
         """Its grid."""
@@ -55,43 +60,40 @@ def groups(model: nn.Module) -> Groups:
     ]
 
 
-def _ours(label: str, scale: float = 1.0, **options: Any) -> TorchOptimizer:
-    return TorchOptimizer(
-        label,
-        lambda groups, rate: CruxyOptimizer(groups, lr=rate, **options),
-        scale,
-        takes_loss=True,
-        sources=("benchmarks/_optimizers*.py", "cruxy_control/*.py", "cruxy_torch/*"),
-    )
+def _ours(label: str, scale: float = 1.0, **arguments: Any) -> TorchOptimizer:
+    def make(groups: Groups, rate: float) -> Optimizer:
+        return CruxyOptimizer(groups, lr=rate, **arguments)
+
+    return TorchOptimizer(label, make, scale, takes_loss=True, sources=OUR_SOURCES)
 
 
-def _adamw(label: str, **options: Any) -> TorchOptimizer:
-    return TorchOptimizer(label, lambda groups, rate: torch.optim.AdamW(groups, lr=rate, **options))
+def _adamw(**arguments: Any) -> Callable[[Groups, float], Optimizer]:
+    return lambda groups, rate: torch.optim.AdamW(groups, lr=rate, **arguments)
 
 
-def _peer(label: str, place: str, extra: str = "bench", **options: Any) -> TorchOptimizer:
-    """An optimizer of another package.
+def _imported(
+    place: str, extra: str = "bench", **arguments: Any
+) -> Callable[[Groups, float], Optimizer]:
+    """Makes an optimizer of another package, which is imported only then.
 
     Args:
-        label: for tables and plots.
-        place: the module and the name of the class.
+        place: the class with its module.
         extra: of this project, that installs the package.
-        **options: further fields of the entry; `arguments` are given to the class.
+        **arguments: of the class, besides the groups and the rate.
     """
     module, _, name = place.rpartition(".")
-    arguments = options.pop("arguments", {})
 
     def make(groups: Groups, rate: float) -> Optimizer:
         try:
             package = importlib.import_module(module)
         except ModuleNotFoundError as error:
             raise ValueError(
-                f"{label} needs the package {error.name}, which is not installed; "
+                f"{name} needs the package {error.name}, which is not installed; "
                 f"run pip install -e '.[{extra}]'."
             ) from error
         return getattr(package, name)(groups, lr=rate, **arguments)
 
-    return TorchOptimizer(label, make, **options)
+    return make
 
 
 CONTROLLED = {
@@ -104,37 +106,45 @@ CONTROLLED = {
 
 # It takes no rate above 1e-2, whatever is set.
 ORIGINAL = {
-    "cruxy-meta3": _peer("cruxy 2.1.0, Meta3", "cruxy.CruxyOptimizer", takes_loss=True),
-    "cruxy-meta_lion": _peer(
+    "cruxy-meta3": TorchOptimizer(
+        "cruxy 2.1.0, Meta3", _imported("cruxy.CruxyOptimizer"), takes_loss=True
+    ),
+    "cruxy-meta_lion": TorchOptimizer(
         "cruxy 2.1.0, Meta-Lion",
-        "cruxy.CruxyOptimizer",
-        "test",
+        _imported("cruxy.CruxyOptimizer", use_lion=True, betas=(0.9, 0.99)),
         scale=0.1,
         takes_loss=True,
-        arguments={"use_lion": True, "betas": (0.9, 0.99)},
     ),
 }
 """The original."""
 
 PEERS = {
-    "adamw": _adamw("AdamW fused, constant", fused=True),
-    "adamw-cosine": _adamw("AdamW fused, warm-up and cosine", fused=True)._replace(
-        schedule=warm_up_cosine
+    "adamw": TorchOptimizer("AdamW fused, constant", _adamw(fused=True)),
+    "adamw-cosine": TorchOptimizer(
+        "AdamW fused, warm-up and cosine", _adamw(fused=True), schedule=warm_up_cosine
     ),
-    "adamw-foreach": _adamw("AdamW foreach, constant", foreach=True),
-    "schedule-free": _peer("Schedule-Free AdamW", "schedulefree.AdamWScheduleFree", averaged=True),
-    "prodigy": _peer("Prodigy", "prodigyopt.Prodigy", scale=100.0),
-    "stable-adamw": _peer("StableAdamW", "pytorch_optimizer.StableAdamW"),
-    "adagc": _peer("AdaGC", "pytorch_optimizer.AdaGC"),
+    "adamw-foreach": TorchOptimizer("AdamW foreach, constant", _adamw(foreach=True)),
+    "schedule-free": TorchOptimizer(
+        "Schedule-Free AdamW", _imported("schedulefree.AdamWScheduleFree"), averaged=True
+    ),
+    "prodigy": TorchOptimizer("Prodigy", _imported("prodigyopt.Prodigy"), scale=100.0),
+    "stable-adamw": TorchOptimizer("StableAdamW", _imported("pytorch_optimizer.StableAdamW")),
+    "adagc": TorchOptimizer("AdaGC", _imported("pytorch_optimizer.AdaGC")),
 }
 """What people use."""
 
 LOW_BIT = {
-    "torchao-adamw-8bit": _peer("torchao AdamW8bit", "torchao.optim.AdamW8bit", "low-bit"),
-    "torchao-adamw-4bit": _peer("torchao AdamW4bit", "torchao.optim.AdamW4bit", "low-bit"),
-    "bnb-adamw-8bit": _peer("bitsandbytes AdamW8bit", "bitsandbytes.optim.AdamW8bit", "low-bit"),
-    "bnb-lion-8bit": _peer(
-        "bitsandbytes Lion8bit", "bitsandbytes.optim.Lion8bit", "low-bit", scale=0.1
+    "torchao-adamw-8bit": TorchOptimizer(
+        "torchao AdamW8bit", _imported("torchao.optim.AdamW8bit", "low-bit")
+    ),
+    "torchao-adamw-4bit": TorchOptimizer(
+        "torchao AdamW4bit", _imported("torchao.optim.AdamW4bit", "low-bit")
+    ),
+    "bitsandbytes-adamw-8bit": TorchOptimizer(
+        "bitsandbytes AdamW8bit", _imported("bitsandbytes.optim.AdamW8bit", "low-bit")
+    ),
+    "bitsandbytes-lion-8bit": TorchOptimizer(
+        "bitsandbytes Lion8bit", _imported("bitsandbytes.optim.Lion8bit", "low-bit"), scale=0.1
     ),
 }
 """With states of few bits, in parameters of 4,096 elements or more."""

@@ -23,7 +23,10 @@ from benchmarks._runs import Record, Task, record_from_json, task_from_json, to_
 
 ROOT = Path(__file__).parents[1]
 
-MODEL_FILES = tuple(f"examples/_{name}.py" for name in ("data", "gpt", "gpt_torch", "training"))
+MODEL_FILES = (
+    *(f"examples/_{name}.py" for name in ("data", "demo", "gpt", "gpt_torch", "training")),
+    "examples/shakespeare_torch.py",
+)
 ENGINES = {"jax": "benchmarks/_training.py", "torch": "benchmarks/_training_torch.py"}
 
 

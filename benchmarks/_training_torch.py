@@ -34,7 +34,7 @@ def train(task: Task) -> Record:
         raise ValueError(f"a fault must be 'none' in PyTorch, got {task.fault!r}; train in JAX.")
     began = time.perf_counter()
     entry = OPTIMIZERS[task.optimizer]
-    twin, workload = load_twin(task.workload, task.data), load(task.workload, task.data)
+    workload, twin = load(task.workload, task.data), load_twin(task.workload, task.data)
     torch.manual_seed(task.seed)  # for optimizers that round at random
     model = twin.make()
     copy_weights(workload.init(task.seed), model)

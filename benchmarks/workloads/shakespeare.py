@@ -34,8 +34,8 @@ def shakespeare(size: str, data: Path | None = None) -> Workload:
     windows = validation_windows(corpus.validation, config.context, VALIDATION_WINDOWS)
     held_out = jnp.asarray(windows)
 
-    def model(seed: int) -> GPT:
-        return GPT(config, characters, rngs=nnx.Rngs(seed))
+    def model(seed: int | jax.Array) -> GPT:
+        return GPT(config, characters, rngs=nnx.Rngs(jax.random.key(seed)))
 
     graph = nnx.graphdef(nnx.eval_shape(lambda: model(0)))
 
@@ -48,7 +48,7 @@ def shakespeare(size: str, data: Path | None = None) -> Workload:
         name=f"shakespeare-{size}",
         steps=STEPS[size],
         unit="validation loss (nats per character)",
-        init=lambda seed: jax.jit(lambda: nnx.state(model(seed), nnx.Param))(),
+        init=jax.jit(lambda seed: nnx.state(model(seed), nnx.Param)),
         loss=functools.partial(loss, graph),
         batches=draw,
         held_out=lambda params: validation_loss(graph, params, held_out, batch=64),
