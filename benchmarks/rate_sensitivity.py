@@ -100,7 +100,11 @@ def _draw(result: dict[str, Any]) -> Figure:
     axes.set_xlabel("rate, relative to the middle of the optimizer's grid")
     axes.set_ylabel(work["unit"])
     bests = [row["best"] for row in result["optimizers"].values()]
-    axes.set_ylim(min(bests) - 0.05 * (result["start"] - min(bests)), result["start"])
+    if result["start"] > 10 * min(bests):
+        axes.set_yscale("log")
+        axes.set_ylim(0.8 * min(bests), result["start"])
+    else:
+        axes.set_ylim(min(bests) - 0.05 * (result["start"] - min(bests)), result["start"])
     legend(axes)
     return figure
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from benchmarks import _comparison, _sweep, _training, report
 from benchmarks.__main__ import MODULES, main, protocol
 from benchmarks._optimizers import GUARDED_PEERS, PEERS, RATES, Optimizer
-from benchmarks._our_optimizers import OPTIMIZERS
+from benchmarks._our_optimizers import ABLATION, OPTIMIZERS, PUBLISHED
 from benchmarks._runs import Task
 from benchmarks._statistics import mean, paired, sensitivity
 from benchmarks.faults import FAULTS
@@ -93,7 +93,14 @@ def test_runs_of_different_optimizers_are_not_trained_together():
         _training.train([task("sgd"), task("adamw")])
 
 
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+VARIANTS = ABLATION.keys() | PUBLISHED.keys()
+EVERY = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else [])
+    for name in sorted(OPTIMIZERS)
+]
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_every_optimizer_runs_with_a_traced_rate(name):
     record = _training.train([task(name, OPTIMIZERS[name].rates()[3])])[0]
     assert record.finite
