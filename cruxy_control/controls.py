@@ -141,3 +141,17 @@ def meta_learning_rate(
     if bounds is not None:
         rate = xp.clip(rate, bounds[0], bounds[1])
     return xp.where(controls.ok, rate, 0.0)
+
+
+def clip_scale(threshold: Any, norm: Any, *, xp: Any) -> Any:
+    """The factor of predictive clipping, `min(1, threshold / (norm + 1e-6))` (v2.0 24).
+
+    Args:
+        threshold: the largest norm, as `Controls.clip_threshold` has it; may be infinite.
+        norm: of a gradient.
+        xp: the array namespace.
+
+    Returns:
+        A scalar like the two, in `[0, 1]`; NaN where the norm is.
+    """
+    return xp.clip(threshold / (norm + 1e-6), 0.0, 1.0)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Self
 
 from cruxy_control import filters
 from cruxy_control.checks import check_bounds, check_count, check_range, make_plain
-from cruxy_control.controls import Controls, neutral
+from cruxy_control.controls import Controls, clip_scale, neutral
 from cruxy_control.signals import Signals
 from cruxy_control.stability_v1 import advance_windows, check_windows, control_error, misled
 
@@ -181,7 +181,7 @@ class V2Sensors:
             return controls
         threshold = 1.0 + self.clip_gain * xp.sqrt(filters.ratio(fast, slow))  # v2.0 24
         threshold = self.clip_threshold * threshold
-        scale = xp.clip(threshold / (signals.grad_norm + 1e-6), 0.0, 1.0)
+        scale = clip_scale(threshold, signals.grad_norm, xp=xp)
         return controls._replace(
             clip_scale=xp.where(ok, scale, 1.0),
             clip_threshold=threshold,

@@ -2,20 +2,27 @@
 
 from cruxy_control import Meta3, StabilityV1, StabilityV2
 from cruxy_optax._alias import meta3, meta_lion, stability_v1, stability_v2
+from cruxy_optax._axiom import axiom
 from cruxy_optax._centralize import centralize_kernels
 from cruxy_optax._clip import clip_by_predicted_norm
+from cruxy_optax._cosmic import cosmic
+from cruxy_optax._low_bit import BlockLayout, LowBitArray
+from cruxy_optax._memory import MemoryEstimate, estimate_memory
 from cruxy_optax._moments import (
     ScaleByControlledAdamState,
     ScaleByControlledLionState,
     scale_by_controlled_adam,
     scale_by_controlled_lion,
 )
+from cruxy_optax._quantize import QuantizeState, quantize_state
 from cruxy_optax._rate import (
     ScaleByMetaLearningRateState,
     ThrottleByPhaseState,
     scale_by_meta_learning_rate,
     throttle_by_phase,
 )
+from cruxy_optax._release import LayerStack, ReleasedStep, release_gradients
+from cruxy_optax._rounding import RoundUpdatesState, round_updates
 from cruxy_optax._sensors import (
     TrackCurvatureState,
     TrackGammaNormState,
@@ -25,32 +32,57 @@ from cruxy_optax._sensors import (
 from cruxy_optax._stabilize import StabilizeState, stabilize
 from cruxy_optax._telemetry import telemetry
 from cruxy_optax._telemetry_log import ScalarWriter, TelemetryLog
+from cruxy_optax._tiers import (
+    ScaleByTiersState,
+    TierPlan,
+    retier,
+    scale_by_tiers,
+    tier_plan,
+)
 
 __all__ = [
+    "BlockLayout",
+    "LayerStack",
+    "LowBitArray",
+    "MemoryEstimate",
     "Meta3",
+    "QuantizeState",
+    "ReleasedStep",
+    "RoundUpdatesState",
     "ScalarWriter",
     "ScaleByControlledAdamState",
     "ScaleByControlledLionState",
     "ScaleByMetaLearningRateState",
+    "ScaleByTiersState",
     "StabilityV1",
     "StabilityV2",
     "StabilizeState",
     "TelemetryLog",
     "ThrottleByPhaseState",
+    "TierPlan",
     "TrackCurvatureState",
     "TrackGammaNormState",
+    "axiom",
     "centralize_kernels",
     "clip_by_predicted_norm",
+    "cosmic",
+    "estimate_memory",
     "meta3",
     "meta_lion",
+    "quantize_state",
+    "release_gradients",
+    "retier",
+    "round_updates",
     "scale_by_controlled_adam",
     "scale_by_controlled_lion",
     "scale_by_meta_learning_rate",
+    "scale_by_tiers",
     "stability_v1",
     "stability_v2",
     "stabilize",
     "telemetry",
     "throttle_by_phase",
+    "tier_plan",
     "track_curvature",
     "track_gamma_norm",
 ]

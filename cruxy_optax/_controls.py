@@ -39,3 +39,10 @@ def materialize_controls(controls: Controls) -> Controls:
     """The controls as `materialize`d scalars; `ok` stays boolean."""
     kept = Controls(*materialize(*controls))
     return kept._replace(ok=kept.ok > 0.0)
+
+
+def any_step_taken(state: Any) -> jax.Array | bool:
+    """Whether a controller in this state let the last step count; true where there is none."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Controls))
+    conditions = [node.ok for node in nodes if isinstance(node, Controls)]
+    return jnp.any(jnp.stack(conditions)) if conditions else True

@@ -33,15 +33,33 @@ def measure(
     Returns:
         The signals, float32 scalars.
     """
+    return signals_of(raw_sums(updates, gamma, axis_names), _loss(value, axis_names), gamma)
+
+
+class RawSums(NamedTuple):
+    """What the two norms are roots of; sums of parts add up to those of the whole."""
+
+    squares: jax.Array  # sum of g^2; shape=()
+    powers: jax.Array  # sum of |g|^gamma; shape=()
+
+
+def raw_sums(updates: optax.Updates, gamma: float, axis_names: Sequence[str] = ()) -> RawSums:
+    """The sums over all leaves; the arguments are those of `measure`."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(updates)]
     check_real(leaves)
     sums = [power_sums(leaf, gamma) for leaf in leaves]
-    squares = _total([pair[0] for pair in sums], leaves, axis_names)
-    powers = _total([pair[1] for pair in sums], leaves, axis_names)
+    return RawSums(
+        squares=_total([pair[0] for pair in sums], leaves, axis_names),
+        powers=_total([pair[1] for pair in sums], leaves, axis_names),
+    )
+
+
+def signals_of(sums: RawSums, loss: jax.Array, gamma: float) -> Signals:
+    """The signals of sums and a float32 loss (WP 1)."""
     return Signals(
-        grad_norm=jnp.sqrt(squares).astype(jnp.float32),
-        gamma_norm=(powers ** (1.0 / gamma)).astype(jnp.float32),
-        loss=_loss(value, axis_names),
+        grad_norm=jnp.sqrt(sums.squares).astype(jnp.float32),
+        gamma_norm=(sums.powers ** (1.0 / gamma)).astype(jnp.float32),
+        loss=loss,
     )
 
 

@@ -13,8 +13,10 @@ from cruxy_control.law import Law, check_law
 from cruxy_control.meta3 import Meta3
 from cruxy_control.signals import Signals
 from cruxy_optax._controls import materialize_controls
+from cruxy_optax._low_bit import is_low_bit, where
 from cruxy_optax._moments import ScaleByControlledAdamState, ScaleByControlledLionState
 from cruxy_optax._rate import ScaleByMetaLearningRateState, ThrottleByPhaseState
+from cruxy_optax._rounding import RoundUpdatesState
 from cruxy_optax._sensors import check_real, measure
 
 _HELD_BY_CONTROLS = (
@@ -24,6 +26,17 @@ _HELD_BY_CONTROLS = (
     ThrottleByPhaseState,
 )
 """States that keep their values on a skipped step because the controls make them."""
+
+
+class Stabilized(optax.GradientTransformationExtraArgs):
+    """What `stabilize` returns: a transformation that still knows what it is made of.
+
+    `release_gradients` takes it apart, since it measures and updates at different times.
+    """
+
+    inner: optax.GradientTransformationExtraArgs
+    law: Law
+    axis_names: tuple[str, ...]
 
 
 class StabilizeState(NamedTuple):
@@ -55,7 +68,8 @@ def stabilize(
     and schedules stay as they were, only `skipped_total` and `skipped_in_a_row` move. The guard
     decides on the device and never gives up. `inner` may contain any optax transformation; states
     this library does not know are restored leaf by leaf on a skipped step. Updates come back in the
-    dtype of the parameters (of the gradients, where `params` is left out).
+    dtype of the parameters (of the gradients, where `params` is left out), or as `round_updates`
+    made them where `inner` has one.
 
     `optax.masked` and `optax.partition` belong inside `stabilize`: a leaf that `stabilize` cannot
     see is neither measured nor guarded.
@@ -118,7 +132,7 @@ def stabilize(
         signals = Signals(zero, zero, jnp.full((), jnp.nan, jnp.float32))
         _, controls = law.step(law_state, signals, xp=jnp)
         state = StabilizeState(law_state, signals, controls, count, count, count, inner_state)
-        return _unshared(state)
+        return unshared(state)
 
     def update_fn(
         updates: optax.Updates,
@@ -131,31 +145,48 @@ def stabilize(
         signals = measure(updates, value, law.gamma, axis_names)
         law_state, controls = law.step(state.law_state, signals, xp=jnp)
         controls = materialize_controls(controls)
-        ok = controls.ok
+        new_updates, inner_state = controlled_update(
+            inner, controls, updates, state.inner_state, params, value=value, **extra_args
+        )
+        state = state._replace(
+            law_state=law_state, signals=signals, controls=controls, inner_state=inner_state
+        )
+        return new_updates, counted(state, controls.ok)
 
-        # Where the step is skipped nothing of the gradient may reach a sum: 0 * NaN is NaN.
-        safe = jax.tree.map(lambda g: jnp.where(ok, g, jnp.zeros_like(g)), updates)
-        new_updates, inner_state = inner.update(
-            safe, state.inner_state, params, value=value, controls=controls, **extra_args
-        )
-        new_updates = jax.tree.map(
-            lambda u, like: _as_floating(jnp.where(ok, u, jnp.zeros_like(u)), like),
-            new_updates,
-            updates if params is None else params,
-        )
-        return new_updates, StabilizeState(
-            law_state=law_state,
-            signals=signals,
-            controls=controls,
-            step=jnp.where(ok, optax.safe_increment(state.step), state.step),
-            skipped_total=jnp.where(
-                ok, state.skipped_total, optax.safe_increment(state.skipped_total)
-            ),
-            skipped_in_a_row=jnp.where(ok, 0, optax.safe_increment(state.skipped_in_a_row)),
-            inner_state=_restore(ok, inner_state, state.inner_state),
-        )
+    tx = Stabilized(init_fn, update_fn)
+    tx.inner, tx.law, tx.axis_names = inner, law, axis_names
+    return tx
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+def counted(state: StabilizeState, ok: jax.Array) -> StabilizeState:
+    """The state with its counters one step on, a good one or a skipped one."""
+    return state._replace(
+        step=jnp.where(ok, optax.safe_increment(state.step), state.step),
+        skipped_total=jnp.where(ok, state.skipped_total, optax.safe_increment(state.skipped_total)),
+        skipped_in_a_row=jnp.where(ok, 0, optax.safe_increment(state.skipped_in_a_row)),
+    )
+
+
+def controlled_update(
+    inner: optax.GradientTransformationExtraArgs,
+    controls: Controls,
+    updates: optax.Updates,
+    inner_state: optax.OptState,
+    params: optax.Params | None,
+    **extra_args: Any,
+) -> tuple[optax.Updates, optax.OptState]:
+    """One update under these controls; where they say that the step does not count, none at all."""
+    ok = controls.ok
+    # Where the step is skipped nothing of the gradient may reach a sum: 0 * NaN is NaN.
+    safe = jax.tree.map(lambda g: jnp.where(ok, g, jnp.zeros_like(g)), updates)
+    new_updates, new_state = inner.update(
+        safe, inner_state, params, controls=controls, **extra_args
+    )
+    new_updates = jax.tree.map(lambda u: jnp.where(ok, u, jnp.zeros_like(u)), new_updates)
+    if not _contains(RoundUpdatesState, new_state):
+        like = updates if params is None else params
+        new_updates = jax.tree.map(_as_floating, new_updates, like)
+    return new_updates, _restore(ok, new_state, inner_state)
 
 
 def _as_floating(x: jax.Array, like: Any) -> jax.Array:
@@ -164,9 +195,17 @@ def _as_floating(x: jax.Array, like: Any) -> jax.Array:
     return x.astype(dtype) if jnp.issubdtype(dtype, jnp.floating) else x
 
 
-def _unshared(state: StabilizeState) -> StabilizeState:
-    """Gives every scalar a buffer of its own, as donating the state asks for."""
-    return jax.tree.map(lambda x: jnp.array(x, copy=True) if jnp.size(x) == 1 else x, state)
+def unshared(state: Any) -> Any:
+    """Gives every leaf a buffer of its own, as donating the state asks for."""
+    seen: set[int] = set()
+
+    def own(leaf: Any) -> Any:
+        if id(leaf) in seen:
+            return jnp.array(leaf, copy=True)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, state)
 
 
 def _restore(ok: jax.Array, new: optax.OptState, old: optax.OptState) -> optax.OptState:
@@ -176,15 +215,24 @@ def _restore(ok: jax.Array, new: optax.OptState, old: optax.OptState) -> optax.O
         return isinstance(node, _HELD_BY_CONTROLS)
 
     def choose(after: Any, before: Any) -> Any:
+        if held(after):
+            return jax.tree.map(recoded, after, before, is_leaf=is_low_bit)
         # Some optax states take on the dtype of the updates, which are float32 here.
-        return after if held(after) else _as_floating(jnp.where(ok, after, before), before)
+        return _as_floating(jnp.where(ok, after, before), before)
+
+    def recoded(after: Any, before: Any) -> Any:
+        return where(ok, after, before) if is_low_bit(after) else after
 
     return jax.tree.map(choose, new, old, is_leaf=held)
 
 
+def _contains(kind: type, state: optax.OptState) -> bool:
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
+    return any(isinstance(node, kind) for node in nodes)
+
+
 def _refuse_nesting(inner_state: optax.OptState) -> None:
-    nodes = jax.tree.leaves(inner_state, is_leaf=lambda node: isinstance(node, StabilizeState))
-    if any(isinstance(node, StabilizeState) for node in nodes):
+    if _contains(StabilizeState, inner_state):
         raise ValueError(
             "stabilize() must not stand inside another stabilize(), but inner has one: two "
             "controllers would steer one rate; give the inner chain its actuators alone, such as "
