@@ -10,6 +10,9 @@ from cruxy_control import Law, Meta3, StabilityV1, StabilityV2
 from cruxy_control.checks import check_bounds, check_range
 from cruxy_torch import _native, _sensors
 
+BITS = (32, 16, 8, 4)
+"""Bits an element in which moments can be kept."""
+
 
 def law_of(mode: str, gamma: float, rate_gain: float, beta2_gain: float, interval: int) -> Law:
     """The law that `mode` names, with the four constants that are arguments of their own."""
@@ -27,9 +30,16 @@ def law_of(mode: str, gamma: float, rate_gain: float, beta2_gain: float, interva
     )
 
 
+def check_lr_bounds(lr_bounds: tuple[float, float] | None) -> None:
+    """Raises unless bounds on the rate are an ordered pair of numbers of at least 0."""
+    if lr_bounds is not None:
+        check_bounds("lr_bounds", lr_bounds, 0.0, math.inf, remedy="None is no bound")
+
+
 def check_choices(
-    lr_bounds: tuple[float, float] | None,
     momentum_dtype: torch.dtype | None,
+    state_bits: int,
+    select: Any,
     bias_correction: str,
     foreach: bool | None,
     fused: bool | None,
@@ -37,12 +47,20 @@ def check_choices(
     differentiable: bool,
 ) -> None:
     """Raises where an argument for the whole optimizer is outside its range or excludes another."""
-    if lr_bounds is not None:
-        check_bounds("lr_bounds", lr_bounds, 0.0, math.inf, remedy="None is no bound")
     if momentum_dtype is not None and not momentum_dtype.is_floating_point:
         raise ValueError(
             f"momentum_dtype must be a floating-point dtype, got {momentum_dtype}; "
             "torch.bfloat16 halves Lion's state."
+        )
+    if momentum_dtype is not None and state_bits != 32:
+        raise ValueError(
+            f"momentum_dtype must be None where state_bits says how moments are kept, got "
+            f"{momentum_dtype} and state_bits={state_bits}; state_bits=16 is bfloat16 for both."
+        )
+    if select is not None and not callable(select):
+        raise TypeError(
+            f"select must be a function of a parameter, got {select!r}; give parameter groups a "
+            "state_bits of their own where they are listed already."
         )
     if bias_correction not in ("exact", "cruxy_2_1_0"):
         raise ValueError(
@@ -66,15 +84,20 @@ def check_choices(
         )
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Raises where an option of a parameter group, defaults filled in, is outside its range."""
+def check_lr(lr: float | Tensor) -> None:
+    """Raises where a learning rate is outside its range."""
     remedy = "1e-3 is the default"
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(
-            f"a tensor lr must have one element, got shape {tuple(group['lr'].shape)}; "
+            f"a tensor lr must have one element, got shape {tuple(lr.shape)}; "
             "use torch.tensor(1e-3)."
         )
-    check_range("lr", group["lr"], 0.0, math.inf, upper_open=True, remedy=remedy)
+    check_range("lr", lr, 0.0, math.inf, upper_open=True, remedy=remedy)
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raises where an option of a parameter group, defaults filled in, is outside its range."""
+    check_lr(group["lr"])
     pair = group["betas"]
     if len(pair) != 2:
         raise ValueError(f"betas must be a pair, got {pair!r}; (0.9, 0.999) is the default.")
@@ -83,6 +106,13 @@ def check_group(group: dict[str, Any]) -> None:
         check_range(f"betas[{index}]", beta, 0.0, 1.0, upper_open=True, remedy=remedy)
     check_range("eps", group["eps"], 0.0, remedy="1e-8 is the default")
     check_range("weight_decay", group["weight_decay"], 0.0, remedy="0 switches it off")
+    check_bits("state_bits", group["state_bits"])
+
+
+def check_bits(name: str, bits: Any) -> None:
+    """Raises unless moments can be kept in that many bits."""
+    if bits not in BITS:
+        raise ValueError(f"{name} must be 4, 8, 16 or 32, got {bits!r}; 8 loses next to nothing.")
 
 
 def check_param(param: Tensor) -> None:
@@ -94,13 +124,15 @@ def check_param(param: Tensor) -> None:
         )
 
 
-def check_grad(grad: Tensor) -> None:
-    """Raises where a gradient is sparse."""
+def dense_grad(param: Tensor) -> Tensor:
+    """The gradient of a parameter that has one; raises where it is sparse."""
+    grad: Any = param.grad
     if grad.layout is not torch.strided:
         raise RuntimeError(
             f"gradients must be dense, got layout {grad.layout}; "
             "build the embedding with sparse=False."
         )
+    return grad
 
 
 def mean_loss(losses: list[float | Tensor], device: torch.device) -> Tensor:

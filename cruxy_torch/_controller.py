@@ -6,7 +6,7 @@ It lives in `param_groups[0]["controller"]`. A NamedTuple would be lost on the w
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from cruxy_control import Controls, Signals
-from cruxy_torch import _kernels, _numpy
+from cruxy_control.controls import neutral
+from cruxy_torch import _numpy, _storage
 
 FORMAT = 1
 """Version of the layout of this dictionary and of the state beside the parameters."""
@@ -24,6 +25,9 @@ REPORT = (
     "meta_scale", "phase_scale", "warning", "grad_norm", "gamma_norm", "loss", "ok",
 )  # fmt: skip
 """What the last step measured and decided: the order of the vector `memory["report"]`."""
+
+CONTROLS = tuple(name for name in Controls._fields if name != "ok")
+"""What the law ordered on the last good step: the order of the vector `memory["controls"]`."""
 
 COUNTERS = ("step", "skipped_total", "skipped_in_a_row")
 """Good steps, and skipped ones in all and running: int32 scalars."""
@@ -63,6 +67,8 @@ def start(law: Any, device: torch.device) -> dict[str, Tensor]:
     memory = {name: leaf.clone() for name, leaf in zip(names, leaves(state), strict=True)}
     for name in COUNTERS:
         memory[name] = torch.zeros((), dtype=torch.int32, device=device)
+    first = neutral(torch.ones_like(like, dtype=torch.bool), xp=torch)
+    memory["controls"] = torch.stack([getattr(first, name) for name in CONTROLS])
     memory["report"] = torch.full((len(REPORT),), math.nan, device=device)
     memory["format"] = torch.full((), FORMAT, dtype=torch.int32, device=device)
     return memory
@@ -75,9 +81,9 @@ def advance(law: Any, names: Any, memory: dict[str, Tensor], signals: Signals) -
     `namespace(memory)`.
     """
     xp = namespace(memory)
-    values = _values(memory, xp)
-    with numpy.errstate(all="ignore") if xp is _numpy else contextlib.nullcontext():
-        sensed = Signals(*_values(signals._asdict(), xp).values())
+    values = dict(zip(memory, scalars(memory.values(), xp), strict=True))
+    with quiet(xp):
+        sensed = Signals(*scalars(signals, xp))
         state, controls = law.step(restored(names, values), sensed, xp=xp)
     new = dict(zip(leaves(names), leaves(state), strict=True))
     good = xp.where(controls.ok, xp.ones_like(values["step"]), 0)
@@ -85,7 +91,25 @@ def advance(law: Any, names: Any, memory: dict[str, Tensor], signals: Signals) -
     new["skipped_total"] = values["skipped_total"] + (1 - good)
     new["skipped_in_a_row"] = (values["skipped_in_a_row"] + 1) * (1 - good)
     _store(memory, new, xp)
+    _hold(memory["controls"], controls, xp)
     return controls
+
+
+def held(memory: dict[str, Tensor]) -> Controls:
+    """What the law ordered on the last good step; before the first, what changes nothing."""
+    xp = namespace(memory)
+    vector = memory["controls"]
+    values = vector.numpy() if xp is _numpy else vector.unbind()
+    ok = numpy.True_ if xp is _numpy else torch.ones((), dtype=torch.bool, device=vector.device)
+    return Controls(ok=ok, **dict(zip(CONTROLS, values, strict=True)))
+
+
+def _hold(vector: Tensor, controls: Controls, xp: Any) -> None:
+    values = [getattr(controls, name) for name in CONTROLS]
+    if xp is not _numpy:
+        vector.copy_(torch.where(controls.ok, torch.stack(values), vector))
+    elif controls.ok:
+        vector.numpy()[...] = values
 
 
 def report(memory: dict[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -97,11 +121,17 @@ def report(memory: dict[str, Tensor], values: Mapping[str, Any]) -> None:
         memory["report"].copy_(torch.stack([values[name].to(torch.float32) for name in REPORT]))
 
 
-def _values(tensors: Mapping[str, Tensor], xp: Any) -> Mapping[str, Any]:
+def scalars(values: Iterable[Any], xp: Any) -> list[Any]:
+    """Tensors as what a law computes with in `xp`; numbers as they are."""
     if xp is not _numpy:
-        return tensors
+        return list(values)
     # [()] turns a 0-d array into a scalar, which computes several times faster.
-    return {name: t.numpy()[()] for name, t in tensors.items()}
+    return [v.numpy()[()] if isinstance(v, Tensor) else v for v in values]
+
+
+def quiet(xp: Any) -> contextlib.AbstractContextManager[Any]:
+    """Keeps NumPy from warning of what the other namespaces compute in silence."""
+    return numpy.errstate(all="ignore") if xp is _numpy else contextlib.nullcontext()
 
 
 def _store(memory: dict[str, Tensor], new: dict[str, Any], xp: Any) -> None:
@@ -109,7 +139,7 @@ def _store(memory: dict[str, Tensor], new: dict[str, Any], xp: Any) -> None:
         for name, value in new.items():
             memory[name].numpy()[...] = value
     else:
-        _kernels.assign([memory[name] for name in new], list(new.values()))
+        _storage.assign([memory[name] for name in new], list(new.values()))
 
 
 def everything(memory: dict[str, Tensor]) -> Tensor:

@@ -4,13 +4,13 @@ What crosses is NumPy: an Optax state is a nest of NamedTuples whose leaves NumP
 goes back has the same nest with NumPy leaves, which JAX takes as they are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from cruxy_torch import _controller
+from cruxy_torch import _controller, _state
 from cruxy_torch._optimizer import CruxyOptimizer
 
 _MOMENTS = ("ScaleByControlledAdamState", "ScaleByControlledLionState")
@@ -24,6 +24,7 @@ def state_from_optax(
     Args:
         optimizer: of the same mode and options; nothing of it changes.
         opt_state: the state of `cruxy_optax.meta3`, `meta_lion`, `stability_v1` or `stability_v2`.
+            Moments kept in fewer bits on either side go through the values they stand for.
         leaves: lists the leaves of a tree like the JAX parameters in the order and layout of
             `optimizer`'s, such as `lambda tree: [tree["kernel"].T, tree["bias"]]`: the moments
             are trees like that.
@@ -54,24 +55,29 @@ def state_from_optax(
     names = _controller.leaves(_controller.names_of(state))
     values = dict(zip(names, _controller.leaves(state), strict=True))
     values |= {name: getattr(controller, name) for name in _controller.COUNTERS}
+    ordered = controller.controls
+    values["controls"] = np.stack([np.asarray(getattr(ordered, n)) for n in _controller.CONTROLS])
     values |= {name: memory[name] for name in ("report", "format")}
     saved["param_groups"][0]["controller"] = {k: _tensor(values[k]) for k in memory}
 
-    columns = {"exp_avg": leaves(moments.mu)}
+    columns = {"exp_avg": leaves(_decoded(moments.mu))}
     adam = hasattr(moments, "nu")
     if adam:
-        columns["exp_avg_sq"] = leaves(moments.nu)
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+        columns["exp_avg_sq"] = leaves(_decoded(moments.nu))
+    params = [(param, group) for group in optimizer.param_groups for param in group["params"]]
     saved["state"] = {}
-    for index, param in enumerate(params):
-        state = {key: _tensor(_at(column, index, len(params))) for key, column in columns.items()}
-        for key, value in state.items():
+    for index, (param, group) in enumerate(params):
+        state = {}
+        for key, column in columns.items():
+            value = _tensor(_at(column, index, len(params)))
             if value.shape != param.shape:
                 raise ValueError(
                     f"{key} {index} must have its parameter's shape {tuple(param.shape)}, got "
                     f"{tuple(value.shape)}; let leaves() transpose what the two frameworks lay "
                     "out differently."
                 )
+            bits = optimizer._bits(param, group)
+            state |= _state.moment(param, value, key, value.dtype, bits)
         if adam:
             state["beta1_product"] = _tensor(moments.mu_decay)
             state["beta2_product"] = _tensor(moments.nu_decay)
@@ -103,15 +109,21 @@ def state_to_optax(
     new: dict[str, Any] = {n: memory[n].cpu().numpy() for n in _controller.COUNTERS}
     names = _controller.names_of(controller.law_state)
     new["law_state"] = _controller.restored(names, {k: v.cpu().numpy() for k, v in memory.items()})
-    states = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
-    if not all("exp_avg" in state for state in states):
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    states = [optimizer.state[p] for p in params]
+    if not all(_state.has_moment(state, "exp_avg") for state in states):
         raise ValueError(
             "every parameter must have taken a step, got some without state; take one step with "
             "gradients for all of them before moving the run."
         )
-    changed = {"mu": tree([_array(s["exp_avg"]) for s in states])}
+
+    def moment(name: str, like: Any) -> Any:
+        values = [_state.value_of(p, s, name) for p, s in zip(params, states, strict=True)]
+        return _coded(like, tree([_array(value) for value in values]))
+
+    changed = {"mu": moment("exp_avg", moments.mu)}
     if hasattr(moments, "nu"):
-        changed["nu"] = tree([_array(s["exp_avg_sq"]) for s in states])
+        changed["nu"] = moment("exp_avg_sq", moments.nu)
         changed["mu_decay"] = _common([s["beta1_product"] for s in states])
         changed["nu_decay"] = _common([s["beta2_product"] for s in states])
     count = memory["step"].cpu().numpy()
@@ -149,6 +161,32 @@ def _found(node: Any, kinds: tuple[str, ...]) -> list[Any]:
     here = [node] if type(node).__name__ in kinds else []
     below = node if isinstance(node, tuple) else ()
     return here + [found for part in below for found in _found(part, kinds)]
+
+
+def _decoded(node: Any) -> Any:
+    """The same nest with arrays where `cruxy_optax.quantize_state` has codes."""
+    if hasattr(node, "codes"):
+        return node.decode()
+    return _mapped(_decoded, node)
+
+
+def _coded(like: Any, node: Any) -> Any:
+    """The nest `node` with codes where `like` has them, to the nearest."""
+    if hasattr(like, "codes"):
+        return like.encode(node, None)
+    return _mapped(_coded, like, node)
+
+
+def _mapped(function: Callable[..., Any], *nodes: Any) -> Any:
+    """Applies a function below equal dictionaries, lists and tuples; else as the last one is."""
+    first: Any = nodes[0]
+    kind: Any = type(first)
+    if isinstance(first, Mapping):
+        return kind({k: function(*(node[k] for node in nodes)) for k in first})
+    if isinstance(first, list | tuple):
+        parts = [function(*row) for row in zip(*nodes, strict=True)]
+        return kind(*parts) if hasattr(first, "_fields") else kind(parts)
+    return nodes[-1]
 
 
 def _at(column: Sequence[Any], index: int, count: int) -> Any:

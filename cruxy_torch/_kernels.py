@@ -7,11 +7,15 @@ nothing is compiled anew when a value changes. A gradient is read and never writ
 # torch's foreach calls are what torch.optim itself is built on, underscore and all.
 # pyright: reportPrivateImportUsage=false
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from cruxy_torch import _storage
+from cruxy_torch._storage import Coded, Kept, assign, compute_dtype
 
 BLOCK = 1 << 22
 """Elements treated at a time where temporaries are needed: they stay below 16 MiB each."""
@@ -22,6 +26,8 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Tensors(NamedTuple):
     """Parameters with all that belongs to them, one list per kind.
 
+    All but gradients and clocks may be kept in fewer bits, see `_storage`.
+
     Attributes:
         params: the parameters.
         grads: their raw gradients.
@@ -30,33 +36,39 @@ class Tensors(NamedTuple):
         clocks1: how far each first moment has filled, float32 of shape `()`: the product of its
             decay rates so far, or the number of its steps (`Options.power`); empty for Lion.
         clocks2: the same of the second moment; empty where `clocks1` holds steps.
+        gates: factors on Adam's direction of each; empty for none.
     """
 
-    params: list[Tensor]
+    params: list[Kept]
     grads: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
+    exp_avgs: list[Kept]
+    exp_avg_sqs: list[Kept]
     clocks1: list[Tensor]
     clocks2: list[Tensor]
+    gates: Sequence[Tensor] = ()
 
     def select(self, indices: list[int]) -> "Tensors":
         """The same lists with only these parameters, given in order."""
         if len(indices) == len(self.params):
             return self
-        return Tensors(*([column[i] for i in indices] if column else [] for column in self))
+        columns: Iterator[list[Any]]
+        columns = ([column[i] for i in indices] if column else [] for column in self)
+        return Tensors(*columns)
 
 
 class Scalars(NamedTuple):
     """What one step applies to a group: scalars of the controller's namespace.
 
-    They are float32 but for `ok`. The C library takes them as numbers, everything else as tensors.
+    They are float32 but for the last two. The C library takes them as numbers, everything else as
+    tensors.
 
     Attributes:
         rate: the learning rate with all its factors.
         beta1: decay rate of the first moment.
         beta2: decay rate of the second moment.
         scale: factor on the raw gradient: clipping, loss scaling and the sign of `maximize`.
-        ok: whether the step counts; where false the other four leave everything as it is.
+        ok: whether the step counts; where false the four before leave everything as it is.
+        key: of this step's random bits, int32.
     """
 
     rate: Any
@@ -64,16 +76,30 @@ class Scalars(NamedTuple):
     beta2: Any
     scale: Any
     ok: Any
+    key: Any
+
+    def guarded(self, ok: Any, factor: Any, *, xp: Any) -> "Scalars":
+        """The same for a gradient that counts where `ok`, and then is multiplied by `factor`."""
+        return Scalars(
+            rate=xp.where(ok, self.rate, 0.0),
+            beta1=xp.where(ok, self.beta1, 1.0),
+            beta2=xp.where(ok, self.beta2, 1.0),
+            scale=self.scale * xp.where(ok, factor, 1.0),
+            ok=ok,
+            key=self.key,
+        )
 
     def to(self, device: torch.device) -> "Scalars":
         """The same as 0-d tensors on a device."""
         if isinstance(self.ok, Tensor):
-            return Scalars(*(value.to(device, non_blocking=True) for value in self))
+            return Scalars(
+                *(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in self)
+            )
         rate, beta1, beta2, scale = torch.tensor(
             [float(value) for value in self[:4]], device=device
         ).unbind()
         ok = torch.full((), bool(self.ok), device=device)
-        return Scalars(rate, beta1, beta2, scale, ok)
+        return Scalars(rate, beta1, beta2, scale, ok, int(self.key))
 
 
 class Options(NamedTuple):
@@ -102,60 +128,73 @@ class Options(NamedTuple):
 def single(tensors: Tensors, scalars: Scalars, options: Options) -> None:
     """One step, tensor by tensor: the readable version that the others are held to."""
     if options.lion:
-        columns = (tensors.params, tensors.grads, tensors.exp_avgs)
+        columns = (tensors.grads, tensors.params, tensors.exp_avgs)
         for column in zip(*columns, strict=True):
-            for p, g, m in blocks(*column):
+            for g, p, m in blocks(*column):
                 _lion(p, g, m, scalars, options)
         return
     factors = _bias_correction(tensors, scalars, options)
-    columns = (tensors.params, tensors.grads, tensors.exp_avgs, tensors.exp_avg_sqs)
+    columns = (tensors.grads, tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs)
     for *column, gain, spread, eps in zip(*columns, *factors, strict=True):
-        for p, g, m, v in blocks(*column):
+        for g, p, m, v in blocks(*column):
             _adam(p, g, m, v, gain, spread, eps, scalars, options)
 
 
-def _lion(p: Tensor, g: Tensor, m: Tensor, s: Scalars, o: Options) -> None:
+def _lion(p: Kept, g: Tensor, m: Kept, s: Scalars, o: Options) -> None:
     """WP 11-13."""
-    x = _gradient(p, g, s, o)
-    momentum = m.to(x.dtype)
+    dtype = compute_dtype(p)
+    theta, momentum = _read(p, dtype), _read(m, dtype)
+    x = _gradient(theta, g, s, o)
     u = (s.beta1 * momentum + (1.0 - s.beta1) * x).sign_()
-    m.copy_(s.beta2 * momentum + (1.0 - s.beta2) * x)
-    _apply(p, u, s, o)
+    _write(m, s.beta2 * momentum + (1.0 - s.beta2) * x, s)
+    _apply(p, theta, u, s, o)
 
 
 def _adam(
-    p: Tensor,
+    p: Kept,
     g: Tensor,
-    m: Tensor,
-    v: Tensor,
+    m: Kept,
+    v: Kept,
     gain: Tensor,
     spread: Tensor,
     eps: Tensor,
     s: Scalars,
     o: Options,
 ) -> None:
-    x = _gradient(p, g, s, o)
-    u = s.beta1 * m.to(x.dtype) + (1.0 - s.beta1) * x
-    m.copy_(u)
-    v.mul_(s.beta2).addcmul_(x * (1.0 - s.beta2), x)
+    dtype = compute_dtype(p)
+    theta = _read(p, dtype)
+    x = _gradient(theta, g, s, o)
+    u = s.beta1 * _read(m, dtype) + (1.0 - s.beta1) * x
+    _write(m, u, s)
+    square = _read(v, dtype)
+    square.mul_(s.beta2).addcmul_(x * (1.0 - s.beta2), x)
+    _write(v, square, s)
     if o.nesterov:
         u = s.beta1 * u + (1.0 - s.beta1) * x
-    _apply(p, u * gain / ((v * spread).sqrt_() + eps), s, o)
+    _apply(p, theta, u * gain / ((square * spread).sqrt_() + eps), s, o)
 
 
-def _gradient(p: Tensor, g: Tensor, s: Scalars, o: Options) -> Tensor:
+def _gradient(theta: Tensor, g: Tensor, s: Scalars, o: Options) -> Tensor:
     """The gradient that enters the moments; zero on a skipped step, since 0 * NaN is NaN."""
-    x = torch.where(s.ok, g, 0).to(compute_dtype(p)) * s.scale
+    x = torch.where(s.ok, g, 0).to(theta.dtype) * s.scale
     if o.centralize:
         x = centralized(x)
-    return x + o.weight_decay * p if o.coupled else x
+    return x + o.weight_decay * theta if o.coupled else x
 
 
-def _apply(p: Tensor, u: Tensor, s: Scalars, o: Options) -> None:
-    """`p <- p - rate (u + weight_decay p)` (WP 7, 13)."""
+def _apply(p: Kept, theta: Tensor, u: Tensor, s: Scalars, o: Options) -> None:
+    """`p <- p - rate (u + weight_decay p)` (WP 7, 13); `theta` is the value of `p`."""
     if o.weight_decay and not o.coupled:
-        u = u + o.weight_decay * p
-    p.copy_(p - s.rate * u)
+        u = u + o.weight_decay * theta
+    _write(p, theta - s.rate * u, s)
+
+
+def _read(kept: Kept, dtype: torch.dtype) -> Tensor:
+    return _storage.read([kept], [dtype])[0]
+
+
+def _write(kept: Kept, value: Tensor, s: Scalars) -> None:
+    _storage.write([kept], [value], s.key, s.ok)
 
 
 def _bias_correction(
@@ -178,90 +217,113 @@ def _bias_correction(
     assign(tensors.clocks1, clock.unbind())
     if o.nesterov and not o.power:
         product1 = product1 * s.beta1
-    gain, spread = 1.0 / _seen(product1), 1.0 / _seen(product2)
+    gain, spread = 1.0 / seen(product1), 1.0 / seen(product2)
     eps = o.eps * (spread.sqrt() if o.power else torch.ones_like(spread))
     # A skipped step multiplies what comes out by 0, which 0 / 0 would survive.
     eps = torch.where(s.ok, eps, 1.0)
+    if tensors.gates:
+        gain = gain * torch.stack(list(tensors.gates))
     return gain.unbind(), spread.unbind(), eps.unbind()
 
 
-def _seen(product: Tensor) -> Tensor:
+def seen(product: Tensor) -> Tensor:
     """The weight of what a moment has seen, `1 - product`; 1 where it has seen nothing."""
     return torch.where(product < 1.0, 1.0 - product, 1.0)
 
 
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """What a tensor's arithmetic runs in: float64 for float64, else float32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def by_device(tensors: Sequence[Kept]) -> dict[torch.device, list[int]]:
+    """Indices of the tensors on each device."""
+    indices: dict[torch.device, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        indices.setdefault(tensor.device, []).append(index)
+    return indices
 
 
-def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of equally shaped tensors along the first axis, `BLOCK` elements or one row each."""
-    first = tensors[0]
+def blocks(first: Tensor, *others: Kept) -> Iterator[tuple[Any, ...]]:
+    """Views of equally shaped tensors along the first axis, `BLOCK` elements or one row each.
+
+    Where one of them is coded, enough rows to fill whole blocks of codes.
+    """
     if first.numel() <= BLOCK or first.ndim == 0:
-        yield tensors
+        yield first, *others
         return
-    rows = max(1, BLOCK * len(first) // first.numel())
-    yield from zip(*(t.split(rows) for t in tensors), strict=True)
+    row = first.numel() // len(first)
+    rows = max(1, BLOCK // row)
+    if any(isinstance(kept, Coded) for kept in others):
+        whole = _storage.BLOCK_SIZE // math.gcd(row, _storage.BLOCK_SIZE)
+        rows = max(1, rows // whole) * whole
+    yield from zip(first.split(rows), *(kept.split(rows) for kept in others), strict=True)
 
 
 def foreach(tensors: Tensors, scalars: Scalars, options: Options) -> None:
     """One step by torch's foreach calls, a bucket of like tensors at a time."""
-    for indices in buckets(tensors.params, tensors.grads, tensors.exp_avgs):
+    moments = [column for column in (tensors.exp_avgs, tensors.exp_avg_sqs) if column]
+    for indices in buckets(tensors.grads, tensors.params, *moments):
         part = tensors.select(indices)
-        xs = _foreach_gradients(part, scalars, options)
+        if len(indices) == 1:
+            # As many calls, and temporaries of a block instead of the whole tensor.
+            single(part, scalars, options)
+            continue
+        dtypes = [compute_dtype(p) for p in part.params]
+        thetas = _storage.read(part.params, dtypes)
+        xs = _foreach_gradients(part, thetas, scalars, options)
+        momenta = _storage.read(part.exp_avgs, dtypes)
         if options.lion:
-            us = _foreach_mix(part.exp_avgs, xs, scalars.beta1)
+            us = _foreach_mix(momenta, xs, scalars.beta1)
             torch._foreach_sign_(us)
-            assign(part.exp_avgs, _foreach_mix(part.exp_avgs, xs, scalars.beta2))
+            momenta = _foreach_mix(momenta, xs, scalars.beta2)
+            _storage.write(part.exp_avgs, momenta, scalars.key, scalars.ok)
         else:
-            us = _foreach_adam(part, xs, scalars, options)
-        del xs
-        ps = widened(part.params)
+            us = _foreach_adam(part, momenta, xs, scalars, options)
+        del xs, momenta
         if options.weight_decay and not options.coupled:
-            torch._foreach_add_(us, ps, alpha=options.weight_decay)
+            torch._foreach_add_(us, thetas, alpha=options.weight_decay)
         torch._foreach_mul_(us, scalars.rate)
-        assign(part.params, torch._foreach_sub(ps, us))
+        new = torch._foreach_sub(thetas, us)
+        _storage.write(part.params, new, scalars.key, scalars.ok)
 
 
-def _foreach_adam(part: Tensors, xs: list[Tensor], s: Scalars, o: Options) -> list[Tensor]:
+def _foreach_adam(
+    part: Tensors, momenta: list[Tensor], xs: list[Tensor], s: Scalars, o: Options
+) -> list[Tensor]:
     gains, spreads, epses = _bias_correction(part, s, o)
-    us = _foreach_mix(part.exp_avgs, xs, s.beta1)
-    assign(part.exp_avgs, us)
+    us = _foreach_mix(momenta, xs, s.beta1)
+    _storage.write(part.exp_avgs, us, s.key, s.ok)
     squares = torch._foreach_mul(xs, xs)
     torch._foreach_mul_(squares, 1.0 - s.beta2)
-    torch._foreach_mul_(part.exp_avg_sqs, s.beta2)
-    torch._foreach_add_(part.exp_avg_sqs, squares)
+    averages = _storage.read(part.exp_avg_sqs, [x.dtype for x in xs])
+    torch._foreach_mul_(averages, s.beta2)
+    torch._foreach_add_(averages, squares)
+    _storage.write(part.exp_avg_sqs, averages, s.key, s.ok)
     del squares
     if o.nesterov:
         us = _foreach_mix(us, xs, s.beta1)
     torch._foreach_mul_(us, gains)
-    denominators = torch._foreach_mul(part.exp_avg_sqs, spreads)
+    denominators = torch._foreach_mul(averages, spreads)
     torch._foreach_sqrt_(denominators)
     torch._foreach_add_(denominators, epses)
     torch._foreach_div_(us, denominators)
     return us
 
 
-def _foreach_gradients(part: Tensors, s: Scalars, o: Options) -> list[Tensor]:
+def _foreach_gradients(part: Tensors, thetas: list[Tensor], s: Scalars, o: Options) -> list[Tensor]:
     # NaN times 0 is NaN, but the bits of any number times the integer 0 are those of +0.
     bits = [g.view(_BITS[g.element_size()]) for g in part.grads]
     masked = torch._foreach_mul(bits, s.ok.to(bits[0].dtype))
     xs = [b.view(g.dtype) for b, g in zip(masked, part.grads, strict=True)]
-    xs = [x.to(compute_dtype(p)) for x, p in zip(xs, part.params, strict=True)]
+    xs = [x.to(theta.dtype) for x, theta in zip(xs, thetas, strict=True)]
     torch._foreach_mul_(xs, s.scale)
     if o.centralize:
         xs = [centralized(x) for x in xs]
     if o.coupled and o.weight_decay:
-        torch._foreach_add_(xs, widened(part.params), alpha=o.weight_decay)
+        torch._foreach_add_(xs, thetas, alpha=o.weight_decay)
     return xs
 
 
 def _foreach_mix(averages: list[Tensor], xs: list[Tensor], beta: Tensor) -> list[Tensor]:
     """`beta m + (1 - beta) x` as new tensors."""
     mixed = torch._foreach_mul(xs, 1.0 - beta)
-    old = [m.to(x.dtype) for m, x in zip(averages, xs, strict=True)]
-    torch._foreach_add_(mixed, torch._foreach_mul(old, beta))
+    torch._foreach_add_(mixed, torch._foreach_mul(averages, beta))
     return list(mixed)
 
 
@@ -270,24 +332,14 @@ def widened(tensors: list[Tensor]) -> list[Tensor]:
     return [t.to(compute_dtype(t)) for t in tensors]
 
 
-def assign(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copies each value into its target."""
-    if not torch.compiler.is_compiling():
-        torch._foreach_copy_(list(targets), list(values))
-        return
-    # Inductor 2.13 moves a foreach copy in front of what still reads the old values.
-    for target, value in zip(targets, values, strict=True):
-        target.copy_(value)
-
-
-def buckets(*columns: list[Tensor]) -> Iterator[list[int]]:
-    """Indices of tensors alike in device and dtypes, at most `BLOCK` elements (or one) together.
+def buckets(first: list[Tensor], *others: list[Kept]) -> Iterator[list[int]]:
+    """Indices of tensors kept alike, at most `4 * BLOCK` elements (or one tensor) together.
 
     The temporaries of a foreach call are then those of a bucket, not of the whole model.
     """
     open_buckets: dict[tuple, tuple[list[int], int]] = {}
-    for index, row in enumerate(zip(*columns, strict=True)):
-        kind = tuple((t.device, t.dtype) for t in row)
+    for index, row in enumerate(zip(first, *others, strict=True)):
+        kind = tuple(map(_storage.kind, row))
         indices, size = open_buckets.get(kind, ([], 0))
         if indices and size + row[0].numel() > 4 * BLOCK:
             yield indices

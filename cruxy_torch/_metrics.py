@@ -34,6 +34,8 @@ class MetricsLog:
 
     def log(self, row: Tensor) -> None:
         """Keeps one step's vector, as `_controller.everything` gives it."""
+        if row.is_meta:  # `estimate_memory` takes a step that computes nothing
+            return
         self._rows.append((time.time(), row))
         if len(self._rows) >= self.every:
             self.flush()

@@ -12,15 +12,21 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from typing import Any, cast
 
+import numpy
 import torch
 from torch import Tensor
 
+from cruxy_control.codes import TINY
 from cruxy_torch._kernels import Options, Scalars, Tensors
+from cruxy_torch._storage import Coded, Kept, Rounded
 
 SOURCE = pathlib.Path(__file__).with_name("_native.c")
 
-_FLAGS = ("-O3", "-std=c11", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+_FLAGS = (
+    "-O3", "-std=c11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
+)  # fmt: skip
 _SIMD = {
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma",
                "-mprefer-vector-width=512"),
@@ -35,7 +41,7 @@ def available() -> bool:
     return _library() is not None
 
 
-def split(columns: Sequence[list[Tensor]]) -> tuple[list[int], list[int]]:
+def split(columns: Sequence[Sequence[Tensor]]) -> tuple[list[int], list[int]]:
     """The rows of equally long columns of tensors that can take this path, and the others.
 
     All of a row must lie on the CPU, be float32 and in the same order without gaps. The third
@@ -52,6 +58,45 @@ def split(columns: Sequence[list[Tensor]]) -> tuple[list[int], list[int]]:
         if row[0][0].is_cpu and all(t.dtype is kind and _channels_last(t) for t, kind in row):
             unfit.remove(i)
     return [i for i in range(len(columns[0])) if i not in unfit], sorted(unfit)
+
+
+def parts(tensors: Tensors, options: Options) -> tuple[list[list[int]], list[int]]:
+    """The parameters that `update` can take, by how their moments are kept, and the others.
+
+    What is coded or rounded belongs to a parameter that lies row by row and is not centralized.
+    """
+    columns = [column for column in tensors[:4] if column]
+    if _PLAIN.issuperset(type(kept) for column in columns for kept in column):
+        fast, slow = split(cast(Any, columns))
+        return [fast] if fast else [], slow
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    slow = []
+    for i, row in enumerate(zip(*columns, strict=True)):
+        if _fits(row, options):
+            alike.setdefault(tuple(map(_form, row[2:])), []).append(i)
+        else:
+            slow.append(i)
+    return list(alike.values()), slow
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def _fits(row: Sequence[Kept], options: Options) -> bool:
+    if isinstance(row[0], Rounded):  # a bfloat16 parameter
+        return False
+    tensors = [kept for kept in row if isinstance(kept, Tensor)]
+    if len(tensors) < len(row):
+        whole = [*tensors, *(kept.values for kept in row if isinstance(kept, Rounded))]
+        if not all(tensor.is_contiguous() for tensor in whole):
+            return False
+        if options.centralize and tensors[0].ndim > 1:
+            return False
+    return bool(split([[tensor] for tensor in tensors])[0])
+
+
+def _form(kept: Kept) -> Any:
+    return kept.code if isinstance(kept, Coded) else getattr(kept, "dtype", Rounded)
 
 
 def _channels_last(tensor: Tensor) -> bool:
@@ -76,32 +121,71 @@ def sums(grads: list[Tensor], gamma: float, scale: Tensor) -> Tensor:
 
 
 def update(tensors: Tensors, scalars: Scalars, options: Options) -> None:
-    """One step of Adam or Lion on every tensor, in one pass; `scalars` are numbers."""
-    control = (ctypes.c_float * 5)(*map(float, scalars))
+    """One step of Adam or Lion on tensors of one of the `parts`; `scalars` are numbers."""
+    control = (ctypes.c_float * 5)(*map(float, scalars[:5]))
     decay = 0.0 if options.coupled else options.weight_decay
     coupled = options.weight_decay if options.coupled else 0.0
     option = (ctypes.c_float * 4)(decay, coupled, options.eps, float(options.nesterov))
     rows = None
     if options.centralize:
-        rows = _counts([p.numel() // max(len(p), 1) if p.ndim > 1 else 0 for p in tensors.params])
+        rows = _counts([g.numel() // max(len(g), 1) if g.ndim > 1 else 0 for g in tensors.grads])
     adam = not options.lion
     _check(
         _loaded().cruxy_update(
             len(tensors.params),
-            _addresses(tensors.params),
+            _addresses(cast(list[Tensor], tensors.params)),
             _addresses(tensors.grads),
-            _addresses(tensors.exp_avgs),
-            int(tensors.exp_avgs[0].dtype is torch.bfloat16),
-            _addresses(tensors.exp_avg_sqs) if adam else None,
+            ctypes.byref(_Moments(tensors.exp_avgs)),
+            ctypes.byref(_Moments(tensors.exp_avg_sqs)) if adam else None,
             _addresses(tensors.clocks1) if adam else None,
             _addresses(tensors.clocks2) if adam else None,
-            _counts(list(map(Tensor.numel, tensors.params))),
+            _counts(list(map(Tensor.numel, tensors.grads))),
             rows,
+            _counts([0 if isinstance(m, Tensor) else m.first for m in tensors.exp_avgs]),
             control,
             option,
+            int(scalars.key),
             torch.get_num_threads(),
         )
     )
+
+
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
+"""`FLOAT32`, `BFLOAT16` and `BYTE` of the C source; 3 is `NIBBLE`."""
+
+
+class _Moments(ctypes.Structure):
+    """`Moments` of the C source: one moment of every tensor, all of one form."""
+
+    _fields_ = [
+        ("format", ctypes.c_int32),
+        ("stochastic", ctypes.c_int32),
+        ("is_signed", ctypes.c_int32),
+        ("shift", ctypes.c_int32),
+        ("top", ctypes.c_float),
+        ("least", ctypes.c_float),
+        ("values", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+    ]
+
+    def __init__(self, column: Sequence[Kept]) -> None:
+        values = [kept if isinstance(kept, Tensor) else kept[0] for kept in column]
+        # The library reads these arrays, so that they have to live as long as this.
+        self._arrays = [_addresses(values)]
+        super().__init__(
+            format=_FORMATS[values[0].dtype],
+            stochastic=not isinstance(column[0], Tensor),
+            values=ctypes.addressof(self._arrays[0]),
+        )
+        coded = [kept for kept in column if isinstance(kept, Coded)]
+        if coded:
+            code = coded[0].code
+            self._arrays.append(_addresses([kept.scales for kept in coded]))
+            self.scales = ctypes.addressof(self._arrays[1])
+            self.format = 2 if code.bits == 8 else 3
+            self.is_signed, self.top = code.signed, code.top
+            self.shift = code.half.bit_length()
+            self.least = code.scale(numpy.float32(TINY), xp=numpy)
 
 
 def _addresses(tensors: list[Tensor]) -> ctypes.Array:
@@ -155,7 +239,7 @@ def _load(path: pathlib.Path) -> ctypes.CDLL:
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     sums, update = library.cruxy_sums, library.cruxy_update
     sums.argtypes = [count, *[pointer] * 3, ctypes.c_double, number, pointer]
-    update.argtypes = [count, *[pointer] * 3, number, *[pointer] * 7, number]
+    update.argtypes = [count, *[pointer] * 11, number, number]
     sums.restype = update.restype = number
     return library
 

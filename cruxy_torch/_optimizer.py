@@ -1,26 +1,25 @@
 """`CruxyOptimizer`: the control law around Adam and Lion, called like `torch.optim.AdamW`."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
 
 from cruxy_control import Law
-from cruxy_control.law import check_law
-from cruxy_torch import _checks, _controller, _metrics, _native, _step
-from cruxy_torch._kernels import Options, Tensors, compute_dtype
+from cruxy_torch import _checks, _native, _state, _step
+from cruxy_torch._controlled import ControlledOptimizer
+from cruxy_torch._kernels import Options
+from cruxy_torch._moments import MomentsGroup
+from cruxy_torch._storage import compute_dtype
 
 Mode = Literal["meta3", "stability_v2", "stability_v1"]
 
-_MEMORY = "controller"
 
-
-class CruxyOptimizer(Optimizer):
+class CruxyOptimizer(ControlledOptimizer):
     r"""AdamW or Lion under the Cruxy controller, called like `torch.optim.AdamW`.
 
     **What it does differently from AdamW.** On a steady gradient `mode="meta3"` runs at 0.75 of
@@ -46,7 +45,11 @@ class CruxyOptimizer(Optimizer):
 
     The learning rate in `param_groups` is the user's: schedulers move it, and the controller
     multiplies it. Groups may set `lr`, `betas`, `eps`, `weight_decay`, `decoupled_weight_decay`,
-    `use_nesterov`, `use_lion`, `use_gc` and `maximize` of their own; one controller sees them all.
+    `use_nesterov`, `use_lion`, `use_gc`, `maximize` and `state_bits` of their own; one controller
+    sees them all.
+
+    Three options save memory: `state_bits` keeps moments in fewer bits, `register_hooks` releases
+    each gradient inside `backward`, `stochastic_rounding` lets bfloat16 parameters learn.
 
     On CPU, float32 tensors take a small C library that is built on the first step where there is
     a C compiler (about a second, once per machine); everything else takes torch's own operations.
@@ -90,6 +93,18 @@ class CruxyOptimizer(Optimizer):
             `True` insists on it, `False` does without.
         capturable: kept for code that looks for it: a step can always be captured in a CUDA graph.
         differentiable: must be false.
+        state_bits: bits an element in which moments are kept between steps: 32; 16 for bfloat16; 8
+            or 4 for codes with a scale for every 256 elements (`cruxy_control.codes.BlockCode`),
+            1.01 or 0.51 bytes an element and moment. Each step is computed in float32, and what is
+            kept of it is rounded up or down by chance, so that what is less than a step of the code
+            counts on average. Parameters of fewer than 4,096 elements keep float32. Loading brings
+            the bits that were saved.
+        select: tells by a parameter whether its moments may be kept in fewer bits; `None` for all.
+            Embeddings and output layers are what is most often left in full precision.
+        stochastic_rounding: rounds bfloat16 parameters up or down by chance, so that steps smaller
+            than half of their last place count on average: at a rate of 1e-3 the nearest bfloat16
+            to a weight of 1 is the same weight again. All random bits follow from the number of the
+            step in the state, so that a run can be repeated.
         process_group: ranks that hold the same gradients, as under `DistributedDataParallel`, but
             pass a loss of their own: one all-reduce a step keeps their controllers alike, and a
             rank may have no loss. `fully_shard` needs none: its mesh is used. Not pickled.
@@ -123,6 +138,11 @@ class CruxyOptimizer(Optimizer):
         Optimization Algorithms](https://arxiv.org/abs/2302.06675), 2023.
     """
 
+    _kept = (
+        *ControlledOptimizer._kept,
+        *("_momentum_dtype", "_power", "_select", "_stochastic", "_foreach", "_fused", "_compile"),
+    )
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -152,25 +172,26 @@ class CruxyOptimizer(Optimizer):
         fused: bool | None = None,
         capturable: bool = True,
         differentiable: bool = False,
+        state_bits: int = 32,
+        select: Callable[[Tensor], bool] | None = None,
+        stochastic_rounding: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if law is None:
             law = _checks.law_of(mode, gamma_norm, meta_lr_eta, meta_lr_beta2, meta_interval)
-        check_law(law)
         _checks.check_choices(
-            lr_bounds, momentum_dtype, bias_correction, foreach, fused, compile, differentiable
+            momentum_dtype,
+            state_bits,
+            select,
+            bias_correction,
+            foreach,
+            fused,
+            compile,
+            differentiable,
         )
-        self._settings = _step.Settings(
-            law=law,
-            names=_controller.names_of(law.init(torch.zeros(()), xp=torch)),
-            lr_bounds=lr_bounds,
-            momentum_dtype=momentum_dtype,
-            power=bias_correction == "cruxy_2_1_0",
-        )
+        self._momentum_dtype, self._power = momentum_dtype, bias_correction == "cruxy_2_1_0"
+        self._select, self._stochastic = select, stochastic_rounding
         self._foreach, self._fused, self._compile = foreach, fused, compile
-        self._metrics = _metrics.MetricsLog(metrics_path) if log_metrics else None
-        self._process_group = process_group
-        self._observed: list[float | Tensor] = []
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -181,236 +202,115 @@ class CruxyOptimizer(Optimizer):
             "use_lion": use_lion,
             "use_gc": use_gc,
             "maximize": maximize,
+            "state_bits": state_bits,
             "capturable": capturable,
         }
-        super().__init__(params, defaults)
-        self._step_supports_amp_scaling = True
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group with options of its own; the one controller sees its gradients too."""
-        param_group = {key: value for key, value in param_group.items() if key != _MEMORY}
-        _checks.check_group({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for param in group["params"]:
-            _checks.check_param(param)
-        if len(self.param_groups) == 1:
-            device = group["params"][0].device if group["params"] else torch.device("cpu")
-            device = torch.device("cpu") if device.type == "meta" else device
-            group[_MEMORY] = _controller.start(self._settings.law, device)
-
-    @torch.no_grad()
-    def step(
-        self,
-        closure: Callable[[], Any] | None = None,
-        loss: float | Tensor | None = None,
-    ) -> Any:
-        """Measures, asks the law, and updates every parameter that has a gradient.
-
-        Under `torch.amp.GradScaler` call `scaler.step(optimizer, loss=loss)` with the loss before
-        scaling: gradients are unscaled on the way, without writing to them, and a step on which the
-        scaler found an infinity is skipped.
-
-        Args:
-            closure: clears gradients, computes the loss, calls `backward` and returns the loss.
-            loss: this step's loss: a tensor of one element, which is not waited for, or a number.
-                Without it what `observe` was given counts, else what the closure returned, else
-                the curvature is held. A loss that is not finite counts as none.
-
-        Returns:
-            What the closure returned; without one, `loss`.
-
-        Raises:
-            ValueError: where the loss is not one real number.
-            RuntimeError: where a gradient is sparse.
-        """
-        result = loss
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
-            loss = result if loss is None and not self._observed else loss
-        losses = self._observed if loss is None else [_checks.scalar_loss(loss)]
-        self._observed = []
-        groups = self._groups()
-        if not any(group.tensors.grads for group in groups) and self._process_group is None:
-            return result
-        memory = self._memory(groups)
-        device = memory["step"].device
-        native, foreach = self._path(device)
-        self._run()(
-            self._settings,
-            memory,
-            groups,
-            _checks.mean_loss(losses, device),
-            getattr(self, "grad_scale", None),
-            getattr(self, "found_inf", None),
-            self._process_group,
-            native,
-            foreach,
+        super().__init__(
+            params,
+            defaults,
+            law=law,
+            lr_bounds=lr_bounds,
+            process_group=process_group,
+            metrics=metrics_path if log_metrics else None,
         )
-        if self._metrics is not None:
-            self._metrics.log(_controller.everything(memory))
-        return result
-
-    def observe(self, loss: float | Tensor) -> None:
-        """Hands over the loss of the coming step where `step` itself cannot take it.
-
-        For loops that call `optimizer.step()` for you. Called several times before a step, as with
-        gradient accumulation, the mean counts. It is not waited for.
-
-        Args:
-            loss: a tensor of one element or a number.
-
-        Raises:
-            ValueError: where it is not one real number.
-        """
-        self._observed.append(_checks.scalar_loss(loss))
-
-    def telemetry(self) -> dict[str, float | int | bool]:
-        """What the last step measured and decided; waits for the device once.
-
-        Returns:
-            By name: `learning_rate`, `beta1` and `beta2` as the first group applied them (0, 1
-            and 1 on a skipped step), `phase`, `curvature`, `warning`, `meta_scale`, `phase_scale`,
-            `clip_threshold`, `clip_scale`, the signals `grad_norm`, `gamma_norm` and `loss` (NaN
-            where there was none), `ok`, and the counters `step` (good steps), `skipped_total` and
-            `skipped_in_a_row`. Before the first step all but the counters are NaN and `ok` is
-            true. It is part of the state and so survives a resume.
-        """
-        memory = self.param_groups[0][_MEMORY]
-        return _controller.named(_controller.everything(memory).tolist())
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave, into the tensors that are here where there are any.
-
-        Unlike the base class it keeps float32 moments of half-precision parameters in float32,
-        shares no memory with the dictionary and leaves it as it was.
-
-        Args:
-            state_dict: what `state_dict` gave, of an optimizer with the same groups and law.
-
-        Raises:
-            ValueError: where the groups, the law or the format differ.
-        """
-        memory = self.param_groups[0][_MEMORY]
-        old = {param: dict(state) for param, state in self.state.items()}
-        final: dict[str, Any] = {}
-
-        def capture(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            final.update(state_dict)
-            _controller.check(memory, state_dict["param_groups"][0].get(_MEMORY))
-
-        def restore(_: Optimizer) -> None:
-            _controller.load(memory, self.param_groups[0][_MEMORY])
-            self.param_groups[0][_MEMORY] = memory
-            self._restore_state(old, final)
-
-        # Hooks of the user may change the dictionary before us and look at the result after us.
-        before = self.register_load_state_dict_pre_hook(capture)
-        after = self.register_load_state_dict_post_hook(restore, prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
-        self._observed = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        kept = ("_settings", "_foreach", "_fused", "_compile", "_metrics")
-        return super().__getstate__() | {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._step_supports_amp_scaling = True
-        self.__dict__.setdefault("_process_group", None)
-        self._observed = []
-
-    def __repr__(self) -> str:
-        memory = self.param_groups[0].pop(_MEMORY)
-        try:
-            return super().__repr__()
-        finally:
-            self.param_groups[0][_MEMORY] = memory
-
-    def _groups(self) -> list[_step.Group]:
-        groups = []
         for group in self.param_groups:
-            tensors = Tensors([], [], [], [], [], [])
-            self._init_group(group, *tensors)
-            lion, decoupled = group["use_lion"], group["decoupled_weight_decay"]
-            options = Options(
-                lion=lion,
-                weight_decay=group["weight_decay"],
-                coupled=not (lion or decoupled),
-                eps=group["eps"],
-                nesterov=group["use_nesterov"],
-                centralize=group["use_gc"],
-                power=self._settings.power,
-            )
-            lr, (b1, b2) = group["lr"], group["betas"]
-            if isinstance(lr, Tensor):
-                lr = lr.detach().reshape(())
-            elif self._compile and tensors.params:
-                # A number would become part of the compiled code, and a schedule compile anew.
-                lr = torch.full((), lr, device=tensors.params[0].device)
-            groups.append(_step.Group(tensors, options, lr, b1, b2, maximize=group["maximize"]))
-        return groups
+            group.setdefault("state_bits", 32)
 
-    def _init_group(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        clocks1: list[Tensor],
-        clocks2: list[Tensor],
-    ) -> None:
-        """Fills the lists with what has a gradient, and makes the state that is missing.
+    def _check_group(self, group: dict[str, Any]) -> None:
+        _checks.check_group(group)
+
+    def _group(self, index: int, only: Tensor | None = None) -> MomentsGroup:
+        """A group with what has a gradient, or with one parameter of it."""
+        group = self.param_groups[index]
+        columns = _state.empty_columns()
+        if only is None:
+            self._init_group(group, *columns)
+        else:
+            self._add([only], group, columns)
+        lion, decoupled = group["use_lion"], group["decoupled_weight_decay"]
+        options = Options(
+            lion=lion,
+            weight_decay=group["weight_decay"],
+            coupled=not (lion or decoupled),
+            eps=group["eps"],
+            nesterov=group["use_nesterov"],
+            centralize=group["use_gc"],
+            power=self._power,
+        )
+        lr, (b1, b2) = group["lr"], group["betas"]
+        if isinstance(lr, Tensor):
+            lr = lr.detach().reshape(())
+        elif self._compile and columns.params:
+            # A number would become part of the compiled code, and a schedule compile anew.
+            lr = torch.full((), lr, device=columns.params[0].device)
+        halved = group["state_bits"] == 16
+        coded = any(scales is not None for scales in columns.first_scales)
+        return MomentsGroup(
+            index=index,
+            grads=columns.grads,
+            columns=columns,
+            halved=halved,
+            options=options,
+            lr=lr,
+            b1=b1,
+            b2=b2,
+            maximize=group["maximize"],
+            stochastic=self._stochastic,
+            rounds=self._stochastic or halved or coded,
+        )
+
+    def _init_group(self, group: dict[str, Any], *columns: list[Any]) -> None:
+        """Fills the lists of `_state.Columns` with what has a gradient.
 
         The name and the form are torch's: `torch.compile` runs a method of this name eagerly.
         """
-        for param in group["params"]:
-            grad = param.grad
-            if grad is None:
-                continue
-            _checks.check_grad(grad)
+        self._add([p for p in group["params"] if p.grad is not None], group, columns)
+
+    def _add(
+        self, params: list[Tensor], group: dict[str, Any], columns: Sequence[list[Any]]
+    ) -> None:
+        """Fills `columns` with parameters that have a gradient, and makes missing state."""
+        adam, power = not group["use_lion"], self._power
+        out = _state.Columns(*columns)
+        for param in params:
+            grad = _checks.dense_grad(param)
             state = self.state[param]
-            if "exp_avg" not in state:
-                state["exp_avg"] = torch.zeros_like(param, dtype=self._first_dtype(param))
-            params.append(param)
-            grads.append(grad)
-            exp_avgs.append(state["exp_avg"])
-            if group["use_lion"]:
+            if not _state.has_moment(state, "exp_avg"):
+                dtype = self._first_dtype(param)
+                _state.add_moment(state, "exp_avg", param, dtype, self._bits(param, group))
+            if adam and not _state.has_moment(state, "exp_avg_sq"):
+                dtype = compute_dtype(param)
+                _state.add_moment(state, "exp_avg_sq", param, dtype, self._bits(param, group))
+                for name in ("step",) if power else ("beta1_product", "beta2_product"):
+                    start = 0.0 if power else 1.0
+                    state[name] = torch.full((), start, device=param.device)
+            out.params.append(param)
+            out.grads.append(grad)
+            out.numbers.append(self._number(param))
+            _state.append(out.firsts, out.first_scales, state, "exp_avg")
+            if not adam:
                 continue
-            if "exp_avg_sq" not in state:
-                state["exp_avg_sq"] = torch.zeros_like(param, dtype=compute_dtype(param))
-                device = param.device
-                if self._settings.power:
-                    state["step"] = torch.zeros((), device=device)
-                else:
-                    state["beta1_product"] = torch.ones((), device=device)
-                    state["beta2_product"] = torch.ones((), device=device)
-            exp_avg_sqs.append(state["exp_avg_sq"])
-            if self._settings.power:
-                clocks1.append(state["step"])
-            else:
-                clocks1.append(state["beta1_product"])
-                clocks2.append(state["beta2_product"])
+            _state.append(out.seconds, out.second_scales, state, "exp_avg_sq")
+            out.clocks1.append(state["step" if power else "beta1_product"])
+            if not power:
+                out.clocks2.append(state["beta2_product"])
+
+    def _bits(self, param: Tensor, group: dict[str, Any]) -> int:
+        """Bits an element of the moments of a parameter that has none yet."""
+        select = self._select
+        small = param.numel() < _state.SMALLEST
+        return 32 if small or not (select is None or select(param)) else group["state_bits"]
 
     def _first_dtype(self, param: Tensor) -> torch.dtype:
-        if self._settings.momentum_dtype is not None:
-            return self._settings.momentum_dtype
+        if self._momentum_dtype is not None:
+            return self._momentum_dtype
         return torch.float32 if param.dtype == torch.float16 else param.dtype
 
-    def _memory(self, groups: list[_step.Group]) -> dict[str, Tensor]:
-        """The controller's memory, moved to where the first gradient is."""
-        memory = self.param_groups[0][_MEMORY]
-        grad = next((g for group in groups for g in group.tensors.grads), None)
-        if grad is not None and memory["step"].device != grad.device:
-            for name, value in memory.items():
-                memory[name] = value.to(grad.device)
-        return memory
+    def _saved_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype | None:
+        return None if group["state_bits"] == 16 else self._first_dtype(param)
 
     def _path(self, device: torch.device) -> tuple[bool, bool]:
         """Whether to take the C library and whether to take foreach calls."""
@@ -421,21 +321,6 @@ class CruxyOptimizer(Optimizer):
 
     def _run(self) -> Callable[..., None]:
         return _compiled_run() if self._compile else _step.run
-
-    def _restore_state(self, old: dict[Tensor, dict[str, Any]], final: dict[str, Any]) -> None:
-        """Undoes the casts of the base class, and keeps tensors that are there already."""
-        ours = (param for group in self.param_groups for param in group["params"])
-        saved_ids = (i for group in final["param_groups"] for i in group["params"])
-        for param, saved_id in zip(ours, saved_ids, strict=True):
-            for key, value in final["state"].get(saved_id, {}).items():
-                if not isinstance(value, Tensor):
-                    continue
-                dtype = self._first_dtype(param) if key == "exp_avg" else value.dtype
-                target = old.get(param, {}).get(key)
-                if target is None or (target.shape, target.dtype) != (value.shape, dtype):
-                    target = torch.empty_like(value, dtype=dtype, device=param.device)
-                with torch.no_grad():
-                    self.state[param][key] = target.copy_(value)
 
 
 @functools.cache

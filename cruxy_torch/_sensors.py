@@ -4,6 +4,7 @@
 # pyright: reportPrivateImportUsage=false
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -117,10 +118,57 @@ def measure(
     if found_inf is not None:
         found = found_inf.to(total.device, non_blocking=True).sum() > 0
         total = torch.where(found, math.nan, total)
-    known = torch.isfinite(loss)
     if not sharded and process_group is None:
-        return _signals(total, torch.where(known, loss, math.nan), gamma)
-    losses = torch.stack([torch.where(known, loss, 0.0), known.to(torch.float32)])
+        return signals(total, torch.where(torch.isfinite(loss), loss, math.nan), gamma)
+    total, losses = _pooled(total, _counted(loss), sharded, gamma, scale, **fast)
+    if process_group is not None:
+        packed = torch.cat([total / dist.get_world_size(process_group), losses])
+        dist.all_reduce(packed, group=process_group)
+        total, losses = packed[:2], packed[2:]
+    return signals(total, _mean(losses), gamma)
+
+
+def whole_sums(grad: Tensor, gamma: float, scale: Tensor, *, native: bool) -> Tensor:
+    """The two sums over one gradient, of a `DTensor` over all its shards; float32, `(2,)`."""
+    plain, sharded = _by_mesh([grad])
+    fast = {"native": native, "foreach": False}
+    total = sums(plain, gamma, scale, **fast)
+    return _pooled(total, torch.zeros_like(total), sharded, gamma, scale, **fast)[0]
+
+
+def conclude(total: Tensor, loss: Tensor, meshes: Iterable[Any], gamma: float) -> Signals:
+    """The signals of sums that are whole already and of this rank's loss."""
+    nothing = torch.zeros_like(total)
+    fast = {"native": False, "foreach": False}
+    _, losses = _pooled(nothing, _counted(loss), {m: {} for m in meshes}, gamma, loss, **fast)
+    return signals(total, _mean(losses), gamma)
+
+
+def signals(total: Tensor, loss: Tensor, gamma: float) -> Signals:
+    """The two norms of which `total` has the sums, and the loss."""
+    return Signals(grad_norm=total[0].sqrt(), gamma_norm=total[1] ** (1.0 / gamma), loss=loss)
+
+
+def _counted(loss: Tensor) -> Tensor:
+    """A loss and the number 1; two zeros where it is not finite."""
+    known = torch.isfinite(loss)
+    return torch.stack([torch.where(known, loss, 0.0), known.to(torch.float32)])
+
+
+def _mean(losses: Tensor) -> Tensor:
+    """The mean of a sum and a number of losses, NaN of none."""
+    return torch.where(losses[1] > 0.0, losses[0] / losses[1], math.nan)
+
+
+def _pooled(
+    total: Tensor,
+    losses: Tensor,
+    sharded: dict[Any, dict[int, list[Tensor]]],
+    gamma: float,
+    scale: Tensor,
+    **fast: bool,
+) -> tuple[Tensor, Tensor]:
+    """Adds the shards of all ranks to what all ranks have, and the losses of all ranks."""
     for mesh, shares in sharded.items():
         total = total / mesh.size()
         for copies, shards in shares.items():
@@ -129,16 +177,7 @@ def measure(
         for axis in range(mesh.ndim):
             dist.all_reduce(packed, group=mesh.get_group(axis))
         total, losses = packed[:2], packed[2:]
-    if process_group is not None:
-        packed = torch.cat([total / dist.get_world_size(process_group), losses])
-        dist.all_reduce(packed, group=process_group)
-        total, losses = packed[:2], packed[2:]
-    loss = torch.where(losses[1] > 0.0, losses[0] / losses[1], math.nan)
-    return _signals(total, loss, gamma)
-
-
-def _signals(total: Tensor, loss: Tensor, gamma: float) -> Signals:
-    return Signals(grad_norm=total[0].sqrt(), gamma_norm=total[1] ** (1.0 / gamma), loss=loss)
+    return total, losses
 
 
 def _by_mesh(grads: list[Tensor]) -> tuple[list[Tensor], dict[Any, dict[int, list[Tensor]]]]:

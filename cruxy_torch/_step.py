@@ -1,6 +1,7 @@
 """One step on the device: measure, ask the law, update. Nothing here reads a value on the host."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from cruxy_control import Controls, Law, Signals, meta_learning_rate
 from cruxy_control import betas as controlled_betas
-from cruxy_torch import _controller, _kernels, _native, _numpy, _sensors
-from cruxy_torch._kernels import Options, Scalars, Tensors
+from cruxy_control.stochastic import stream_key
+from cruxy_torch import _controller, _sensors
+from cruxy_torch._kernels import Scalars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,33 +23,50 @@ class Settings:
         law: the control law.
         names: of the values in its state, see `_controller.names_of`.
         lr_bounds: absolute bounds on each rate before the phase factor.
-        momentum_dtype: of first moments; `None` for each parameter's own, float32 for float16.
-        power: the bias correction of `cruxy` 2.1.0, see `Options`.
     """
 
     law: Law
     names: Any
     lr_bounds: tuple[float, float] | None
-    momentum_dtype: torch.dtype | None
-    power: bool
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """One parameter group's part in a step; `lr`, `b1` and `b2` are the user's."""
+    """One parameter group's part in a step; a subclass says what is updated, and how.
 
-    tensors: Tensors
-    options: Options
+    Attributes:
+        index: of the group.
+        grads: the gradients there are.
+        lr: the user's learning rate.
+        b1: the user's decay rate of the first moment; 0 for none.
+        b2: the user's decay rate of the second moment.
+        maximize: climbs instead of descending.
+        rounds: whether anything of it may be rounded by chance.
+    """
+
+    index: int
+    grads: list[Tensor]
     lr: float | Tensor
     b1: float | Tensor
     b2: float | Tensor
     maximize: bool
+    rounds: bool
+
+    def update(self, scalars: Scalars, *, native: bool, foreach: bool) -> None:
+        """Updates parameters and state in place.
+
+        Args:
+            scalars: what the controller decided.
+            native: takes the C library for what it can take.
+            foreach: takes torch's foreach calls for the rest.
+        """
+        raise TypeError(f"{type(self).__name__} must say how it is updated.")
 
 
 def run(
     settings: Settings,
     memory: dict[str, Tensor],
-    groups: list[Group],
+    groups: Sequence[Group],
     loss: Tensor,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
@@ -71,7 +90,7 @@ def run(
     device = memory["step"].device
     one = torch.ones((), device=device)
     scale = one if grad_scale is None else grad_scale.to(device).double().reciprocal().float()
-    grads = [g for group in groups for g in group.tensors.grads]
+    grads = [g for group in groups for g in group.grads]
     signals = _sensors.measure(
         grads,
         loss,
@@ -82,61 +101,44 @@ def run(
         native=native,
         foreach=foreach,
     )
+    key = random_key(memory) if any(group.rounds for group in groups) else 0
     controls = _controller.advance(settings.law, settings.names, memory, signals)
     xp = _controller.namespace(memory)
-    applied = [_scalars(group, controls, scale, settings, xp) for group in groups]
-    for group, scalars in zip(groups, applied, strict=True):
-        _update(group, scalars, native=native, foreach=foreach)
-    _report(memory, signals, controls, applied[0])
+    applied = [scalars(group, controls, scale, key, settings, xp=xp) for group in groups]
+    for group, decided in zip(groups, applied, strict=True):
+        group.update(decided, native=native, foreach=foreach)
+    report(memory, signals, controls, applied[0])
 
 
-def _scalars(
-    group: Group, controls: Controls, scale: Tensor, settings: Settings, xp: Any
+def random_key(memory: dict[str, Tensor]) -> Any:
+    """The key of a step's random bits, another for every step; an int32 scalar."""
+    xp = _controller.namespace(memory)
+    count, skipped = _controller.scalars([memory["step"], memory["skipped_total"]], xp)
+    with _controller.quiet(xp):
+        return stream_key(count + skipped, 0, 0, xp=xp)
+
+
+def scalars(
+    group: Group, controls: Controls, scale: Tensor, key: Any, settings: Settings, *, xp: Any
 ) -> Scalars:
-    lr, b1, b2, factor = (
-        value.numpy()[()] if xp is _numpy and isinstance(value, Tensor) else value
-        for value in (group.lr, group.b1, group.b2, scale)
-    )
+    """What a group applies to its gradients.
+
+    Args:
+        group: with the user's rate and betas.
+        controls: what the law ordered.
+        scale: factor on the gradients besides clipping; 0-d.
+        key: from `random_key`.
+        settings: see there.
+        xp: the controller's namespace.
+    """
+    lr, b1, b2, factor = _controller.scalars((group.lr, group.b1, group.b2, scale), xp)
     beta1, beta2 = controlled_betas(controls, b1, b2, xp=xp)
     rate = meta_learning_rate(controls, lr, settings.lr_bounds, xp=xp) * controls.phase_scale
     factor = controls.clip_scale * factor
-    return Scalars(rate, beta1, beta2, -factor if group.maximize else factor, controls.ok)
+    return Scalars(rate, beta1, beta2, -factor if group.maximize else factor, controls.ok, key)
 
 
-def _update(group: Group, scalars: Scalars, *, native: bool, foreach: bool) -> None:
-    tensors, options = group.tensors, group.options
-    if _sensors.any_sharded(tensors.grads):
-        if options.centralize:
-            _check_centralizable(tensors.grads)
-        tensors = Tensors(*([_sensors.local(t) for t in column] for column in tensors))
-    if native and tensors.params and not options.power:
-        fast, slow = _native.split([column for column in tensors[:4] if column])
-        if fast:
-            _native.update(tensors.select(fast), scalars, options)
-        tensors = tensors.select(slow)
-    by_device: dict[torch.device, list[int]] = {}
-    for index, param in enumerate(tensors.params):
-        by_device.setdefault(param.device, []).append(index)
-    step = _kernels.foreach if foreach else _kernels.single
-    for device, indices in by_device.items():
-        step(tensors.select(indices), scalars.to(device), options)
-
-
-def _check_centralizable(grads: list[Tensor]) -> None:
-    for grad in grads:
-        if _sensors.is_sharded(grad) and any(
-            placement.is_shard() and not placement.is_shard(0) for placement in grad.placements
-        ):
-            raise ValueError(
-                "use_gc needs whole rows on each rank, got a gradient placed as "
-                f"{grad.placements}; shard that parameter along its first axis, or give it a "
-                "parameter group with use_gc=False."
-            )
-
-
-def _report(
-    memory: dict[str, Tensor], signals: Signals, controls: Controls, first: Scalars
-) -> None:
+def report(memory: dict[str, Tensor], signals: Signals, controls: Controls, first: Scalars) -> None:
     """Keeps the telemetry; rate and betas are the first group's."""
     values = {**signals._asdict(), **controls._asdict()}
     values |= {"learning_rate": first.rate, "beta1": first.beta1, "beta2": first.beta2}

@@ -7,7 +7,13 @@ import peft
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from _data import load_corpus
 
@@ -112,6 +118,23 @@ def load_text(path: Path | None, tokenizer: Any, context: int) -> Text:
         validation=Windows(validation, context, limit=64),
         prompt=validation[None, :32],
     )
+
+
+def load_model(name: str | None, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+    """A model with its tokenizer: by its name on the hub or its folder, or the small Llama.
+
+    Args:
+        name: the name or the folder; `None` for `TINY` with random weights.
+        dtype: of the weights.
+
+    Raises:
+        OSError: where the name is unknown or the hub cannot be reached.
+    """
+    if name is None:
+        small: Any = LlamaForCausalLM(TINY)
+        return small.to(dtype), ByteTokenizer()
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return model, AutoTokenizer.from_pretrained(name)
 
 
 def with_lora(model: PreTrainedModel, rank: int) -> peft.PeftModel | peft.PeftMixedModel:

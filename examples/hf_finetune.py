@@ -13,16 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import TrainingArguments, set_seed
 
-from _causal_lm import TINY, ByteTokenizer, load_text, with_lora
+from _causal_lm import load_model, load_text, with_lora
 from _demo import positive, seed, whole
 from cruxy_torch.integrations.huggingface import CruxyTrainer
 
@@ -72,18 +65,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"validation loss {before:.4f} -> {trainer.evaluate()['eval_loss']:.4f}")
     trainer.save_model()
     print(f"\n{write(trained, tokenizer, text.prompt)}\n\nThe model is in {args.output}/")
-
-
-def load_model(name: str | None) -> tuple[PreTrainedModel, Any]:
-    """A model with its tokenizer: by its name on the hub or its folder, or the small Llama.
-
-    Raises:
-        OSError: where the name is unknown or the hub cannot be reached.
-    """
-    if name is None:
-        return LlamaForCausalLM(TINY), ByteTokenizer()
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(name)
 
 
 def write(model: Any, tokenizer: Any, prompt: torch.Tensor) -> str:

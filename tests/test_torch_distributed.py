@@ -46,7 +46,7 @@ class TestTraining:
         assert difference(ours[1], alone[1]) <= allowed * 8  # norms of order eight
 
 
-@pytest.mark.parametrize("name", workers.OPTIONS)
+@pytest.mark.parametrize("name", workers.EVERY)
 def test_a_bad_shard_on_one_rank_skips_the_step_on_all(results, name):
     for rank in results:
         case = rank[f"bad_shard-{name}"]
@@ -60,3 +60,65 @@ def test_resuming_from_a_distributed_checkpoint_is_bit_identical(results, key):
     for rank in results:
         assert difference(rank[key]["ours"][0], rank[key]["theirs"][0]) == 0.0
         assert difference(rank[key]["ours"][1], rank[key]["theirs"][1]) == 0.0
+
+
+@pytest.mark.parametrize("name", workers.LOW_BIT)
+def test_codes_are_sharded_as_their_parameter_is(results, name):
+    for rank in results:
+        case = rank[f"fsdp_low_bit-{name}"]
+        # 451 and 450 rows of 7: 13 blocks on each rank, the last of them not full.
+        bits = workers.LOW_BIT[name]["state_bits"]
+        if bits == 16:
+            assert case["local"]["exp_avg"] in ((451, 7), (450, 7))
+            continue
+        assert case["shapes"]["exp_avg_codes"] == (26, 32 * bits)
+        assert case["local"]["exp_avg_codes"] == (13, 32 * bits)
+        assert case["local"]["exp_avg_scales"] == (13,)
+
+
+@pytest.mark.parametrize("name", workers.LOW_BIT)
+def test_sharded_low_bit_training_agrees_on_all_ranks(results, name):
+    ours = [rank[f"fsdp_low_bit-{name}"]["ours"] for rank in results]
+    assert difference(ours[0][1], ours[1][1]) == 0.0
+    assert difference(ours[0][0], ours[1][0]) == 0.0
+    assert ours[0][1]["step"] == workers.STEPS
+
+
+class TestReleased:
+    """Gradients released in the backward pass under `fully_shard`."""
+
+    @pytest.mark.parametrize("name", workers.EVERY)
+    def test_all_ranks_hold_the_same_controller_and_no_gradient(self, results, name):
+        ours = [rank[f"released-{name}"] for rank in results]
+        assert difference(ours[0]["ours"][1], ours[1]["ours"][1]) == 0.0
+        assert difference(ours[0]["ours"][0], ours[1]["ours"][0]) == 0.0
+        assert ours[0]["left"] == ours[1]["left"] == 0
+
+    @pytest.mark.parametrize("name", workers.OPTIONS)
+    def test_two_processes_train_as_one(self, results, name):
+        ours, alone = (results[0][f"released-{name}"][key] for key in ("ours", "alone"))
+        allowed = workers.STEPS * 32 * 2.0**-24
+        assert difference(ours[0], alone[0]) <= allowed
+        assert difference(ours[1], alone[1]) <= allowed * 8
+
+    @pytest.mark.parametrize("name", workers.EVERY)
+    def test_a_tensor_that_is_bad_on_one_rank_stays_as_it_was_on_all(self, results, name):
+        for rank in results:
+            case = rank[f"released-{name}"]
+            values, memory = case["after"]
+            still = {key for key in values if torch.equal(values[key], case["before"][key])}
+            assert still == {"2.weight"}
+            assert memory["skipped_total"] == 1
+
+    def test_data_parallel_replicas_are_refused(self, results):
+        for rank in results:
+            named, unnamed = rank["ddp_released-"]
+            assert "process_group must be None to release gradients" in named
+            assert "with several processes every parameter must be a DTensor" in unnamed
+
+
+@pytest.mark.parametrize("name", ["adam8", "lion4"])
+def test_codes_of_another_sharding_are_refused(results, name):
+    for rank in results:
+        message = rank[f"resharded-{name}"]
+        assert "shards of 3157 elements for shards of 6307; load them on as many" in message

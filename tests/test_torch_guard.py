@@ -123,7 +123,7 @@ def test_vanishing_gradients_give_no_nan(value, path, mode):
         p.grad = torch.full_like(p, value)
     for _ in range(12):
         optimizer.step(loss=1.0)
-    assert all(value.isfinite().all() for value in models.everything(net, optimizer).values())
+    models.assert_finite(models.everything(net, optimizer))
 
 
 @pytest.mark.parametrize("loss", [None, math.nan, math.inf, -2.0, 0.0, 1e30])
@@ -136,7 +136,7 @@ def test_any_loss_leaves_the_controller_finite(loss):
     optimizer.step(loss=loss)
     models.train(net, optimizer, 2)
     assert math.isfinite(optimizer.telemetry()["curvature"])
-    assert all(value.isfinite().all() for value in models.everything(net, optimizer).values())
+    models.assert_finite(models.everything(net, optimizer))
 
 
 class TestGradScaler:

@@ -24,12 +24,20 @@ from cruxy_torch import CruxyOptimizer
 
 STEPS = 6
 OPTIONS = {"adam": {}, "lion": {"use_lion": True, "lr": 1e-3, "use_gc": True}}
+LOW_BIT = {
+    "adam8": {"state_bits": 8},
+    "adam16": {"state_bits": 16},
+    "lion4": {"use_lion": True, "lr": 1e-3, "state_bits": 4},
+}
+"""On a wider network, whose shards do not end where blocks of codes do."""
+EVERY = OPTIONS | LOW_BIT
 
 
-def network():
+def network(name="adam"):
     torch.manual_seed(0)
+    width = 901 if name in LOW_BIT else 33
     return torch.nn.Sequential(
-        torch.nn.Linear(7, 33), torch.nn.Tanh(), torch.nn.Linear(33, 5), torch.nn.LayerNorm(5)
+        torch.nn.Linear(7, width), torch.nn.Tanh(), torch.nn.Linear(width, 5), torch.nn.LayerNorm(5)
     )
 
 
@@ -44,13 +52,15 @@ def loss_of(net, x, y):
 
 
 def optimizer(net, name, **more):
-    return CruxyOptimizer(net.parameters(), **{"lr": 1e-2, **OPTIONS[name], **more})
+    return CruxyOptimizer(net.parameters(), **{"lr": 1e-2, **EVERY[name], **more})
 
 
-def alone(name, steps=STEPS):
+def alone(name, steps=STEPS, release=False):
     """The same training in one process, on the whole batch."""
-    net = network()
+    net = network(name)
     opt = optimizer(net, name)
+    if release:
+        opt.register_hooks()
     for step in range(steps):
         opt.zero_grad()
         loss = loss_of(net, *data(step))
@@ -98,7 +108,7 @@ def ddp(name):
 
 
 def sharded(name):
-    net = network()
+    net = network(name)
     for layer in (net[0], net[2]):
         fully_shard(layer)
     fully_shard(net)
@@ -109,6 +119,63 @@ def fsdp(name):
     net, opt = sharded(name)
     shared(net, opt)
     return {"ours": (parameters(net), memory(opt)), "alone": alone(name)}
+
+
+def fsdp_low_bit(name):
+    """Training, and what is kept of it on this rank."""
+    net, opt = sharded(name)
+    shared(net, opt)
+    weight = net[0].weight
+    return {
+        "ours": (parameters(net), memory(opt)),
+        "shapes": {key: tuple(value.shape) for key, value in opt.state[weight].items()},
+        "local": {
+            key: tuple(value.to_local().shape)
+            for key, value in opt.state[weight].items()
+            if hasattr(value, "to_local")
+        },
+    }
+
+
+ALONE = {}
+"""Training in one process with gradients released, which several processes refuse."""
+
+
+def released(name):
+    """Gradients are released in the backward pass; then one tensor's is bad on one rank."""
+    net, opt = sharded(name)
+    opt.register_hooks()
+    shared(net, opt)
+    ours = parameters(net), memory(opt)
+    loss_of(net, *data(STEPS)).backward()
+    left = sum(p.grad is not None for p in net.parameters())
+    opt.step()
+    before = parameters(net)
+    p: Any
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 0.01)
+    if dist.get_rank() == 1:
+        net[2].weight.grad.to_local()[0, 0] = float("nan")
+    opt.step()
+    return {
+        "ours": ours,
+        "alone": ALONE.get(name),
+        "left": left,
+        "before": before,
+        "after": (parameters(net), memory(opt)),
+    }
+
+
+def ddp_released():
+    """What `register_hooks` says where gradients are averaged after the hooks."""
+    net = DistributedDataParallel(network())
+    messages = []
+    for options in ({"process_group": dist.group.WORLD}, {}):
+        try:
+            optimizer(net, "adam", **options).register_hooks()
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
 
 
 def bad_shard(name):
@@ -176,11 +243,35 @@ def full_state(name):
     }
 
 
+def resharded(name):
+    """The gathered state of two ranks does not fit one process, where blocks would be others."""
+    net, opt = sharded(name)
+    shared(net, opt, steps=1)
+    options = StateDictOptions(full_state_dict=True)
+    saved = get_optimizer_state_dict(net, opt, options=options)
+    whole = network(name)
+    other = optimizer(whole, name)
+    names = {key: index for index, (key, _) in enumerate(whole.named_parameters())}
+    state = other.state_dict()
+    state["state"] = {names[key]: value for key, value in saved["state"].items()}
+    state["param_groups"][0] |= {
+        key: value for key, value in saved["param_groups"][0].items() if key != "params"
+    }
+    try:
+        other.load_state_dict(state)
+    except ValueError as error:
+        return str(error)
+
+
 CASES = {
     f"{case.__name__}-{'-'.join(map(str, arguments))}": (case, arguments)
     for case, arguments in [
-        *((case, (name,)) for case in (ddp, fsdp, bad_shard, full_state) for name in OPTIONS),
-        *((checkpoint, (name, flat)) for name in OPTIONS for flat in (False, True)),
+        *((case, (name,)) for case in (ddp, fsdp) for name in OPTIONS),
+        *((fsdp_low_bit, (name,)) for name in LOW_BIT),
+        *((case, (name,)) for case in (bad_shard, full_state, released) for name in EVERY),
+        *((checkpoint, (name, flat)) for name in EVERY for flat in (False, True)),
+        (ddp_released, ()),
+        *((resharded, (name,)) for name in ("adam8", "lion4")),
     ]
 }
 
@@ -188,6 +279,7 @@ CASES = {
 def run(rank, folder):
     """Everything, in one process of two; leaves `rank<n>.pt` in the folder."""
     torch.set_num_threads(1)
+    ALONE.update({name: alone(name, release=True) for name in OPTIONS})
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = {}
     for key, (case, arguments) in CASES.items():

@@ -1,0 +1,148 @@
+"""What `estimate_memory` says before a run is what the run then takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import cruxy_optax
+from cruxy_optax import estimate_memory
+from memory_models import MODELS, train_step
+
+TESTS = Path(__file__).parent
+
+
+def held(tree):
+    """Bytes of the buffers that a tree of arrays really has."""
+    return sum(
+        shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_gradients_and_state_are_counted_to_the_byte(name):
+    model, tx = MODELS[name](), cruxy_optax.meta3(1e-3)
+    estimate = estimate_memory(tx, jax.eval_shape(lambda: model.params))
+    grads = jax.grad(model.loss)(model.params, model.batch[:1])
+    assert estimate.parameters == held(model.params)
+    assert estimate.gradients == held(grads)
+    assert estimate.state == held(tx.init(model.params))
+
+
+# Each is a process of its own; two of the five are run always.
+SEEN_BY_THE_KERNEL = [
+    name if name in ("mlp", "llama") else pytest.param(name, marks=pytest.mark.slow)
+    for name in MODELS
+]
+
+
+@pytest.mark.parametrize("name", SEEN_BY_THE_KERNEL)
+def test_the_peak_is_what_the_kernel_sees_the_process_take(name):
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux says how much memory a process came to hold")
+    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.run(
+        [sys.executable, str(TESTS / "memory_models.py"), name],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    peaks = json.loads(process.stdout)
+    assert peaks["estimated"] == pytest.approx(peaks["measured"], rel=0.1)
+
+
+def small():
+    """Shapes of a model, an optimizer, a step and a batch."""
+    params = {"w": jax.ShapeDtypeStruct((256, 256), jnp.float32)}
+    tx = optax.adamw(1e-3)
+    step = train_step(optax.with_extra_args_support(tx), lambda p, x: jnp.mean((x @ p["w"]) ** 2))
+    return params, tx, step, jax.ShapeDtypeStruct((8, 256), jnp.float32)
+
+
+def test_nothing_is_allocated_for_parameters_that_fit_no_machine():
+    params = {"w": jax.ShapeDtypeStruct((1 << 20, 1 << 20), jnp.bfloat16)}
+    estimate = estimate_memory(cruxy_optax.meta_lion(1e-4), params)
+    assert estimate.parameters == estimate.gradients == 2 << 40
+    assert 2 << 40 < estimate.state < (2 << 40) + 1024
+
+
+def test_the_peak_is_arguments_outputs_and_temporaries_less_what_is_donated():
+    params, tx, step, batch = small()
+    donated = estimate_memory(tx, params, train_step=step, args=(batch,))
+    matrix = 4 * 256 * 256
+    assert donated.arguments == 3 * matrix + 4 + 4 * 8 * 256
+    assert donated.reused >= 3 * matrix
+    assert donated.peak == (
+        donated.arguments + donated.outputs + donated.temporaries - donated.reused
+    )
+    plain = estimate_memory(tx, params, train_step=step.__wrapped__, args=(batch,))
+    assert plain.reused == 0
+    # Old and new parameters and moments at once.
+    assert donated.peak < 6 * matrix <= plain.peak
+
+
+def test_a_step_may_come_jitted_lowered_or_compiled():
+    params, tx, step, batch = small()
+    lowered = step.lower(params, jax.eval_shape(tx.init, params), batch)
+    jitted = estimate_memory(tx, params, train_step=step, args=(batch,))
+    assert estimate_memory(tx, params, train_step=lowered) == jitted
+    assert estimate_memory(tx, params, train_step=lowered.compile()) == jitted
+
+
+def test_of_sharded_parameters_the_step_is_counted_on_one_device():
+    params, tx, step, batch = small()
+    mesh = jax.make_mesh((8,), ("data",))
+    split = jax.NamedSharding(mesh, jax.P("data"))
+    params = {"w": jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=split)}
+    state = jax.eval_shape(tx.init, params)
+    state = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape,
+            leaf.dtype,
+            sharding=split if leaf.ndim else jax.NamedSharding(mesh, jax.P()),
+        ),
+        state,
+    )
+    estimate = estimate_memory(tx, params, train_step=step.lower(params, state, batch))
+    matrix = 4 * 256 * 256
+    assert estimate.parameters == matrix
+    assert 3 * matrix / 8 <= estimate.arguments <= 3 * matrix / 8 + 4 + 4 * 8 * 256
+
+
+def test_whole_numbers_have_no_gradient():
+    params = {"w": jnp.ones(3), "steps": jnp.zeros((5,), jnp.int32)}
+    estimate = estimate_memory(optax.sgd(0.1), params)
+    assert (estimate.parameters, estimate.gradients, estimate.state) == (32, 12, 0)
+
+
+def test_it_prints_a_table_with_a_line_for_each_figure():
+    params, tx, step, batch = small()
+    lines = str(estimate_memory(tx, params, train_step=step, args=(batch,))).splitlines()
+    assert [line.split("  ")[0] for line in lines[1:4]] == [
+        "parameters",
+        "gradients",
+        "optimizer state",
+    ]
+    assert "524,292" in lines[3]
+    assert "8.000" in lines[3]
+    assert "= peak" in lines[-1]
+    assert len({len(line) for line in lines}) == 1
+    assert len(str(estimate_memory(tx, params)).splitlines()) == 4
+    assert str(estimate_memory(tx, {})).count("-") == 3
+
+
+def test_bad_arguments_say_what_to_do():
+    params, tx, step, batch = small()
+    with pytest.raises(TypeError, match=r"train_step must be a function .*, got 3"):
+        estimate_memory(tx, params, train_step=3)
+    lowered = step.lower(params, jax.eval_shape(tx.init, params), batch)
+    with pytest.raises(TypeError, match=r"args must be left out .*, got Lowered"):
+        estimate_memory(tx, params, train_step=lowered, args=(batch,))
