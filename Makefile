@@ -24,9 +24,9 @@ help:
 	@echo "make test-all  the whole test matrix"
 	@echo "make lint      ruff and pyright"
 	@echo "make docs      the documentation, into site/"
-	@echo "make bench     step times"
+	@echo "make bench     step times, resume, and every optimizer on the digits; the rest: docs/evidence.md"
 	@echo "make clean     remove environments, caches and output"
-	@echo "demo, test, test-all and bench hand on ARGS: make demo ARGS=\"--steps 200 --seed 1\""
+	@echo "demo, test and test-all hand on ARGS: make demo ARGS=\"--steps 200 --seed 1\""
 
 demo: $(VENV)-demo/.installed
 	$(DEMO)/python examples/shakespeare.py $(ARGS)
@@ -46,7 +46,10 @@ docs: $(VENV)-docs/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
 
 bench: $(VENV)-dev/.installed
-	$(DEV)/python -m benchmarks step-time $(ARGS)
+	$(DEV)/python -m benchmarks step-time --repeats 50
+	$(DEV)/python -m benchmarks resume
+	$(DEV)/python -m benchmarks rate-sensitivity --workload digits-conv
+	$(DEV)/python -m benchmarks tuned-baselines --workload digits-conv
 
 clean:
 	rm -rf $(VENV)-demo $(VENV)-dev $(VENV)-docs

@@ -7,12 +7,13 @@ holds, and tables of one benchmark that were taken at different commits or on di
 import argparse
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.__main__ import MODULES, protocol
 from benchmarks._protocol import OUTPUT, Protocol, Rows
+from benchmarks.workloads import NAMES
 
 DOCS = Path("docs")
 
@@ -114,7 +115,23 @@ def write(results: dict[Path, dict[str, Any]]) -> str:
             parts.append(_heading(found))
             shown = found.name
         parts.append(_section(path, result, found))
+    parts.append(_unknown(list(results.values())))
     return "\n".join(parts)
+
+
+def _unknown(results: Collection[dict[str, Any]]) -> str:
+    """What no figure above says."""
+    measured = {result["protocol"] for result in results}
+    trained = {result["workload"]["name"] for result in results if "workload" in result}
+    devices = {result["environment"]["device"].partition(":")[0] for result in results}
+    gaps = [
+        ("Benchmarks that have not been run", [name for name in MODULES if name not in measured]),
+        ("Workloads that nothing was trained on", [name for name in NAMES if name not in trained]),
+        ("Devices", [name for name in ("gpu",) if not devices & {"gpu", "cuda"}]),
+    ]
+    lines = [f"- {what}: {', '.join(names)}." for what, names in gaps if names]
+    lines.append("- Whether any of it holds for larger models, longer runs or other data.")
+    return "\n".join(["## What is not known\n", *lines, ""])
 
 
 def _heading(found: Protocol) -> str:
