@@ -94,7 +94,7 @@ def _draw(result: dict[str, Any]) -> Figure:
         (row["label"], row["difference_at_own_rate"], row["error_at_own_rate"])
         for row in result["optimizers"].values()
     ]
-    dots(axes, rows, "held-out loss above that of the whole, each at its own best rate")
+    dots(axes, rows, "held-out loss above the whole's")
     axes.axvline(0.0, color="0.6", linewidth=1)
     return figure
 
