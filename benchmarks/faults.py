@@ -13,9 +13,9 @@ class Fault(NamedTuple):
 
     Attributes:
         label: for tables.
-        steps: share of the run after which each strike comes, and how many steps it lasts.
         gradients: takes the true gradients and gives the corrupted ones.
         batch: takes a good batch of NumPy arrays and gives a bad one.
+        lasts: how many steps each strike lasts; they come at two, four and six tenths of a run.
     """
 
     label: str

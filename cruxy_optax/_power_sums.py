@@ -1,7 +1,7 @@
 """The two sums behind the norms, `sum g^2` and `sum |g|^gamma`, in one pass over a leaf.
 
 The norms are the only thing the controller costs beyond an ordinary optimizer step, and on a CPU
-they cost most of it, so their form is chosen by measurement (`python -m benchmarks.step_time`).
+they cost most of it, so their form is chosen by measurement (`python -m benchmarks step-time`).
 """
 
 import jax
