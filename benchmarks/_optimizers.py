@@ -32,9 +32,10 @@ class Optimizer(NamedTuple):
         make: from the rate and the number of steps, over which a schedule is laid.
         scale: of its grid of rates to `RATES`. A coordinate of a Lion step always has the size of
             the rate, of an Adam step seldom, so Lion's grid lies a decade lower; that of an
-            optimizer which finds a rate itself lies around 1. All grids span the same decades.
+            optimizer which finds a rate itself lies around 1. All these grids span the same decades.
         averaged: optimizer state and parameters to the parameters to evaluate at.
         skipped: optimizer state to the number of steps a guard skipped.
+        grid: the rates to try, before `scale`.
         sources: patterns, from the repository's root, of the files that define it.
     """
 
@@ -43,11 +44,12 @@ class Optimizer(NamedTuple):
     scale: float = 1.0
     averaged: Callable[[Any, Any], Any] = _current
     skipped: Callable[[Any], Any] = _no_guard
+    grid: tuple[float, ...] = RATES
     sources: tuple[str, ...] = ("benchmarks/_optimizers.py",)
 
     def rates(self) -> tuple[float, ...]:
         """Its grid."""
-        return tuple(float(f"{self.scale * rate:.6g}") for rate in RATES)
+        return tuple(float(f"{self.scale * rate:.6g}") for rate in self.grid)
 
 
 def matrices(params: Any) -> Any:
