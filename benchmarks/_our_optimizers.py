@@ -4,11 +4,23 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from benchmarks._optimizers import GUARDED_PEERS, PEERS, WEIGHT_DECAY, Optimizer, matrices
 from cruxy_control import Meta3
-from cruxy_optax import meta3, meta_lion, stability_v1, stability_v2, telemetry
+from cruxy_optax import (
+    averaged_params,
+    axiom,
+    cosmic,
+    meta3,
+    meta_lion,
+    self_driving,
+    self_driving_lion,
+    stability_v1,
+    stability_v2,
+    telemetry,
+)
 
 SOURCES = ("benchmarks/_*optimizers.py", "cruxy_control/*.py", "cruxy_optax/*.py")
 
@@ -24,6 +36,16 @@ def _controlled(
         return make(rate, **{"weight_decay": WEIGHT_DECAY, "mask": matrices} | options)
 
     return Optimizer(label, build, scale, skipped=_skips, sources=SOURCES)
+
+
+STARTS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Where an optimizer starts to look that finds its rate itself: seven decades instead of three."""
+
+
+def _driving(make: Callable[..., Any], label: str, **options: Any) -> Optimizer:
+    averages = options.get("averaging", 0) is not None
+    entry = _controlled(make, label, **options)._replace(grid=STARTS)
+    return entry._replace(averaged=averaged_params) if averages else entry
 
 
 def _without(label: str, **changes: Any) -> Optimizer:
@@ -51,6 +73,27 @@ ABLATION = {
 }
 """Meta3 with one part removed each."""
 
+SELF_DRIVING = {
+    "self_driving": _driving(self_driving, "Self-driving"),
+    "self_driving-lion": _driving(self_driving_lion, "Self-driving Lion"),
+    "self_driving-no-average": _driving(
+        self_driving, "Self-driving without average", averaging=None
+    ),
+}
+"""Ours without a rate; the grid is where they start."""
+
+COMPACT = {
+    "meta_lion-bfloat16": _controlled(meta_lion, "Meta-Lion, bfloat16", 0.1, mu_dtype=jnp.bfloat16),
+    "meta3-8bit": _controlled(meta3, "Meta3, 8 bits", state_bits=8),
+    "meta3-4bit": _controlled(meta3, "Meta3, 4 bits", state_bits=4),
+    "meta_lion-8bit": _controlled(meta_lion, "Meta-Lion, 8 bits", 0.1, state_bits=8),
+    "meta_lion-4bit": _controlled(meta_lion, "Meta-Lion, 4 bits", 0.1, state_bits=4),
+    "axiom": _controlled(axiom, "AXIOM"),
+    "axiom-momentum": _controlled(axiom, "AXIOM, 4-bit momentum", b1=0.9),
+    "cosmic-256KB": _controlled(cosmic, "COSMIC, 256 KB", state_budget="256KB"),
+}
+"""Ours with a smaller state."""
+
 # Section 5 of the paper: Meta-Lion with its own betas, centralized gradients and more decay.
 PUBLISHED = {
     "meta_lion-paper": _controlled(
@@ -59,5 +102,7 @@ PUBLISHED = {
 }
 """The paper's own settings where they are not the registry's."""
 
-OPTIMIZERS: dict[str, Optimizer] = CONTROLLED | PEERS | GUARDED_PEERS | ABLATION | PUBLISHED
+OPTIMIZERS: dict[str, Optimizer] = (
+    CONTROLLED | SELF_DRIVING | COMPACT | PEERS | GUARDED_PEERS | ABLATION | PUBLISHED
+)
 """Every optimizer by name."""

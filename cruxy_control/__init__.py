@@ -9,6 +9,7 @@ white paper, known through the constants of the Apache-2.0 package `cruxy` 2.1.0
 from cruxy_control.controls import Controls, betas, meta_learning_rate
 from cruxy_control.law import Law
 from cruxy_control.meta3 import Meta3, Meta3State
+from cruxy_control.self_driving import SelfDriving, SelfDrivingState
 from cruxy_control.signals import Signals
 from cruxy_control.stability_v1 import StabilityV1, StabilityV1State
 from cruxy_control.stability_v2 import SensorState, StabilityV2, StabilityV2State, V2Sensors
@@ -18,6 +19,8 @@ __all__ = [
     "Law",
     "Meta3",
     "Meta3State",
+    "SelfDriving",
+    "SelfDrivingState",
     "SensorState",
     "Signals",
     "StabilityV1",

@@ -30,6 +30,7 @@ class Controls(NamedTuple):
         warning: `W`, the early-warning score in `[0, 1]` (v2.0 40-45); telemetry.
         clip_threshold: the norm above which `clip_scale` is below 1, infinite where the law does
             not clip; telemetry.
+        alignment: the smoothed alignment of gradient and momentum; telemetry.
     """
 
     meta_scale: Any
@@ -48,6 +49,7 @@ class Controls(NamedTuple):
     curvature: Any
     warning: Any
     clip_threshold: Any
+    alignment: Any
 
 
 def neutral(ok: Any, *, xp: Any) -> Controls:
@@ -81,6 +83,7 @@ def neutral(ok: Any, *, xp: Any) -> Controls:
         curvature=zero,
         warning=zero,
         clip_threshold=one * float("inf"),
+        alignment=zero,
     )
 
 

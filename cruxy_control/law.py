@@ -10,8 +10,9 @@ from cruxy_control.signals import Signals
 class Law(Protocol):
     """A frozen config whose `step` turns one step's signals into controls.
 
-    `cruxy_control` has `StabilityV1`, `StabilityV2` and `Meta3`; any object with these three
-    members serves.
+    `cruxy_control` has `StabilityV1`, `StabilityV2`, `Meta3` and `SelfDriving`; any object with
+    these three members serves. One that also has a true `needs_alignment` is given
+    `Signals.alignment` and `Signals.limit_scale`.
     """
 
     @property
@@ -35,6 +36,11 @@ class Law(Protocol):
         false.
         """
         ...
+
+
+def needs_alignment(law: Law) -> bool:
+    """Whether the law reads `Signals.alignment` and `Signals.limit_scale`."""
+    return bool(getattr(law, "needs_alignment", False))
 
 
 def check_law(law: Any) -> None:

@@ -12,8 +12,15 @@ class Signals(NamedTuple):
             law's own `gamma`; float32, shape `()`.
         loss: the step's loss; float32, shape `()`. NaN where there is none: a missing and a
             non-finite loss are treated alike.
+        alignment: cosine between the raw gradient and the first moment before this step, over all
+            parameters; float32, shape `()`; NaN where one of them is zero. `None` unless the law
+            has a true `needs_alignment`, as the next.
+        limit_scale: the largest share of the rate that a relative limit left any tensor in the
+            step before; float32, shape `()`; 1 where nothing was limited.
     """
 
     grad_norm: Any
     gamma_norm: Any
     loss: Any
+    alignment: Any = None
+    limit_scale: Any = None

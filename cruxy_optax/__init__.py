@@ -1,7 +1,8 @@
 """The Cruxy Stability Engine for JAX: optimizers and composable gradient transformations."""
 
-from cruxy_control import Meta3, StabilityV1, StabilityV2
+from cruxy_control import Meta3, SelfDriving, StabilityV1, StabilityV2
 from cruxy_optax._alias import meta3, meta_lion, stability_v1, stability_v2
+from cruxy_optax._average import AverageIteratesState, average_iterates, averaged_params
 from cruxy_optax._axiom import axiom
 from cruxy_optax._centralize import centralize_kernels
 from cruxy_optax._clip import clip_by_predicted_norm
@@ -23,6 +24,7 @@ from cruxy_optax._rate import (
 )
 from cruxy_optax._release import LayerStack, ReleasedStep, release_gradients
 from cruxy_optax._rounding import RoundUpdatesState, round_updates
+from cruxy_optax._self_driving import self_driving, self_driving_lion
 from cruxy_optax._sensors import (
     TrackCurvatureState,
     TrackGammaNormState,
@@ -41,6 +43,7 @@ from cruxy_optax._tiers import (
 )
 
 __all__ = [
+    "AverageIteratesState",
     "BlockLayout",
     "LayerStack",
     "LowBitArray",
@@ -54,6 +57,7 @@ __all__ = [
     "ScaleByControlledLionState",
     "ScaleByMetaLearningRateState",
     "ScaleByTiersState",
+    "SelfDriving",
     "StabilityV1",
     "StabilityV2",
     "StabilizeState",
@@ -62,6 +66,8 @@ __all__ = [
     "TierPlan",
     "TrackCurvatureState",
     "TrackGammaNormState",
+    "average_iterates",
+    "averaged_params",
     "axiom",
     "centralize_kernels",
     "clip_by_predicted_norm",
@@ -77,6 +83,8 @@ __all__ = [
     "scale_by_controlled_lion",
     "scale_by_meta_learning_rate",
     "scale_by_tiers",
+    "self_driving",
+    "self_driving_lion",
     "stability_v1",
     "stability_v2",
     "stabilize",

@@ -1,14 +1,18 @@
 """The two factors of the learning rate: the phase throttle and the meta learning rate."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from cruxy_control.checks import check_bounds, check_range
 from cruxy_control.controls import Controls, meta_learning_rate
+from cruxy_control.self_driving import relative_limit as limit_of
 from cruxy_optax._controls import require_controls
+from cruxy_optax._sensors import mean_square
 
 
 class ThrottleByPhaseState(NamedTuple):
@@ -54,12 +58,16 @@ class ScaleByMetaLearningRateState(NamedTuple):
 
     count: jax.Array  # good steps so far; shape=(), dtype=int32
     learning_rate: jax.Array  # 0 on a skipped step; shape=(), dtype=float32
+    limit_scale: jax.Array  # largest share of it that a tensor got; shape=(), dtype=float32
 
 
 def scale_by_meta_learning_rate(
     learning_rate: optax.ScalarOrSchedule,
     *,
     bounds: tuple[float, float] | None = None,
+    relative_limit: chex.Numeric | None = None,
+    relative_floor: chex.Numeric = 0.01,
+    axis_names: str | Sequence[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies by minus the user's rate times the controller's slow factor (WP 9, 13).
 
@@ -68,12 +76,23 @@ def scale_by_meta_learning_rate(
             skipped step does not advance it.
         bounds: absolute bounds `(lower, upper)` on the product, `None` for none. They change what
             was asked for; `cruxy` 2.1.0 has (1e-7, 1e-2).
+        relative_limit: no tensor gets a rate above this share of its own root mean square, so that
+            no step of a direction of size 1 moves it further; above 0, `None` for no limit. Its
+            direct predecessor in the chain should be a direction of about that size, such as
+            Adam's or Lion's.
+        relative_floor: the root mean square of a tensor counts as at least this, above 0.
+        axis_names: axes of an enclosing `jax.shard_map` over which parameters may be split.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`, for use inside `stabilize`.
 
     Raises:
-        ValueError: where an argument is outside its range; from `update` outside `stabilize`.
+        ValueError: where an argument is outside its range; from `update` outside `stabilize`, or
+            where a relative limit finds no `params`.
+
+    References:
+        The scale of `relative_limit` is that of Adafactor's relative step, section 8 of Shazeer and
+        Stern, [Adafactor](https://arxiv.org/abs/1804.04235), 2018.
     """
     if not callable(learning_rate):
         remedy = "use about 1e-3 for Adam, 1e-4 for Lion, or a schedule"
@@ -83,9 +102,34 @@ def scale_by_meta_learning_rate(
             "bounds", bounds, 0.0, float("inf"), remedy="use (1e-7, 1e-2) or None"
         )
 
+    if relative_limit is not None:
+        remedy = "use 0.1 for Adam, 0.03 for Lion, or None for no limit"
+        relative_limit = check_range(
+            "relative_limit", relative_limit, 0.0, lower_open=True, remedy=remedy
+        )
+    relative_floor = check_range(
+        "relative_floor", relative_floor, 0.0, lower_open=True, remedy="use 0.01"
+    )
+    axis_names = (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)
+
     def init_fn(params: optax.Params) -> ScaleByMetaLearningRateState:
         del params
-        return ScaleByMetaLearningRateState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+        zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
+        return ScaleByMetaLearningRateState(jnp.zeros((), jnp.int32), zero, one)
+
+    def limited(rate: jax.Array, params: optax.Params | None) -> optax.Params:
+        """The rate of every leaf."""
+        if params is None:
+            raise ValueError(
+                "a relative limit measures the parameters, but got params=None; call "
+                "update(grads, state, params)."
+            )
+
+        def one(p: Any) -> jax.Array:
+            square = mean_square(jnp.asarray(p), axis_names)
+            return jnp.minimum(rate, limit_of(square, relative_limit, relative_floor, xp=jnp))
+
+        return jax.tree.map(one, params)
 
     def update_fn(
         updates: optax.Updates,
@@ -95,12 +139,18 @@ def scale_by_meta_learning_rate(
         controls: Controls | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByMetaLearningRateState]:
-        del params, extra_args
+        del extra_args
         controls = require_controls(controls, "scale_by_meta_learning_rate")
         base = learning_rate(state.count) if callable(learning_rate) else learning_rate
         rate = meta_learning_rate(controls, jnp.asarray(base, jnp.float32), bounds, xp=jnp)
         counted = jnp.where(controls.ok, optax.safe_increment(state.count), state.count)
-        state = ScaleByMetaLearningRateState(counted, rate)
-        return jax.tree.map(lambda u: -rate * u, updates), state
+        if relative_limit is None:
+            state = ScaleByMetaLearningRateState(counted, rate, jnp.ones_like(rate))
+            return jax.tree.map(lambda u: -rate * u, updates), state
+        rates = limited(rate, params)
+        largest = jnp.stack([jnp.zeros_like(rate), *jax.tree.leaves(rates)]).max()
+        scale = jnp.where(largest > 0.0, largest / rate, 1.0)
+        state = ScaleByMetaLearningRateState(counted, rate, scale)
+        return jax.tree.map(lambda u, r: -r * u, updates, rates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

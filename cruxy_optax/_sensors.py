@@ -12,7 +12,8 @@ from jax import lax
 from cruxy_control import filters
 from cruxy_control.checks import check_range
 from cruxy_control.signals import Signals
-from cruxy_optax._power_sums import power_sums
+from cruxy_optax._low_bit import is_low_bit
+from cruxy_optax._power_sums import accumulator_dtype, power_sums
 
 
 def measure(
@@ -61,6 +62,48 @@ def signals_of(sums: RawSums, loss: jax.Array, gamma: float) -> Signals:
         gamma_norm=(sums.powers ** (1.0 / gamma)).astype(jnp.float32),
         loss=loss,
     )
+
+
+def alignment(
+    updates: optax.Updates, momenta: Sequence[Any], norm: jax.Array, axis_names: Sequence[str] = ()
+) -> jax.Array:
+    """The cosine between gradients and first moments, over all leaves that have one.
+
+    Args:
+        updates: the raw gradients.
+        momenta: one for each leaf of `updates`, `None` where it has none, coded or not.
+        norm: of all gradients.
+        axis_names: see `measure`.
+
+    Returns:
+        A float32 scalar, NaN where one side is zero or something is not finite.
+    """
+    pairs = [
+        (jnp.asarray(g), m.decode() if is_low_bit(m) else m)
+        for g, m in zip(jax.tree.leaves(updates), momenta, strict=True)
+        if m is not None
+    ]
+    grads = [g for g, _ in pairs]
+    if len(grads) < len(momenta):
+        norm = jnp.sqrt(raw_sums(grads, 2.0, axis_names).squares)
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        dtype = accumulator_dtype(a)
+        return jnp.vdot(a.astype(dtype), b.astype(dtype))
+
+    along = _total([product(g, m) for g, m in pairs], grads, axis_names)
+    length = _total([product(m, m) for _, m in pairs], grads, axis_names)
+    # Roots before the product, whose square could overflow.
+    cosine = along / (norm * jnp.sqrt(length))
+    return jnp.clip(cosine, -1.0, 1.0).astype(jnp.float32)
+
+
+def mean_square(leaf: jax.Array, axis_names: Sequence[str] = ()) -> jax.Array:
+    """The mean of the squares of a leaf, over all its shards; float32, 0 of an empty leaf."""
+    wide = leaf.astype(accumulator_dtype(leaf))
+    square = jnp.vdot(wide, wide).astype(jnp.float32) / max(1, leaf.size)
+    split = [axis for axis in axis_names if axis in _split_axes(leaf)]
+    return lax.pmean(square, split) if split else square
 
 
 def check_real(leaves: Sequence[Any]) -> None:

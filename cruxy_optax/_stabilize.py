@@ -9,17 +9,28 @@ import jax.numpy as jnp
 import optax
 
 from cruxy_control.controls import Controls
-from cruxy_control.law import Law, check_law
+from cruxy_control.law import Law, check_law, needs_alignment
 from cruxy_control.meta3 import Meta3
 from cruxy_control.signals import Signals
+from cruxy_optax._average import AverageIteratesState
 from cruxy_optax._controls import materialize_controls
 from cruxy_optax._low_bit import is_low_bit, where
 from cruxy_optax._moments import ScaleByControlledAdamState, ScaleByControlledLionState
 from cruxy_optax._rate import ScaleByMetaLearningRateState, ThrottleByPhaseState
 from cruxy_optax._rounding import RoundUpdatesState
-from cruxy_optax._sensors import check_real, measure
+from cruxy_optax._sensors import alignment, check_real, measure
+
+_MOMENTA = {
+    ScaleByControlledAdamState: "mu",
+    ScaleByControlledLionState: "mu",
+    optax.ScaleByAdamState: "mu",
+    optax.ScaleByLionState: "mu",
+    optax.TraceState: "trace",
+}
+"""States that hold a first moment, and the name of it."""
 
 _HELD_BY_CONTROLS = (
+    AverageIteratesState,
     ScaleByControlledAdamState,
     ScaleByControlledLionState,
     ScaleByMetaLearningRateState,
@@ -76,7 +87,8 @@ def stabilize(
 
     Args:
         inner: an actuator, or an `optax.chain` of actuators and anything else.
-        law: the control law with its constants, `Meta3()`, `StabilityV1()` or `StabilityV2()`.
+        law: the control law with its constants, `Meta3()`, `StabilityV1()`, `StabilityV2()` or
+            `SelfDriving()`.
         axis_names: under `jax.shard_map` or `jax.pmap`, the axes over which devices have to decide
             alike: the loss is averaged over them, and the norms are taken over all shards of
             leaves split along them (told apart by `shard_map`'s `check_vma=True`, its default;
@@ -88,7 +100,8 @@ def stabilize(
 
     Raises:
         TypeError: where `inner` or `law` is not one, or a parameter is complex.
-        ValueError: where a `stabilize` stands inside another.
+        ValueError: where a `stabilize` stands inside another, or the law steers by the first
+            moment (`SelfDriving`) and `inner` keeps none.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -121,15 +134,21 @@ def stabilize(
             "optax.chain(...) of them."
         )
     inner = optax.with_extra_args_support(inner)
+    senses = needs_alignment(law)
     axis_names = (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)
 
     def init_fn(params: optax.Params) -> StabilizeState:
         check_real(jax.tree.leaves(params))
         inner_state = inner.init(params)
         _refuse_nesting(inner_state)
+        if senses:
+            _first_moments(params, inner_state)
         zero, count = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
         law_state = law.init(zero, xp=jnp)
-        signals = Signals(zero, zero, jnp.full((), jnp.nan, jnp.float32))
+        nan = jnp.full((), jnp.nan, jnp.float32)
+        signals = Signals(zero, zero, nan)
+        if senses:
+            signals = signals._replace(alignment=nan, limit_scale=zero + 1.0)
         _, controls = law.step(law_state, signals, xp=jnp)
         state = StabilizeState(law_state, signals, controls, count, count, count, inner_state)
         return unshared(state)
@@ -143,6 +162,12 @@ def stabilize(
         **extra_args: Any,
     ) -> tuple[optax.Updates, StabilizeState]:
         signals = measure(updates, value, law.gamma, axis_names)
+        if senses:
+            momenta = _first_moments(updates, state.inner_state)
+            signals = signals._replace(
+                alignment=alignment(updates, momenta, signals.grad_norm, axis_names),
+                limit_scale=_limit_scale(state.inner_state),
+            )
         law_state, controls = law.step(state.law_state, signals, xp=jnp)
         controls = materialize_controls(controls)
         new_updates, inner_state = controlled_update(
@@ -229,6 +254,39 @@ def _restore(ok: jax.Array, new: optax.OptState, old: optax.OptState) -> optax.O
 def _contains(kind: type, state: optax.OptState) -> bool:
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
     return any(isinstance(node, kind) for node in nodes)
+
+
+def _first_moments(updates: optax.Updates, inner_state: optax.OptState) -> list[Any]:
+    """The first moment of every leaf of the gradients, `None` where none keeps one.
+
+    Raises:
+        ValueError: where there is none at all.
+    """
+    structure = jax.tree.structure(updates)
+    found: list[Any] = [None] * structure.num_leaves
+    for kind, name in _MOMENTA.items():
+        for node in jax.tree.leaves(inner_state, is_leaf=lambda n, kind=kind: isinstance(n, kind)):
+            if not isinstance(node, kind):
+                continue
+            for i, moment in enumerate(structure.flatten_up_to(getattr(node, name))):
+                if isinstance(moment, jax.Array) or is_low_bit(moment):
+                    found[i] = moment
+    if all(moment is None for moment in found) and found:
+        raise ValueError(
+            "the law needs the alignment of gradients with a first moment, but inner keeps none; "
+            "put scale_by_controlled_adam(), scale_by_controlled_lion() or optax's Adam, Lion or "
+            "trace into it."
+        )
+    return found
+
+
+def _limit_scale(inner_state: optax.OptState) -> jax.Array:
+    """The largest share of its rate that a relative limit left any tensor in the step before."""
+    nodes = jax.tree.leaves(
+        inner_state, is_leaf=lambda node: isinstance(node, ScaleByMetaLearningRateState)
+    )
+    scales = [n.limit_scale for n in nodes if isinstance(n, ScaleByMetaLearningRateState)]
+    return jnp.stack(scales).max() if scales else jnp.ones((), jnp.float32)
 
 
 def _refuse_nesting(inner_state: optax.OptState) -> None:

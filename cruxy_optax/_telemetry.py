@@ -29,6 +29,7 @@ def telemetry(opt_state: Any) -> dict[str, Any]:
         - `beta1`, `beta2`: the decay rates used; 1 on a skipped step
         - `clip_threshold`, `clip_scale`: the predicted norm and the factor on the gradient
         - `phase`, `curvature`, `warning`: `phi`, `c_bar`, `W`
+        - `alignment`: the smoothed one that `SelfDriving` steers by; 0 under other laws
         - `grad_norm`, `gamma_norm`, `loss`: the signals; the loss is NaN where none came
         - `ok`: whether the last step counted
         - `step`, `skipped_total`, `skipped_in_a_row`: counters
@@ -79,7 +80,7 @@ def _read(state: StabilizeState) -> dict[str, Any]:
 
     for name in ("meta_scale", "phase_scale", "clip_threshold", "clip_scale"):
         values[name] = _scalar(getattr(controls, name))
-    for name in ("phase", "curvature", "warning"):
+    for name in ("phase", "curvature", "warning", "alignment"):
         values[name] = _scalar(getattr(controls, name))
     for name in ("grad_norm", "gamma_norm", "loss"):
         values[name] = _scalar(getattr(signals, name))
