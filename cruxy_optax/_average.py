@@ -125,11 +125,13 @@ def averaged_params(opt_state: Any, params: optax.Params) -> optax.Params:
             " without one; pass the opt_state of self_driving() or of a chain with "
             "average_iterates()."
         )
-    structure = jax.tree.structure(params)
-    found = list(structure.flatten_up_to(params))
-    for node in nodes:
-        for i, kept in enumerate(structure.flatten_up_to(node.average)):
-            # nnx keeps each leaf in a box of its own, optax an empty node where it is masked out.
-            for leaf in jax.tree.leaves(kept):
-                found[i] = leaf.astype(jnp.result_type(found[i]))
-    return jax.tree.unflatten(structure, found)
+    # By path: nnx keeps each leaf in a box of another kind, and what is masked out has no leaf.
+    averages = {path: leaf for n in nodes for path, leaf in _with_paths(n.average)}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: averages[path].astype(jnp.result_type(p)) if path in averages else p,
+        params,
+    )
+
+
+def _with_paths(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]

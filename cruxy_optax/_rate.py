@@ -150,6 +150,7 @@ def scale_by_meta_learning_rate(
         rates = limited(rate, params)
         largest = jnp.stack([jnp.zeros_like(rate), *jax.tree.leaves(rates)]).max()
         scale = jnp.where(largest > 0.0, largest / rate, 1.0)
+        scale = jnp.where(controls.ok, scale, state.limit_scale)
         state = ScaleByMetaLearningRateState(counted, rate, scale)
         return jax.tree.map(lambda u, r: -r * u, updates, rates), state
 

@@ -16,6 +16,7 @@ from jax.interpreters import partial_eval
 
 from cruxy_control.controls import clip_scale, neutral
 from cruxy_control.filters import select
+from cruxy_control.law import needs_alignment
 from cruxy_optax._controls import materialize_controls
 from cruxy_optax._sensors import RawSums, raw_sums, signals_of
 from cruxy_optax._stabilize import Stabilized, StabilizeState, controlled_update, counted, unshared
@@ -91,10 +92,10 @@ def release_gradients(
 
     Raises:
         TypeError: where `tx` is no transformation; from `init` where `params` is no `LayerStack`.
-        ValueError: where `tx` belongs to a `shard_map` (`axis_names`). From `init`: where layers
-            differ in number, `tx` accumulates (`optax.MultiSteps`), has a controller that is not
-            outermost, or lets the update of one tensor depend on the gradient of another, as
-            `optax.clip_by_global_norm` does.
+        ValueError: where `tx` belongs to a `shard_map` (`axis_names`), or its law steers by the
+            alignment (`self_driving`). From `init`: where layers differ in number, `tx` accumulates
+            (`optax.MultiSteps`), has a controller that is not outermost, or lets the update of one
+            tensor depend on the gradient of another, as `optax.clip_by_global_norm` does.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, cruxy_optax
@@ -130,6 +131,12 @@ def release_gradients(
         raise ValueError(
             f"axis_names must be empty to release gradients, got {controller.axis_names!r}; put "
             "the step under jax.jit with sharded arrays in place of shard_map."
+        )
+    if controller is not None and needs_alignment(controller.law):
+        raise ValueError(
+            f"the law of tx must not need the alignment to release gradients, but "
+            f"{type(controller.law).__name__} steers by the alignment of all gradients with all "
+            "moments before any of them moves; use meta3() or meta_lion()."
         )
     inner = optax.with_extra_args_support(tx) if controller is None else controller.inner
 

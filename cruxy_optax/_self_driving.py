@@ -6,7 +6,7 @@ from typing import Any
 import chex
 import optax
 
-from cruxy_control import SelfDriving
+from cruxy_control.self_driving import SelfDriving
 from cruxy_optax._alias import Mask, decayed, in_bits
 from cruxy_optax._average import average_iterates
 from cruxy_optax._clip import clip_by_predicted_norm

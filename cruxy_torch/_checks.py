@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cruxy_control import Law, Meta3, StabilityV1, StabilityV2
+from cruxy_control import Law, Meta3, SelfDriving, StabilityV1, StabilityV2
 from cruxy_control.checks import check_bounds, check_range
 from cruxy_torch import _native, _sensors
 
@@ -24,8 +24,10 @@ def law_of(mode: str, gamma: float, rate_gain: float, beta2_gain: float, interva
         return StabilityV2(gamma=gamma)
     if mode == "stability_v1":
         return StabilityV1()
+    if mode == "self_driving":
+        return SelfDriving(gamma=gamma)
     raise ValueError(
-        f"mode must be 'meta3', 'stability_v2' or 'stability_v1', got {mode!r}; "
+        f"mode must be 'meta3', 'self_driving', 'stability_v2' or 'stability_v1', got {mode!r}; "
         "give law= for a law with constants of your own."
     )
 
@@ -107,6 +109,13 @@ def check_group(group: dict[str, Any]) -> None:
     check_range("eps", group["eps"], 0.0, remedy="1e-8 is the default")
     check_range("weight_decay", group["weight_decay"], 0.0, remedy="0 switches it off")
     check_bits("state_bits", group["state_bits"])
+    limit = group["relative_limit"]
+    if limit is not None:
+        remedy = "0.1 is usual for Adam, 0.03 for Lion, and math.inf is no limit"
+        check_range("relative_limit", limit, 0.0, lower_open=True, remedy=remedy)
+    if group["averaging"] is not None:
+        remedy = "16 is usual, and None keeps no average"
+        check_range("averaging", group["averaging"], 0.0, remedy=remedy)
 
 
 def check_bits(name: str, bits: Any) -> None:

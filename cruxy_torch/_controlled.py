@@ -1,6 +1,7 @@
 """What our optimizers share: one controller over all groups, its step, its telemetry, its state."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from cruxy_control import Law
-from cruxy_control.law import check_law
+from cruxy_control.law import check_law, needs_alignment
 from cruxy_torch import _checks, _controller, _metrics, _native, _state, _step
 from cruxy_torch._pass import Pass
 from cruxy_torch._release import ReleasingOptimizer
@@ -35,6 +36,7 @@ class ControlledOptimizer(ReleasingOptimizer):
 
     _kept: tuple[str, ...] = ("_settings", "_metrics")
     _compile = False
+    _keeps_first_moments = False
 
     def __init__(
         self,
@@ -47,6 +49,11 @@ class ControlledOptimizer(ReleasingOptimizer):
         metrics: str | Path | None = None,
     ) -> None:
         check_law(law)
+        if needs_alignment(law) and not self._keeps_first_moments:
+            raise ValueError(
+                f"law must not steer by the first moment, of which {type(self).__name__} keeps "
+                f"none to compare with, got {type(law).__name__}; use Meta3() or CruxyOptimizer."
+            )
         _checks.check_lr_bounds(lr_bounds)
         names = _controller.names_of(law.init(torch.zeros(()), xp=torch))
         self._settings = _step.Settings(law, names, lr_bounds)
@@ -54,6 +61,7 @@ class ControlledOptimizer(ReleasingOptimizer):
         self._process_group = process_group
         self._observed: list[float | Tensor] = []
         self._pass: Pass | None = None
+        self._averaged = False
         self._numbers: dict[Tensor, int] = {}
         super().__init__(params, defaults)
         self._step_supports_amp_scaling = True
@@ -97,6 +105,11 @@ class ControlledOptimizer(ReleasingOptimizer):
             ValueError: where the loss is not one real number.
             RuntimeError: where a gradient is sparse.
         """
+        if self._averaged:
+            raise RuntimeError(
+                "step() must not be called inside averaged(), whose end would undo it; leave the "
+                "block first."
+            )
         result = loss
         if closure is not None:
             with torch.enable_grad():
@@ -188,6 +201,11 @@ class ControlledOptimizer(ReleasingOptimizer):
                 "averages a gradient after it would have been used; use "
                 "torch.distributed.fsdp.fully_shard, which averages it before."
             )
+        if needs_alignment(self._settings.law):
+            raise ValueError(
+                'mode must not be "self_driving" to release gradients: its law compares all '
+                'gradients with all moments before any of them moves; use mode="meta3".'
+            )
         if self._compile:
             raise ValueError(
                 "compile must be False to release gradients, got True; a step that is spread over "
@@ -199,6 +217,55 @@ class ControlledOptimizer(ReleasingOptimizer):
         """Returns to ordinary steps; what `backward` has already updated since the last stays."""
         super().remove_hooks()
         self._pass = None
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the block the parameters are their averages over the run, for evaluating, saving.
+
+        They are copied in place, and always copied back, whatever happens in the block; one more
+        copy of the parameters lives as long. A parameter without an average (`averaging=None`, or
+        no step taken yet) stays as it is.
+
+        Raises:
+            ValueError: where no parameter group keeps an average.
+            RuntimeError: from `step` inside the block, where it would be undone; where blocks are
+                nested.
+
+        Example:
+            >>> import torch
+            >>> from cruxy_torch import CruxyOptimizer
+            >>> x = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+            >>> optimizer = CruxyOptimizer([x], mode="self_driving")
+            >>> for _ in range(300):
+            ...     loss = ((x - 5.0) ** 2).sum()
+            ...     optimizer.zero_grad()
+            ...     loss.backward()
+            ...     _ = optimizer.step(loss=loss)
+            >>> with optimizer.averaged():
+            ...     print(x.detach().round(decimals=1))
+            tensor([5., 5.])
+        """
+        if not any(group.get("averaging") is not None for group in self.param_groups):
+            raise ValueError(
+                "averaged() needs averages, but every group has averaging=None; use averaging=16 "
+                'or mode="self_driving".'
+            )
+        if self._averaged:
+            raise RuntimeError("averaged() blocks must not be nested; leave the outer one first.")
+        kept: list[tuple[Tensor, Tensor]] = []
+        self._averaged = True
+        try:
+            with torch.no_grad():
+                for param, state in self.state.items():
+                    if "average" in state:
+                        kept.append((param, param.detach().clone()))
+                        param.copy_(state["average"])
+            yield
+        finally:
+            with torch.no_grad():
+                for param, value in kept:
+                    param.copy_(value)
+            self._averaged = False
 
     def observe(self, loss: float | Tensor) -> None:
         """Hands over the loss of the coming step where `step` itself cannot take it.
@@ -220,7 +287,8 @@ class ControlledOptimizer(ReleasingOptimizer):
         Returns:
             By name: `learning_rate`, `beta1` and `beta2` as the first group applied them (0, 1
             and 1 on a skipped step), `phase`, `curvature`, `warning`, `meta_scale`, `phase_scale`,
-            `clip_threshold`, `clip_scale`, the signals `grad_norm`, `gamma_norm` and `loss` (NaN
+            `clip_threshold`, `clip_scale`, `alignment` (smoothed; 0 but under `self_driving`), the
+            signals `grad_norm`, `gamma_norm` and `loss` (NaN
             where there was none), `ok`, and the counters `step` (good steps), `skipped_total` and
             `skipped_in_a_row`. Before the first step all but the counters are NaN and `ok` is
             true. It is part of the state and so survives a resume.
@@ -293,6 +361,7 @@ class ControlledOptimizer(ReleasingOptimizer):
         self._step_supports_amp_scaling = True
         self.__dict__.setdefault("_process_group", None)
         self._observed, self._pass, self._numbers = [], None, {}
+        self._averaged = False
 
     def __repr__(self) -> str:
         memory = self.param_groups[0].pop(_MEMORY)

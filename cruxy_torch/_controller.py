@@ -15,14 +15,15 @@ from torch import Tensor
 
 from cruxy_control import Controls, Signals
 from cruxy_control.controls import neutral
+from cruxy_control.law import needs_alignment
 from cruxy_torch import _numpy, _storage
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout of this dictionary and of the state beside the parameters."""
 
 REPORT = (
     "learning_rate", "phase", "curvature", "beta1", "beta2", "clip_threshold", "clip_scale",
-    "meta_scale", "phase_scale", "warning", "grad_norm", "gamma_norm", "loss", "ok",
+    "meta_scale", "phase_scale", "warning", "alignment", "grad_norm", "gamma_norm", "loss", "ok",
 )  # fmt: skip
 """What the last step measured and decided: the order of the vector `memory["report"]`."""
 
@@ -67,6 +68,8 @@ def start(law: Any, device: torch.device) -> dict[str, Tensor]:
     memory = {name: leaf.clone() for name, leaf in zip(names, leaves(state), strict=True)}
     for name in COUNTERS:
         memory[name] = torch.zeros((), dtype=torch.int32, device=device)
+    if needs_alignment(law):
+        memory["limit_scale"] = torch.ones((), device=device)
     first = neutral(torch.ones_like(like, dtype=torch.bool), xp=torch)
     memory["controls"] = torch.stack([getattr(first, name) for name in CONTROLS])
     memory["report"] = torch.full((len(REPORT),), math.nan, device=device)

@@ -23,7 +23,8 @@ def state_from_optax(
 
     Args:
         optimizer: of the same mode and options; nothing of it changes.
-        opt_state: the state of `cruxy_optax.meta3`, `meta_lion`, `stability_v1` or `stability_v2`.
+        opt_state: the state of `cruxy_optax.meta3`, `meta_lion`, `self_driving`,
+            `self_driving_lion`, `stability_v1` or `stability_v2`.
             Moments kept in fewer bits on either side go through the values they stand for.
         leaves: lists the leaves of a tree like the JAX parameters in the order and layout of
             `optimizer`'s, such as `lambda tree: [tree["kernel"].T, tree["bias"]]`: the moments
@@ -58,12 +59,15 @@ def state_from_optax(
     ordered = controller.controls
     values["controls"] = np.stack([np.asarray(getattr(ordered, n)) for n in _controller.CONTROLS])
     values |= {name: memory[name] for name in ("report", "format")}
+    for rate in _found(opt_state, ("ScaleByMetaLearningRateState",)):
+        values["limit_scale"] = rate.limit_scale
     saved["param_groups"][0]["controller"] = {k: _tensor(values[k]) for k in memory}
 
     columns = {"exp_avg": leaves(_decoded(moments.mu))}
     adam = hasattr(moments, "nu")
     if adam:
         columns["exp_avg_sq"] = leaves(_decoded(moments.nu))
+    averages = [leaves(node.average) for node in _found(opt_state, ("AverageIteratesState",))]
     params = [(param, group) for group in optimizer.param_groups for param in group["params"]]
     saved["state"] = {}
     for index, (param, group) in enumerate(params):
@@ -81,6 +85,9 @@ def state_from_optax(
         if adam:
             state["beta1_product"] = _tensor(moments.mu_decay)
             state["beta2_product"] = _tensor(moments.nu_decay)
+        for column in averages:
+            if group["averaging"] is not None:
+                state["average"] = _tensor(_at(column, index, len(params)))
         saved["state"][index] = state
     return saved
 
@@ -133,7 +140,13 @@ def state_to_optax(
         if kind in _MOMENTS:
             return node._replace(**changed)
         if kind == "ScaleByMetaLearningRateState":
-            return node._replace(count=count)
+            node = node._replace(count=count)
+            if "limit_scale" in memory:
+                node = node._replace(limit_scale=memory["limit_scale"].cpu().numpy())
+            return node
+        if kind == "AverageIteratesState":
+            averages = [_array(state["average"]) for state in states]
+            return node._replace(average=tree(averages), count=count)
         if node is controller:
             return node._replace(inner_state=replaced(node.inner_state), **new)
         if isinstance(node, tuple):
@@ -152,7 +165,7 @@ def _parts(opt_state: Any) -> tuple[Any, Any]:
         raise ValueError(
             "opt_state must hold one controller with one set of moments, got "
             f"{len(controllers)} and {len(moments)}; pass the state of meta3(), meta_lion(), "
-            "stability_v1() or stability_v2()."
+            "self_driving(), stability_v1() or stability_v2()."
         )
     return controllers[0], moments[0]
 

@@ -37,6 +37,8 @@ class Tensors(NamedTuple):
             decay rates so far, or the number of its steps (`Options.power`); empty for Lion.
         clocks2: the same of the second moment; empty where `clocks1` holds steps.
         gates: factors on Adam's direction of each; empty for none.
+        limits: the largest rate of each, float32 of shape `()`; empty for none.
+        averages: the average of each parameter, float32 or float64; empty for none.
     """
 
     params: list[Kept]
@@ -46,6 +48,8 @@ class Tensors(NamedTuple):
     clocks1: list[Tensor]
     clocks2: list[Tensor]
     gates: Sequence[Tensor] = ()
+    limits: Sequence[Tensor] = ()
+    averages: Sequence[Tensor] = ()
 
     def select(self, indices: list[int]) -> "Tensors":
         """The same lists with only these parameters, given in order."""
@@ -59,8 +63,8 @@ class Tensors(NamedTuple):
 class Scalars(NamedTuple):
     """What one step applies to a group: scalars of the controller's namespace.
 
-    They are float32 but for the last two. The C library takes them as numbers, everything else as
-    tensors.
+    They are float32 but for `ok` and `key`. The C library takes them as numbers, everything else
+    as tensors.
 
     Attributes:
         rate: the learning rate with all its factors.
@@ -69,6 +73,8 @@ class Scalars(NamedTuple):
         scale: factor on the raw gradient: clipping, loss scaling and the sign of `maximize`.
         ok: whether the step counts; where false the four before leave everything as it is.
         key: of this step's random bits, int32.
+        limits: the largest rate of each tensor of the group, a vector; `None` for no limit.
+        average_weight: the weight of the new parameters in their average.
     """
 
     rate: Any
@@ -77,16 +83,17 @@ class Scalars(NamedTuple):
     scale: Any
     ok: Any
     key: Any
+    limits: Any = None
+    average_weight: Any = 0.0
 
     def guarded(self, ok: Any, factor: Any, *, xp: Any) -> "Scalars":
         """The same for a gradient that counts where `ok`, and then is multiplied by `factor`."""
-        return Scalars(
+        return self._replace(
             rate=xp.where(ok, self.rate, 0.0),
             beta1=xp.where(ok, self.beta1, 1.0),
             beta2=xp.where(ok, self.beta2, 1.0),
             scale=self.scale * xp.where(ok, factor, 1.0),
             ok=ok,
-            key=self.key,
         )
 
     def to(self, device: torch.device) -> "Scalars":
@@ -95,11 +102,18 @@ class Scalars(NamedTuple):
             return Scalars(
                 *(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in self)
             )
-        rate, beta1, beta2, scale = torch.tensor(
-            [float(value) for value in self[:4]], device=device
-        ).unbind()
+        numbers = [float(value) for value in (*self[:4], self.average_weight)]
+        rate, beta1, beta2, scale, weight = torch.tensor(numbers, device=device).unbind()
         ok = torch.full((), bool(self.ok), device=device)
-        return Scalars(rate, beta1, beta2, scale, ok, int(self.key))
+        limits = None if self.limits is None else self.limits.to(device)
+        return Scalars(rate, beta1, beta2, scale, ok, int(self.key), limits, weight)
+
+    def of(self, tensors: Tensors, index: int) -> "Scalars":
+        """The same with the rate of one tensor."""
+        if not tensors.limits:
+            return self
+        limit = tensors.limits[index].to(self.rate.device)
+        return self._replace(rate=torch.minimum(self.rate, limit))
 
 
 class Options(NamedTuple):
@@ -129,15 +143,15 @@ def single(tensors: Tensors, scalars: Scalars, options: Options) -> None:
     """One step, tensor by tensor: the readable version that the others are held to."""
     if options.lion:
         columns = (tensors.grads, tensors.params, tensors.exp_avgs)
-        for column in zip(*columns, strict=True):
+        for i, column in enumerate(zip(*columns, strict=True)):
             for g, p, m in blocks(*column):
-                _lion(p, g, m, scalars, options)
+                _lion(p, g, m, scalars.of(tensors, i), options)
         return
     factors = _bias_correction(tensors, scalars, options)
     columns = (tensors.grads, tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs)
-    for *column, gain, spread, eps in zip(*columns, *factors, strict=True):
+    for i, (*column, gain, spread, eps) in enumerate(zip(*columns, *factors, strict=True)):
         for g, p, m, v in blocks(*column):
-            _adam(p, g, m, v, gain, spread, eps, scalars, options)
+            _adam(p, g, m, v, gain, spread, eps, scalars.of(tensors, i), options)
 
 
 def _lion(p: Kept, g: Tensor, m: Kept, s: Scalars, o: Options) -> None:
@@ -278,7 +292,10 @@ def foreach(tensors: Tensors, scalars: Scalars, options: Options) -> None:
         del xs, momenta
         if options.weight_decay and not options.coupled:
             torch._foreach_add_(us, thetas, alpha=options.weight_decay)
-        torch._foreach_mul_(us, scalars.rate)
+        if part.limits:
+            torch._foreach_mul_(us, [scalars.of(part, i).rate for i in range(len(us))])
+        else:
+            torch._foreach_mul_(us, scalars.rate)
         new = torch._foreach_sub(thetas, us)
         _storage.write(part.params, new, scalars.key, scalars.ok)
 
@@ -359,3 +376,17 @@ def centralized(x: Tensor) -> Tensor:
         # (pytorch/pytorch#196570).
         return x - torch.var_mean(x, axes, correction=0, keepdim=True)[1]
     return x - x.mean(axes, keepdim=True)
+
+
+def average(tensors: Tensors, weight: Any) -> None:
+    """Moves the average of each parameter, where there is one, this share of the way to it."""
+    if not tensors.averages:
+        return
+    for param, mean in zip(tensors.params, tensors.averages, strict=True):
+        for p, block in blocks(*(_values(param), mean)):
+            value = weight.to(mean.device) if isinstance(weight, Tensor) else float(weight)
+            block.lerp_(p.to(mean.dtype), value)
+
+
+def _values(kept: Kept) -> Tensor:
+    return kept if isinstance(kept, Tensor) else kept[0]

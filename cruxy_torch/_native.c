@@ -316,26 +316,28 @@ static float gain_of(float product) { return product < 1 ? 1 / (1 - product) : 1
 /* One step of Adam, or of Lion where `second` is NULL.
  *
  * control = {rate, beta1, beta2, scale, ok}; option = {decay, l2, eps, nesterov}; products1 and
- * products2 point at each tensor's products of the decay rates so far; `numbers` are those of each
- * tensor's first element and `key` is this step's, for random bits. Coded tensors are not centralized. Where ok is 0 nothing is touched. Returns 0, or 1
- * without memory. */
+ * products2 point at each tensor's products of the decay rates so far, limits at its largest rate
+ * (NULL: no limits); `numbers` are those of each tensor's first element and `key` is this step's,
+ * for random bits. Coded tensors are not centralized. Where ok is 0 nothing is touched. Returns 0,
+ * or 1 without memory. */
 int cruxy_update(int64_t tensors, float *const *params, const float *const *grads,
                  const Moments *first, const Moments *second, float *const *products1,
-                 float *const *products2, const int64_t *numel, const int64_t *row,
-                 const int64_t *numbers, const float *control, const float *option, int32_t key, int threads) {
+                 float *const *products2, const float *const *limits, const int64_t *numel,
+                 const int64_t *row, const int64_t *numbers, const float *control,
+                 const float *option, int32_t key, int threads) {
     if (control[4] == 0) return 0;
     int64_t count;
     Chunk *chunks = cut(tensors, numel, row, &count, &threads);
     if (!chunks) return 1;
-    Step s = {control[0], control[1], control[2], control[3], option[0],
+    Step all = {control[0], control[1], control[2], control[3], option[0],
               option[1],  option[2],  1,          0};
     if (option[3] != 0) {
-        s.from_m = s.beta1;
-        s.from_g = 1 - s.beta1;
+        all.from_m = all.beta1;
+        all.from_g = 1 - all.beta1;
     }
     for (int64_t i = 0; second && i < tensors; i++) {
-        *products1[i] *= s.beta1;
-        *products2[i] *= s.beta2;
+        *products1[i] *= all.beta1;
+        *products2[i] *= all.beta2;
     }
     const int whole = first->format == FLOAT32 && (!second || second->format == FLOAT32);
     const int chance = first->stochastic || (second && second->stochastic);
@@ -345,6 +347,8 @@ int cruxy_update(int64_t tensors, float *const *params, const float *const *grad
         const int64_t width = k.row > 0 ? k.row : k.numel;
         float gain = 1, spread = 1, wide1[BLOCK], wide2[BLOCK];
         uint32_t random[BLOCK];
+        Step s = all;
+        if (limits && *limits[k.index] < s.rate) s.rate = *limits[k.index];
         if (second) {
             gain = gain_of(option[3] != 0 ? s.beta1 * *products1[k.index] : *products1[k.index]);
             spread = gain_of(*products2[k.index]);

@@ -139,6 +139,7 @@ def update(tensors: Tensors, scalars: Scalars, options: Options) -> None:
             ctypes.byref(_Moments(tensors.exp_avg_sqs)) if adam else None,
             _addresses(tensors.clocks1) if adam else None,
             _addresses(tensors.clocks2) if adam else None,
+            _addresses(list(tensors.limits)) if tensors.limits else None,
             _counts(list(map(Tensor.numel, tensors.grads))),
             rows,
             _counts([0 if isinstance(m, Tensor) else m.first for m in tensors.exp_avgs]),
@@ -239,7 +240,7 @@ def _load(path: pathlib.Path) -> ctypes.CDLL:
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     sums, update = library.cruxy_sums, library.cruxy_update
     sums.argtypes = [count, *[pointer] * 3, ctypes.c_double, number, pointer]
-    update.argtypes = [count, *[pointer] * 11, number, number]
+    update.argtypes = [count, *[pointer] * 12, number, number]
     sums.restype = update.restype = number
     return library
 

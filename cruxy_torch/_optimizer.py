@@ -1,6 +1,7 @@
 """`CruxyOptimizer`: the control law around Adam and Lion, called like `torch.optim.AdamW`."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,13 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cruxy_control import Law
+from cruxy_control.law import needs_alignment
 from cruxy_torch import _checks, _native, _state, _step
 from cruxy_torch._controlled import ControlledOptimizer
 from cruxy_torch._kernels import Options
 from cruxy_torch._moments import MomentsGroup
 from cruxy_torch._storage import compute_dtype
 
-Mode = Literal["meta3", "stability_v2", "stability_v1"]
+Mode = Literal["meta3", "self_driving", "stability_v2", "stability_v1"]
 
 
 class CruxyOptimizer(ControlledOptimizer):
@@ -45,8 +47,11 @@ class CruxyOptimizer(ControlledOptimizer):
 
     The learning rate in `param_groups` is the user's: schedulers move it, and the controller
     multiplies it. Groups may set `lr`, `betas`, `eps`, `weight_decay`, `decoupled_weight_decay`,
-    `use_nesterov`, `use_lion`, `use_gc`, `maximize` and `state_bits` of their own; one controller
-    sees them all.
+    `use_nesterov`, `use_lion`, `use_gc`, `maximize`, `state_bits`, `relative_limit` and `averaging`
+    of their own; one controller sees them all.
+
+    `mode="self_driving"` needs no learning rate: `lr` is only where the search for one starts.
+    Evaluate and save under `with optimizer.averaged():`; see `cruxy_optax.self_driving`.
 
     Three options save memory: `state_bits` keeps moments in fewer bits, `register_hooks` releases
     each gradient inside `backward`, `stochastic_rounding` lets bfloat16 parameters learn.
@@ -59,9 +64,11 @@ class CruxyOptimizer(ControlledOptimizer):
         params: parameters, or parameter groups, as for every `torch.optim` optimizer.
         lr: learning rate, at least 0; a number or a tensor of one element. About 1e-3 for Adam and
             1e-4 for Lion.
-        mode: `"meta3"` (recommended), `"stability_v2"` or `"stability_v1"`.
+        mode: `"meta3"`, `"self_driving"`, `"stability_v2"` or `"stability_v1"`.
         betas: bases of the two decay rates, each in `[0, 1)`, which the controller moves. The
-            default is that of `cruxy` 2.1.0 with `use_lion` too; Lion's authors use (0.9, 0.99).
+            default is (0.9, 0.999), that of `cruxy` 2.1.0, with `use_lion` too; Lion's authors use
+            (0.9, 0.99). Under `mode="self_driving"`, which leaves them alone, it is (0.9, 0.99),
+            with `use_lion` (0.9, 0.95).
         eps: added to the root of the second moment, at least 0.
         weight_decay: its coefficient, at least 0.
         decoupled_weight_decay: decays as AdamW does; otherwise the decay is added to the clipped
@@ -105,6 +112,13 @@ class CruxyOptimizer(ControlledOptimizer):
             than half of their last place count on average: at a rate of 1e-3 the nearest bfloat16
             to a weight of 1 is the same weight again. All random bits follow from the number of the
             step in the state, so that a run can be repeated.
+        relative_limit: no tensor gets a rate above this share of its own root mean square (which
+            counts as at least 0.01); above 0, `math.inf` for no limit. The default is none, but 0.1
+            under `mode="self_driving"` and 0.03 for Lion there.
+        averaging: keeps the average of the parameters over the run, for `averaged`, with this
+            power: step `t` has the weight `(averaging + 1) / (t + averaging)`, so that about the
+            last `1 / (averaging + 1)` of the run counts. At least 0; `None` keeps none and saves
+            its buffer. The default is none, but 16 under `mode="self_driving"`.
         process_group: ranks that hold the same gradients, as under `DistributedDataParallel`, but
             pass a loss of their own: one all-reduce a step keeps their controllers alike, and a
             rank may have no loss. `fully_shard` needs none: its mesh is used. Not pickled.
@@ -143,12 +157,14 @@ class CruxyOptimizer(ControlledOptimizer):
         *("_momentum_dtype", "_power", "_select", "_stochastic", "_foreach", "_fused", "_compile"),
     )
 
+    _keeps_first_moments = True
+
     def __init__(
         self,
         params: Iterable[Any],
         lr: float | Tensor = 1e-3,
         mode: Mode = "meta3",
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         decoupled_weight_decay: bool = True,
@@ -175,6 +191,8 @@ class CruxyOptimizer(ControlledOptimizer):
         state_bits: int = 32,
         select: Callable[[Tensor], bool] | None = None,
         stochastic_rounding: bool = False,
+        relative_limit: float | None = None,
+        averaging: float | Literal["mode"] | None = "mode",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if law is None:
@@ -189,6 +207,11 @@ class CruxyOptimizer(ControlledOptimizer):
             compile,
             differentiable,
         )
+        driving = needs_alignment(law)
+        if betas is None:
+            betas = (0.9, (0.95 if use_lion else 0.99) if driving else 0.999)
+        if averaging == "mode":
+            averaging = 16.0 if driving else None
         self._momentum_dtype, self._power = momentum_dtype, bias_correction == "cruxy_2_1_0"
         self._select, self._stochastic = select, stochastic_rounding
         self._foreach, self._fused, self._compile = foreach, fused, compile
@@ -203,6 +226,8 @@ class CruxyOptimizer(ControlledOptimizer):
             "use_gc": use_gc,
             "maximize": maximize,
             "state_bits": state_bits,
+            "relative_limit": relative_limit,
+            "averaging": averaging,
             "capturable": capturable,
         }
         super().__init__(
@@ -218,6 +243,8 @@ class CruxyOptimizer(ControlledOptimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("state_bits", 32)
+            group.setdefault("relative_limit", None)
+            group.setdefault("averaging", None)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         _checks.check_group(group)
@@ -259,6 +286,8 @@ class CruxyOptimizer(ControlledOptimizer):
             b2=b2,
             maximize=group["maximize"],
             stochastic=self._stochastic,
+            relative_limit=self._limit(group),
+            averaging=group["averaging"],
             rounds=self._stochastic or halved or coded,
         )
 
@@ -290,6 +319,11 @@ class CruxyOptimizer(ControlledOptimizer):
             out.params.append(param)
             out.grads.append(grad)
             out.numbers.append(self._number(param))
+            if group["averaging"] is not None:
+                if "average" not in state:
+                    dtype = compute_dtype(param)
+                    state["average"] = param.detach().to(dtype, copy=True)
+                out.averages.append(state["average"])
             _state.append(out.firsts, out.first_scales, state, "exp_avg")
             if not adam:
                 continue
@@ -297,6 +331,13 @@ class CruxyOptimizer(ControlledOptimizer):
             out.clocks1.append(state["step" if power else "beta1_product"])
             if not power:
                 out.clocks2.append(state["beta2_product"])
+
+    def _limit(self, group: dict[str, Any]) -> float | None:
+        """The relative limit on a group's rates; `None` for none."""
+        limit = group["relative_limit"]
+        if limit is None and needs_alignment(self._settings.law):
+            limit = 0.03 if group["use_lion"] else 0.1
+        return None if limit is None or limit == math.inf else limit
 
     def _bits(self, param: Tensor, group: dict[str, Any]) -> int:
         """Bits an element of the moments of a parameter that has none yet."""

@@ -4,7 +4,7 @@
 # pyright: reportPrivateImportUsage=false
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cruxy_control import Signals
-from cruxy_torch import _kernels, _native
+from cruxy_torch import _kernels, _native, _storage
+from cruxy_torch._storage import Kept
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -82,11 +83,69 @@ def _foreach_parts(grads: list[Tensor], gamma: float, scale: Tensor) -> list[tup
     return parts
 
 
+def products(
+    grads: Sequence[Tensor], momenta: Sequence[Kept], scale: Tensor, signs: Sequence[float]
+) -> Tensor:
+    """`sum g m` and `sum m^2` over plain tensors, the gradients multiplied by `scale` first.
+
+    Args:
+        grads: raw gradients.
+        momenta: their first moments before the step, as they are kept.
+        scale: factor on every gradient; 0-d.
+        signs: -1 where the moment is that of the negative gradient, else 1.
+
+    Returns:
+        Both as one float32 vector on the device of `scale`.
+    """
+    totals = [torch.zeros(2, device=scale.device)]
+    for grad, kept, sign in zip(grads, momenta, signs, strict=True):
+        dtype = _kernels.compute_dtype(grad)
+        (moment,) = _storage.read([kept], [dtype])
+        moment = moment.reshape(-1)
+        along = torch.dot(grad.to(dtype).reshape(-1), moment) * sign
+        pair = torch.stack((along, torch.dot(moment, moment)))
+        totals.append(pair.to(scale.device, torch.float32, non_blocking=True))
+    total = torch.stack(totals).sum(0)
+    return torch.stack((total[0] * scale, total[1]))
+
+
+def mean_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """The mean of the squares of each tensor, of a `DTensor` over all its shards.
+
+    Returns:
+        A float32 vector on the device of the first tensor.
+    """
+    device = tensors[0].device
+    means = []
+    for tensor in tensors:
+        part = local(tensor).detach()
+        flat = part.reshape(-1).to(_kernels.compute_dtype(part))
+        means.append((torch.dot(flat, flat) / max(1, tensor.numel())).to(device, torch.float32))
+    total = torch.stack(means)
+    _add_shards(total, tensors)
+    return total
+
+
+def _add_shards(values: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Adds up each value over the ranks that split its tensor, one all-reduce a mesh axis."""
+    split: dict[tuple[Any, int], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if is_sharded(tensor):
+            for axis, placement in enumerate(tensor.placements):
+                if placement.is_shard():
+                    split.setdefault((tensor.device_mesh, axis), []).append(index)
+    for (mesh, axis), indices in split.items():
+        part = values[indices]
+        dist.all_reduce(part, group=mesh.get_group(axis))
+        values[indices] = part
+
+
 def measure(
     grads: list[Tensor],
     loss: Tensor,
     gamma: float,
     *,
+    momenta: Sequence[tuple[Kept, float]] | None = None,
     scale: Tensor,
     found_inf: Tensor | None,
     process_group: dist.ProcessGroup | None,
@@ -103,6 +162,8 @@ def measure(
         grads: raw gradients, plain or `DTensor`.
         loss: this rank's loss, float32, 0-d, NaN where there is none.
         gamma: the law's exponent.
+        momenta: the first moment of each with its sign, see `products`, where the alignment is
+            asked for; this rank's shards of them.
         scale: factor on every gradient; 0-d, float32.
         found_inf: what a `GradScaler` found, positive where the step is to be skipped.
         process_group: ranks that hold the same gradients but a loss of their own.
@@ -112,41 +173,56 @@ def measure(
     Raises:
         ValueError: where a gradient is a partial sum that has not been reduced.
     """
-    fast = {"native": native, "foreach": foreach}
+
+    def sums_of(indices: list[int]) -> Tensor:
+        chosen = [local(grads[i]) for i in indices]
+        total = sums(chosen, gamma, scale, native=native, foreach=foreach)
+        if momenta is None:
+            return total
+        moments, signs = zip(*(momenta[i] for i in indices), strict=True) if indices else ((), ())
+        return torch.cat((total, products(chosen, moments, scale, signs)))
+
     plain, sharded = _by_mesh(grads)
-    total = sums(plain, gamma, scale, **fast)
+    total = sums_of(plain)
     if found_inf is not None:
         found = found_inf.to(total.device, non_blocking=True).sum() > 0
         total = torch.where(found, math.nan, total)
     if not sharded and process_group is None:
         return signals(total, torch.where(torch.isfinite(loss), loss, math.nan), gamma)
-    total, losses = _pooled(total, _counted(loss), sharded, gamma, scale, **fast)
+    total, losses = _pooled(total, _counted(loss), sharded, sums_of)
     if process_group is not None:
         packed = torch.cat([total / dist.get_world_size(process_group), losses])
         dist.all_reduce(packed, group=process_group)
-        total, losses = packed[:2], packed[2:]
+        total, losses = packed[:-2], packed[-2:]
     return signals(total, _mean(losses), gamma)
 
 
 def whole_sums(grad: Tensor, gamma: float, scale: Tensor, *, native: bool) -> Tensor:
     """The two sums over one gradient, of a `DTensor` over all its shards; float32, `(2,)`."""
+
+    def sums_of(indices: list[int]) -> Tensor:
+        return sums([local(grad) for _ in indices], gamma, scale, native=native, foreach=False)
+
     plain, sharded = _by_mesh([grad])
-    fast = {"native": native, "foreach": False}
-    total = sums(plain, gamma, scale, **fast)
-    return _pooled(total, torch.zeros_like(total), sharded, gamma, scale, **fast)[0]
+    total = sums_of(plain)
+    return _pooled(total, torch.zeros_like(total), sharded, sums_of)[0]
 
 
 def conclude(total: Tensor, loss: Tensor, meshes: Iterable[Any], gamma: float) -> Signals:
     """The signals of sums that are whole already and of this rank's loss."""
     nothing = torch.zeros_like(total)
-    fast = {"native": False, "foreach": False}
-    _, losses = _pooled(nothing, _counted(loss), {m: {} for m in meshes}, gamma, loss, **fast)
+    _, losses = _pooled(nothing, _counted(loss), {m: {} for m in meshes}, lambda _: nothing)
     return signals(total, _mean(losses), gamma)
 
 
 def signals(total: Tensor, loss: Tensor, gamma: float) -> Signals:
-    """The two norms of which `total` has the sums, and the loss."""
-    return Signals(grad_norm=total[0].sqrt(), gamma_norm=total[1] ** (1.0 / gamma), loss=loss)
+    """The two norms of which `total` has the sums, the loss, and the alignment if it has that."""
+    norms = {"grad_norm": total[0].sqrt(), "gamma_norm": total[1] ** (1.0 / gamma)}
+    if len(total) == 2:
+        return Signals(**norms, loss=loss)
+    # Roots before the product, whose square could overflow; NaN where one side is zero.
+    cosine = total[2] / (norms["grad_norm"] * total[3].sqrt())
+    return Signals(**norms, loss=loss, alignment=cosine.clamp(-1.0, 1.0))
 
 
 def _counted(loss: Tensor) -> Tensor:
@@ -163,32 +239,28 @@ def _mean(losses: Tensor) -> Tensor:
 def _pooled(
     total: Tensor,
     losses: Tensor,
-    sharded: dict[Any, dict[int, list[Tensor]]],
-    gamma: float,
-    scale: Tensor,
-    **fast: bool,
+    sharded: dict[Any, dict[int, list[int]]],
+    sums_of: Callable[[list[int]], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Adds the shards of all ranks to what all ranks have, and the losses of all ranks."""
     for mesh, shares in sharded.items():
         total = total / mesh.size()
         for copies, shards in shares.items():
-            total = total + sums(shards, gamma, scale, **fast) / copies
+            total = total + sums_of(shards) / copies
         packed = torch.cat([total, losses])
         for axis in range(mesh.ndim):
             dist.all_reduce(packed, group=mesh.get_group(axis))
-        total, losses = packed[:2], packed[2:]
+        total, losses = packed[:-2], packed[-2:]
     return total, losses
 
 
-def _by_mesh(grads: list[Tensor]) -> tuple[list[Tensor], dict[Any, dict[int, list[Tensor]]]]:
-    """Plain tensors, and local shards by mesh and by how many ranks hold the same shard."""
-    if not any_sharded(grads):
-        return grads, {}
-    plain: list[Tensor] = []
-    sharded: dict[Any, dict[int, list[Tensor]]] = {}
-    for grad in grads:
+def _by_mesh(grads: Sequence[Tensor]) -> tuple[list[int], dict[Any, dict[int, list[int]]]]:
+    """Indices of plain tensors, and of shards by mesh and by how many ranks hold the same shard."""
+    plain: list[int] = []
+    sharded: dict[Any, dict[int, list[int]]] = {}
+    for index, grad in enumerate(grads):
         if not is_sharded(grad):
-            plain.append(grad)
+            plain.append(index)
             continue
         copies = 1
         for axis, placement in enumerate(grad.placements):
@@ -200,7 +272,7 @@ def _by_mesh(grads: list[Tensor]) -> tuple[list[Tensor], dict[Any, dict[int, lis
             if placement.is_replicate():
                 copies *= grad.device_mesh.size(axis)
         mesh = grad.device_mesh
-        sharded.setdefault(mesh, {}).setdefault(copies, []).append(local(grad))
+        sharded.setdefault(mesh, {}).setdefault(copies, []).append(index)
     return plain, sharded
 
 

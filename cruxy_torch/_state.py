@@ -34,6 +34,7 @@ class Columns(NamedTuple):
         clocks1: see `_kernels.Tensors`.
         clocks2: see there.
         numbers: the number of each parameter's first element, see `numbered`.
+        averages: the average of each parameter; empty where none is kept.
     """
 
     params: list[Tensor]
@@ -45,11 +46,12 @@ class Columns(NamedTuple):
     clocks1: list[Tensor]
     clocks2: list[Tensor]
     numbers: list[int]
+    averages: list[Tensor]
 
 
 def empty_columns() -> Columns:
     """Columns to be filled."""
-    return Columns([], [], [], [], [], [], [], [], [])
+    return Columns([], [], [], [], [], [], [], [], [], [])
 
 
 def numbered(params: Iterable[Tensor]) -> dict[Tensor, int]:
@@ -140,7 +142,8 @@ def kept(columns: Columns, *, halved: bool, stochastic: bool) -> Tensors:
     coded = any(scales is not None for scales in columns.first_scales)
     if not (coded or halved or stochastic or _sensors.any_sharded(columns.grads)):
         c = columns
-        return Tensors(c.params, c.grads, c.firsts, c.seconds, c.clocks1, c.clocks2)  # pyright: ignore[reportArgumentType]
+        whole = Tensors(c.params, c.grads, c.firsts, c.seconds, c.clocks1, c.clocks2)  # pyright: ignore[reportArgumentType]
+        return whole._replace(averages=c.averages)
     params: list[Kept] = []
     firsts: list[Kept] = []
     seconds: list[Kept] = []
@@ -153,7 +156,9 @@ def kept(columns: Columns, *, halved: bool, stochastic: bool) -> Tensors:
             seconds.append(_kept(moment, scales, param, number, False, halved))
         params.append(_rounded(param, number + padded) if stochastic else param)
     grads = [_sensors.local(grad) for grad in columns.grads]
-    return Tensors(params, grads, firsts, seconds, columns.clocks1, columns.clocks2)
+    clocks = columns.clocks1, columns.clocks2
+    averages = [_sensors.local(average) for average in columns.averages]
+    return Tensors(params, grads, firsts, seconds, *clocks, averages=averages)
 
 
 def kept_param(param: Tensor, number: int, *, stochastic: bool) -> Kept:

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from cruxy_control import Controls, Law, Signals, meta_learning_rate
 from cruxy_control import betas as controlled_betas
+from cruxy_control.law import needs_alignment
+from cruxy_control.self_driving import averaging_weight
 from cruxy_control.stochastic import stream_key
 from cruxy_torch import _controller, _sensors
 from cruxy_torch._kernels import Scalars
+from cruxy_torch._storage import Kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Group:
         b2: the user's decay rate of the second moment.
         maximize: climbs instead of descending.
         rounds: whether anything of it may be rounded by chance.
+        averaging: power of the average of the parameters; `None` for none.
     """
 
     index: int
@@ -51,6 +55,15 @@ class Group:
     b2: float | Tensor
     maximize: bool
     rounds: bool
+    averaging: float | None = None
+
+    def momenta(self) -> Sequence[Kept]:
+        """The first moment that belongs to each gradient, this rank's shards of them."""
+        raise TypeError(f"{type(self).__name__} keeps no first moments.")
+
+    def limits(self) -> Tensor | None:
+        """The largest rate for each tensor on the controller's device; `None` for no limit."""
+        return None
 
     def update(self, scalars: Scalars, *, native: bool, foreach: bool) -> None:
         """Updates parameters and state in place.
@@ -91,23 +104,61 @@ def run(
     one = torch.ones((), device=device)
     scale = one if grad_scale is None else grad_scale.to(device).double().reciprocal().float()
     grads = [g for group in groups for g in group.grads]
+    momenta = None
+    if needs_alignment(settings.law):
+        momenta = [(m, -1.0 if g.maximize else 1.0) for g in groups for m in g.momenta()]
     signals = _sensors.measure(
         grads,
         loss,
         settings.law.gamma,
+        momenta=momenta,
         scale=scale,
         found_inf=found_inf,
         process_group=process_group,
         native=native,
         foreach=foreach,
     )
+    if momenta is not None:
+        signals = signals._replace(limit_scale=memory["limit_scale"])
     key = random_key(memory) if any(group.rounds for group in groups) else 0
     controls = _controller.advance(settings.law, settings.names, memory, signals)
     xp = _controller.namespace(memory)
     applied = [scalars(group, controls, scale, key, settings, xp=xp) for group in groups]
-    for group, decided in zip(groups, applied, strict=True):
-        group.update(decided, native=native, foreach=foreach)
     report(memory, signals, controls, applied[0])
+    (count,) = _controller.scalars([memory["step"]], xp)
+    shares = []
+    for group, decided in zip(groups, applied, strict=True):
+        decided = completed(group, decided, count - 1, xp=xp)
+        if momenta is not None and group.grads:
+            shares.append(one if decided.limits is None else _share(decided).to(device))
+        group.update(decided, native=native, foreach=foreach)
+    if momenta is not None:
+        share = torch.stack(shares).max() if shares else one
+        ok = torch.as_tensor(controls.ok, device=device)
+        memory["limit_scale"].copy_(torch.where(ok, share, memory["limit_scale"]))
+
+
+def completed(group: Group, scalars: Scalars, count: Any, *, xp: Any) -> Scalars:
+    """What a group applies, with the limits of its tensors and the weight in their averages.
+
+    Args:
+        group: see there.
+        scalars: from `scalars`.
+        count: good steps before this one.
+        xp: the controller's namespace.
+    """
+    weight = scalars.average_weight
+    if group.averaging is not None:
+        weight = averaging_weight(count * 1.0, group.averaging, xp=xp)
+        weight = xp.where(scalars.ok, weight, 0.0)
+    return scalars._replace(limits=group.limits(), average_weight=weight)
+
+
+def _share(scalars: Scalars) -> Tensor:
+    """The largest share of its rate that a limit left any tensor of a group; 1 of a rate of 0."""
+    largest, rate = scalars.limits.max(), scalars.rate
+    rate = rate.to(largest.device) if isinstance(rate, Tensor) else largest.new_tensor(float(rate))
+    return torch.where(rate > 0.0, torch.minimum(largest, rate) / rate, 1.0)
 
 
 def random_key(memory: dict[str, Tensor]) -> Any:

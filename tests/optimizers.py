@@ -7,12 +7,16 @@ import optax
 
 from cruxy_control import Meta3, StabilityV2
 from cruxy_optax import (
+    axiom,
     clip_by_predicted_norm,
+    cosmic,
     meta3,
     meta_lion,
     scale_by_controlled_adam,
     scale_by_controlled_lion,
     scale_by_meta_learning_rate,
+    self_driving,
+    self_driving_lion,
     stability_v1,
     stability_v2,
     stabilize,
@@ -33,6 +37,10 @@ OPTIMIZERS = {
     "meta_lion_bfloat16": lambda rate=0.01: meta_lion(rate, mu_dtype=jnp.bfloat16),
     "stability_v1": lambda rate=0.01: stability_v1(rate),
     "stability_v2": lambda rate=0.01: stability_v2(rate),
+    "self_driving": lambda rate=0.01: self_driving(rate, weight_decay=0.01),
+    "self_driving_lion": lambda rate=0.01: self_driving_lion(rate, averaging=None),
+    "axiom": lambda rate=0.01: axiom(rate, b1=0.9, momentum_bits=32, weight_decay=0.01),
+    "cosmic": lambda rate=0.01: cosmic(rate, state_budget="1KB", weight_decay=0.01),
     "schedule": lambda rate=0.01: meta3(optax.join_schedules([_plain(rate)] * 2, [20])),
     "own_chain": lambda rate=0.01: stabilize(
         optax.chain(

@@ -26,7 +26,7 @@ from optimizers import gradients, train, tree
 
 KEYS = (
     "learning_rate meta_scale phase_scale beta1 beta2 clip_threshold clip_scale phase curvature "
-    "warning grad_norm gamma_norm loss ok step skipped_total skipped_in_a_row"
+    "warning alignment grad_norm gamma_norm loss ok step skipped_total skipped_in_a_row"
 )
 
 

@@ -6,7 +6,16 @@ import numpy as np
 import optax
 import pytest
 
-from cruxy_optax import meta3, meta_lion, stability_v1, stability_v2, telemetry
+from cruxy_optax import (
+    averaged_params,
+    meta3,
+    meta_lion,
+    self_driving,
+    self_driving_lion,
+    stability_v1,
+    stability_v2,
+    telemetry,
+)
 
 torch = pytest.importorskip("torch")
 
@@ -21,7 +30,10 @@ MODES = {
     "stability_v1": (stability_v1, {"mode": "stability_v1"}),
     "stability_v2": (stability_v2, {"mode": "stability_v2"}),
     "meta_lion": (meta_lion, {"use_lion": True, "betas": (0.9, 0.99)}),
+    "self_driving": (self_driving, {"mode": "self_driving"}),
+    "self_driving_lion": (self_driving_lion, {"mode": "self_driving", "use_lion": True}),
 }
+LION = ("meta_lion", "self_driving_lion")
 
 # Both frameworks round each float32 operation on their own: a step of size RATE differs by a few
 # ulps of its moments, at random, and 200 of them are added.
@@ -97,7 +109,16 @@ class Torch:
         return self.optimizer.state[self.params[k]][key].numpy()
 
 
-SHOWN = ("learning_rate", "phase", "curvature", "beta1", "beta2", "clip_threshold", "clip_scale")
+SHOWN = (
+    "learning_rate",
+    "alignment",
+    "phase",
+    "curvature",
+    "beta1",
+    "beta2",
+    "clip_threshold",
+    "clip_scale",
+)
 
 
 def assert_together(name, ours, theirs):
@@ -110,17 +131,22 @@ def assert_together(name, ours, theirs):
         )
     for key in ("step", "skipped_total", "skipped_in_a_row"):
         assert int(values[key]) == shown[key]
-    if name == "meta_lion":
+    if name in LION:
         apart = [
             np.abs(np.asarray(ours.params[k]) - p.detach().numpy()) > CLOSE["atol"]
             for k, p in theirs.params.items()
         ]
         assert np.mean(np.concatenate([x.ravel() for x in apart])) <= FLIPPED
     for k, p in theirs.params.items():
-        if name != "meta_lion":
+        if name not in LION:
             np.testing.assert_allclose(ours.params[k], p.detach().numpy(), **CLOSE)
             np.testing.assert_allclose(ours.moments.nu[k], theirs.moment(k, "exp_avg_sq"), **SECOND)
         np.testing.assert_allclose(ours.moments.mu[k], theirs.moment(k, "exp_avg"), **CLOSE)
+    if name == "self_driving":
+        average = averaged_params(ours.state, ours.params)
+        with theirs.optimizer.averaged():
+            for k, p in theirs.params.items():
+                np.testing.assert_allclose(average[k], p.detach().numpy(), **CLOSE)
 
 
 @pytest.mark.parametrize("name", MODES)

@@ -15,7 +15,9 @@ from cruxy_torch import CruxyOptimizer  # noqa: E402
 from torch_models import OPTIONS  # noqa: E402
 from torch_released import COUNTERS, OFF, PATHS, released, train  # noqa: E402
 
-CHANGES = [name for name in OPTIONS if not name.startswith(("stability", "meta3_gamma"))]
+CHANGES = [
+    name for name in OPTIONS if not name.startswith(("stability", "self_driving", "meta3_gamma"))
+]
 """The options of the update; those of the law make no difference while it is off."""
 
 

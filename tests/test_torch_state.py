@@ -134,7 +134,7 @@ def test_a_foreign_state_or_format_is_refused():
         optimizer.load_state_dict(foreign)
     newer = copy.deepcopy(optimizer.state_dict())
     newer["param_groups"][0]["controller"]["format"] += 1
-    with pytest.raises(ValueError, match="format must be 1, got 2"):
+    with pytest.raises(ValueError, match="format must be 2, got 3"):
         optimizer.load_state_dict(newer)
 
 

@@ -20,6 +20,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "meta_lion_bfloat16": {"use_lion": True, "lr": 1e-3, "momentum_dtype": torch.bfloat16},
     "stability_v1": {"mode": "stability_v1"},
     "stability_v2": {"mode": "stability_v2"},
+    "self_driving": {"mode": "self_driving"},
+    "self_driving_lion": {"mode": "self_driving", "use_lion": True, "averaging": None},
+    "limited": {"relative_limit": 0.01, "averaging": 0.0},
     "compatible": {"bias_correction": "cruxy_2_1_0"},
 }
 """Every mode and option of the constructor that changes the mathematics."""

@@ -23,7 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from cruxy_torch import CruxyOptimizer
 
 STEPS = 6
-OPTIONS = {"adam": {}, "lion": {"use_lion": True, "lr": 1e-3, "use_gc": True}}
+OPTIONS = {
+    "adam": {},
+    "lion": {"use_lion": True, "lr": 1e-3, "use_gc": True},
+    "self_driving": {"mode": "self_driving"},
+}
 LOW_BIT = {
     "adam8": {"state_bits": 8},
     "adam16": {"state_bits": 16},

@@ -1,0 +1,344 @@
+"""The self-driving law and its parts, in JAX: what is sensed, how it steers, what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+from cruxy_control import SelfDriving, Signals
+from cruxy_control.self_driving import averaging_weight, relative_limit
+from cruxy_optax import (
+    average_iterates,
+    averaged_params,
+    cosmic,
+    release_gradients,
+    scale_by_controlled_adam,
+    scale_by_meta_learning_rate,
+    self_driving,
+    self_driving_lion,
+    stabilize,
+    telemetry,
+)
+from optimizers import gradients, train, tree
+
+ONE = np.float32(1.0)
+
+
+def stepped(law, state, alignment, limit=1.0, norm=1.0):
+    signals = Signals(np.float32(norm), ONE, ONE, np.float32(alignment), np.float32(limit))
+    return law.step(state, signals, xp=np)
+
+
+def started(law):
+    return law.init(np.float32(0.0), xp=np)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("noise", [0.1, 10.0])
+def test_projection_on_a_noisy_quadratic_is_minus_half_the_rate_in_units_of_the_curvature(
+    decay, noise
+):
+    # E<g_t, m_{t-1}> = -(rate h / 2) E m^2, whatever the noise and the momentum.
+    curvature, rate, steps = 2.0, 0.3, 400_000
+    rng = np.random.default_rng(0)
+    x, m, along, length = np.zeros(64), np.zeros(64), 0.0, 0.0
+    for t in range(steps // 64):
+        g = curvature * x + noise * rng.normal(size=64)
+        if t > 20 / (1 - decay):
+            along, length = along + g @ m, length + m @ m
+        m = decay * m + (1 - decay) * g
+        x = x - rate * m
+    # The standard error of the quotient is below a tenth of this at every setting (20 seeds).
+    assert along / length == pytest.approx(-rate * curvature / 2, rel=0.15, abs=0.02)
+
+
+def test_rate_grows_by_the_gain_while_gradients_agree_and_falls_while_they_oppose():
+    law = SelfDriving(gain=1.0, gain_time=20.0)
+    state, controls = stepped(law, started(law), np.nan)
+    assert controls.meta_scale == 1.0  # no momentum before the first step
+    state, controls = stepped(law, state, 1.0)
+    assert controls.meta_scale == pytest.approx(np.exp(20 / 22), rel=1e-6)
+    _, controls = stepped(law, started(law), -1.0)
+    assert controls.meta_scale == pytest.approx(np.exp(-0.8 * 20 / 21), rel=1e-6)
+
+
+def test_rate_stands_still_at_the_set_point():
+    law = SelfDriving(set_point=-0.3)
+    state = started(law)
+    for _ in range(50):
+        state, controls = stepped(law, state, -0.3)
+    assert controls.meta_scale == pytest.approx(1.0, abs=1e-5)
+
+
+def test_gain_lets_the_rate_move_by_the_same_factor_in_every_doubling():
+    law = SelfDriving(scale_bounds=(0.0, 1e30), gain=0.1)
+    state, scales = started(law), {}
+    for t in range(1, 3201):
+        state, _ = stepped(law, state, 1.0)
+        scales[t] = float(state.scale)
+    doublings = [np.log(scales[2 * t] / scales[t]) for t in (400, 800, 1600)]
+    np.testing.assert_allclose(doublings, 2.0 * np.log(2.0), rtol=0.05)
+
+
+def test_what_is_not_known_or_not_finite_moves_nothing():
+    law = SelfDriving()
+    state = started(law)
+    for _ in range(5):
+        state, _ = stepped(law, state, 0.5)
+    held, controls = stepped(law, state, np.nan)
+    assert controls.ok
+    assert held.scale == state.scale
+    assert held.alignment == state.alignment
+    skipped, controls = stepped(law, state, 0.5, norm=np.nan)
+    assert not controls.ok
+    jax.tree.map(np.testing.assert_array_equal, skipped, state)
+
+
+def test_rate_that_no_tensor_followed_is_taken_back_at_once():
+    law = SelfDriving(gain=0.0)
+    _, controls = stepped(law, started(law), 0.9, limit=0.01)
+    assert controls.meta_scale == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"set_point": -1.0}, r"set_point must be in \(-1, 1\), got -1.0"),
+        ({"alignment_decay": 1.0}, r"alignment_decay must be in \[0, 1\), got 1.0"),
+        ({"gain": -1.0}, r"gain must be in \[0, infinity\], got -1.0"),
+        ({"gain_time": 0.0}, r"gain_time must be in \(0, infinity\], got 0.0"),
+        ({"scale_bounds": (2.0, 3.0)}, r"scale_bounds must contain 1, got \(2.0, 3.0\)"),
+    ],
+)
+def test_law_refuses_constants_outside_their_range(changes, message):
+    with pytest.raises(ValueError, match=message):
+        SelfDriving(**changes)
+
+
+def test_average_of_power_zero_is_the_mean_and_a_larger_power_forgets_the_start():
+    values = np.random.default_rng(0).normal(size=50)
+    for power, weights in ((0.0, np.ones(50)), (1.0, np.arange(1.0, 51.0))):
+        mean = 0.0
+        for t, value in enumerate(values):
+            mean += averaging_weight(t, power, xp=np) * (value - mean)
+        assert mean == pytest.approx(np.average(values, weights=weights))
+
+
+def test_relative_limit_is_a_share_of_the_size_and_of_the_floor():
+    sizes = relative_limit(np.array([4.0, 0.0], np.float32), 0.1, 0.01, xp=np)
+    np.testing.assert_allclose(sizes, [0.2, 0.001], rtol=1e-6)
+
+
+def test_alignment_is_the_cosine_with_the_moment_before_the_step():
+    tx = self_driving(weight_decay=0.0)
+    params = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
+    rng = np.random.default_rng(0)
+    first, second = ({k: rng.normal(size=v.shape) for k, v in params.items()} for _ in range(2))
+    _, state = tx.update(first, tx.init(params), params)
+    assert jnp.isnan(state.signals.alignment)
+    _, state = tx.update(second, state, params)
+    flat = [np.concatenate([g["a"], g["b"].ravel()]) for g in (first, second)]
+    cosine = flat[0] @ flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])
+    assert float(state.signals.alignment) == pytest.approx(cosine, rel=1e-5)
+    assert float(telemetry(state)["alignment"]) == pytest.approx(cosine, rel=1e-5)
+
+
+@pytest.mark.parametrize("inner", [optax.scale_by_adam(), optax.scale_by_lion(), optax.trace(0.9)])
+def test_law_senses_the_moments_of_optax_too(inner):
+    tx = stabilize(optax.chain(inner, scale_by_meta_learning_rate(1e-3)), SelfDriving())
+    params = jnp.arange(1.0, 5.0)
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = tx.update(params, state, params)
+    assert float(state.signals.alignment) == pytest.approx(1.0, abs=1e-5)
+    assert float(telemetry(state)["meta_scale"]) > 2.0
+
+
+def test_law_that_steers_by_the_moment_refuses_a_chain_without_one():
+    tx = stabilize(
+        optax.chain(optax.scale_by_rms(), scale_by_meta_learning_rate(1e-3)), SelfDriving()
+    )
+    with pytest.raises(ValueError, match="needs the alignment of gradients with a first moment"):
+        tx.init(jnp.ones(3))
+    with pytest.raises(ValueError, match="needs the alignment of gradients with a first moment"):
+        cosmic(1e-3, state_budget="1KB", law=SelfDriving()).init(jnp.ones(300))
+
+
+def test_release_refuses_a_law_that_steers_by_the_moment():
+    with pytest.raises(ValueError, match="steers by the alignment"):
+        release_gradients(self_driving(), *[lambda *_: 0.0] * 3)
+
+
+def least_squares(start, make, steps=400):
+    rng = np.random.default_rng(3)
+    features = jnp.asarray(rng.normal(size=(256, 16)) * np.geomspace(0.1, 3.0, 16), jnp.float32)
+    truth = jnp.asarray(rng.normal(size=16), jnp.float32)
+    noise = jnp.asarray(rng.normal(size=256), jnp.float32)
+
+    def loss_fn(params, rows):
+        return jnp.mean((features[rows] @ params - (features @ truth + noise)[rows]) ** 2)
+
+    tx = make(start, weight_decay=0.0)
+
+    def step(carry, rows):
+        params, state = carry
+        loss, grads = jax.value_and_grad(loss_fn)(params, rows)
+        updates, state = tx.update(grads, state, params, value=loss)
+        return (optax.apply_updates(params, updates), state), None
+
+    draws = jnp.asarray(rng.integers(0, 256, (steps, 32)))
+    params = jnp.zeros(16)
+    (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), draws)
+    everything = jnp.arange(256)
+    floor = float(loss_fn(jnp.linalg.lstsq(features, features @ truth + noise)[0], everything))
+    return float(loss_fn(averaged_params(state, params), everything)) / floor
+
+
+@pytest.mark.parametrize("make", [self_driving, self_driving_lion])
+def test_every_start_over_seven_decades_ends_near_the_best_solution(make):
+    ends = [least_squares(start, make) for start in (1e-6, 1e-3, 10.0)]
+    assert max(ends) < 1.1  # times the loss of the best solution; the start has 150 times it
+    assert max(ends) - min(ends) < 0.05
+
+
+def test_relative_limit_bounds_every_tensor_by_its_own_size_and_reports_the_largest_share():
+    tx = self_driving(100.0, weight_decay=0.0, relative_limit=0.1, law=SelfDriving(gain=0.0))
+    params = {"large": jnp.full(4, 2.0), "small": jnp.full(4, 0.5), "zero": jnp.zeros(4)}
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, state = tx.update(grads, tx.init(params), params)
+    for name, size in (("large", 0.2), ("small", 0.05), ("zero", 0.001)):
+        np.testing.assert_allclose(updates[name], -size, rtol=1e-5)
+    _, state = tx.update(grads, state, params)
+    assert float(telemetry(state)["meta_scale"]) == pytest.approx(0.002)
+
+
+def test_skipped_step_leaves_average_scale_and_limit_as_they_were():
+    tx = self_driving(0.1)
+    grads, losses = gradients(4)
+    params, state = train(tx, tree(), grads, losses)
+    bad = jax.tree.map(lambda g: jnp.full_like(g[0], jnp.nan), grads)
+    _, after = tx.update(bad, state, params, value=1.0)
+    assert int(after.skipped_total) == 1
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        averaged_params(after, params),
+        averaged_params(state, params),
+    )
+    assert after.law_state.scale == state.law_state.scale
+
+
+def test_average_is_kept_in_float32_and_comes_back_in_the_parameters_dtype():
+    tx = self_driving()
+    params = {"w": jnp.ones(4, jnp.bfloat16)}
+    state = tx.init(params)
+    averages = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (4,)]
+    assert [leaf.dtype for leaf in averages].count(jnp.float32) == 2  # nu and the average
+    assert averaged_params(state, params)["w"].dtype == jnp.bfloat16
+
+
+def nested(tx):
+    return {
+        "chain": optax.chain(optax.identity(), tx),
+        "masked": optax.masked(tx, {"a": True, "b": False}),
+        "partition": optax.partition({"x": tx, "y": optax.sgd(0.1)}, {"a": "x", "b": "y"}),
+        "accumulated": optax.MultiSteps(tx, 1),
+        "injected": optax.inject_hyperparams(lambda rate: self_driving(rate))(rate=1e-2),
+    }
+
+
+@pytest.mark.parametrize("name", nested(optax.identity()))
+def test_averages_are_found_through_any_nesting(name):
+    tx = optax.with_extra_args_support(nested(self_driving(1e-2, averaging=0.0))[name])
+    if name == "accumulated":
+        tx = optax.MultiSteps(self_driving(1e-2, averaging=0.0), 1)
+    params = {"a": jnp.arange(1.0, 4.0), "b": jnp.ones(2)}
+    state = tx.init(params)
+    seen = []
+    for _ in range(3):
+        updates, state = tx.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append(params)
+    average = averaged_params(state, params)
+    if name != "injected":
+        np.testing.assert_allclose(average["a"], np.mean([p["a"] for p in seen], 0), rtol=1e-5)
+    if name in ("masked", "partition"):
+        assert average["b"] is params["b"]
+
+
+def test_averages_are_found_in_a_train_state_and_an_nnx_optimizer():
+    params = {"w": jnp.ones(3)}
+    linen = TrainState.create(apply_fn=None, params=params, tx=self_driving())
+    linen = linen.apply_gradients(grads=params)
+    np.testing.assert_allclose(averaged_params(linen, linen.params)["w"], linen.params["w"])
+
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, self_driving(), wrt=nnx.Param)
+    before = nnx.state(model, nnx.Param)
+    optimizer.update(model, before)
+    now = nnx.state(model, nnx.Param)
+    average = averaged_params(optimizer.opt_state, now)
+    jax.tree.map(np.testing.assert_allclose, average, now)
+    nnx.update(model, average)
+
+
+def test_averages_are_refused_where_there_are_none():
+    params = jnp.ones(3)
+    with pytest.raises(ValueError, match="needs a state with an average in it"):
+        averaged_params(self_driving(averaging=None).init(params), params)
+    with pytest.raises(ValueError, match=r"power must be in \[0, infinity\], got -1"):
+        average_iterates(-1)
+    tx = average_iterates()
+    with pytest.raises(ValueError, match="but got params=None"):
+        tx.update(params, tx.init(params))
+    limited = self_driving(averaging=None, weight_decay=0.0)
+    with pytest.raises(ValueError, match="relative limit measures the parameters"):
+        limited.update(params, limited.init(params))
+    with pytest.raises(ValueError, match=r"relative_limit must be in \(0, infinity\], got 0"):
+        self_driving(relative_limit=0.0)
+
+
+def test_low_bit_moments_are_sensed_as_what_they_stand_for():
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(64, 128)), jnp.float32)}
+    grads = jax.tree.map(lambda p: p + 0.5, params)
+    shown = {}
+    for bits in (32, 8):
+        tx = self_driving(1e-3, state_bits=bits)
+        state = tx.init(params)
+        for _ in range(3):
+            _, state = tx.update(grads, state, params)
+        shown[bits] = float(state.signals.alignment)
+    assert shown[32] == pytest.approx(1.0, abs=1e-5)
+    assert shown[8] == pytest.approx(1.0, abs=2e-3)
+
+
+def test_state_is_two_moments_and_the_average_or_less():
+    params = {"w": jnp.zeros((128, 128))}
+
+    def per_parameter(tx):
+        return sum(x.nbytes for x in jax.tree.leaves(tx.init(params))) / 128**2
+
+    assert per_parameter(self_driving()) == pytest.approx(12.0, abs=0.05)
+    assert per_parameter(self_driving(averaging=None)) == pytest.approx(8.0, abs=0.05)
+    assert per_parameter(self_driving_lion()) == pytest.approx(8.0, abs=0.05)
+    assert per_parameter(self_driving_lion(averaging=None)) == pytest.approx(4.0, abs=0.05)
+
+
+def test_moments_of_one_part_alone_are_compared_with_its_gradients_alone():
+    tx = stabilize(
+        optax.chain(
+            optax.partition(
+                {"adam": scale_by_controlled_adam(), "sgd": optax.identity()},
+                {"a": "adam", "b": "sgd"},
+            ),
+            scale_by_meta_learning_rate(1e-3),
+        ),
+        SelfDriving(),
+    )
+    params = {"a": jnp.arange(1.0, 4.0), "b": jnp.ones(3)}
+    state = tx.init(params)
+    for sign in (1.0, -1.0, 1.0):
+        _, state = tx.update({"a": params["a"], "b": sign * params["b"]}, state, params)
+    assert float(state.signals.alignment) == pytest.approx(1.0, abs=1e-5)
