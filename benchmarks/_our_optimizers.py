@@ -7,7 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from benchmarks._optimizers import GUARDED_PEERS, PEERS, WEIGHT_DECAY, Optimizer, matrices
+from benchmarks._optimizers import (
+    GUARDED_PEERS,
+    PEERS,
+    WEIGHT_DECAY,
+    Optimizer,
+    matrices,
+    warm_up_cosine,
+)
 from cruxy_control import Meta3
 from cruxy_optax import (
     averaged_params,
@@ -48,6 +55,13 @@ def _driving(make: Callable[..., Any], label: str, **options: Any) -> Optimizer:
     return entry._replace(averaged=averaged_params) if averages else entry
 
 
+def _scheduled(rate: Any, steps: int) -> optax.GradientTransformation:
+    """The AdamW inside `self_driving`, as it is usually trained: a clip, a warm-up and a cosine."""
+    schedule = warm_up_cosine(rate, steps)
+    adamw = optax.adamw(schedule, b2=0.99, weight_decay=WEIGHT_DECAY, mask=matrices, nesterov=True)
+    return optax.chain(optax.clip_by_global_norm(1.5), adamw)
+
+
 def _without(label: str, **changes: Any) -> Optimizer:
     """Meta3 with constants of its law changed."""
     return _controlled(meta3, f"Meta3 without {label}", law=dataclasses.replace(Meta3(), **changes))
@@ -82,6 +96,11 @@ SELF_DRIVING = {
 }
 """Ours without a rate; the grid is where they start."""
 
+SCHEDULED = {
+    "scheduled": Optimizer("Self-driving's AdamW, cosine", _scheduled, sources=SOURCES),
+}
+"""What self-driving does without its controller, under a schedule that has to be tuned."""
+
 COMPACT = {
     "meta_lion-bfloat16": _controlled(meta_lion, "Meta-Lion, bfloat16", 0.1, mu_dtype=jnp.bfloat16),
     "meta3-8bit": _controlled(meta3, "Meta3, 8 bits", state_bits=8),
@@ -103,6 +122,6 @@ PUBLISHED = {
 """The paper's own settings where they are not the registry's."""
 
 OPTIMIZERS: dict[str, Optimizer] = (
-    CONTROLLED | SELF_DRIVING | COMPACT | PEERS | GUARDED_PEERS | ABLATION | PUBLISHED
+    CONTROLLED | SELF_DRIVING | SCHEDULED | COMPACT | PEERS | GUARDED_PEERS | ABLATION | PUBLISHED
 )
 """Every optimizer by name."""
