@@ -103,7 +103,7 @@ def scale_by_meta_learning_rate(
         )
 
     if relative_limit is not None:
-        remedy = "use 0.1 for Adam, 0.03 for Lion, or None for no limit"
+        remedy = "use 0.1 for Adam, 0.01 for Lion, or None for no limit"
         relative_limit = check_range(
             "relative_limit", relative_limit, 0.0, lower_open=True, remedy=remedy
         )

@@ -111,7 +111,7 @@ def check_group(group: dict[str, Any]) -> None:
     check_bits("state_bits", group["state_bits"])
     limit = group["relative_limit"]
     if limit is not None:
-        remedy = "0.1 is usual for Adam, 0.03 for Lion, and math.inf is no limit"
+        remedy = "0.1 is usual for Adam, 0.01 for Lion, and math.inf is no limit"
         check_range("relative_limit", limit, 0.0, lower_open=True, remedy=remedy)
     if group["averaging"] is not None:
         remedy = "16 is usual, and None keeps no average"

@@ -114,7 +114,7 @@ class CruxyOptimizer(ControlledOptimizer):
             step in the state, so that a run can be repeated.
         relative_limit: no tensor gets a rate above this share of its own root mean square (which
             counts as at least 0.01); above 0, `math.inf` for no limit. The default is none, but 0.1
-            under `mode="self_driving"` and 0.03 for Lion there.
+            under `mode="self_driving"` and 0.01 for Lion there.
         averaging: keeps the average of the parameters over the run, for `averaged`, with this
             power: step `t` has the weight `(averaging + 1) / (t + averaging)`, so that about the
             last `1 / (averaging + 1)` of the run counts. At least 0; `None` keeps none and saves
@@ -336,7 +336,7 @@ class CruxyOptimizer(ControlledOptimizer):
         """The relative limit on a group's rates; `None` for none."""
         limit = group["relative_limit"]
         if limit is None and needs_alignment(self._settings.law):
-            limit = 0.03 if group["use_lion"] else 0.1
+            limit = 0.01 if group["use_lion"] else 0.1
         return None if limit is None or limit == math.inf else limit
 
     def _bits(self, param: Tensor, group: dict[str, Any]) -> int:
