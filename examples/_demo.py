@@ -69,11 +69,13 @@ class Optimizer(NamedTuple):
         rate_factor: of its default learning rate to the model's. Every coordinate of a Lion step
             has the size of the rate, of an Adam step less, so Lion wants a smaller one.
         controlled: whether there is a controller to read.
+        averaged: whether the average of the parameters is what is evaluated.
     """
 
     label: str
     rate_factor: float
     controlled: bool
+    averaged: bool = False
 
 
 MODELS = {
@@ -86,6 +88,7 @@ OPTIMIZERS = {
     "adamw": Optimizer("AdamW", 1.0, controlled=False),
     "meta3": Optimizer("Meta3", 1.0, controlled=True),
     "meta_lion": Optimizer("Meta-Lion", 0.2, controlled=True),
+    "self_driving": Optimizer("Self-driving", 1.0, controlled=True, averaged=True),
     "stability_v1": Optimizer("Stability v1", 1.0, controlled=True),
     "stability_v2": Optimizer("Stability v2", 1.0, controlled=True),
 }
@@ -289,7 +292,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
         "--learning-rate",
         type=positive,
         help="constant rate, the same for every optimizer chosen (default: 3e-3, of the 10m model "
-        "1e-3; of Meta-Lion a fifth of that)",
+        "1e-3; of Meta-Lion a fifth of that); self_driving only starts from it",
     )
     parser.add_argument("--batch-size", type=whole, help="windows a step (default: 16, 10m 64)")
     parser.add_argument(

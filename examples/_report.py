@@ -22,6 +22,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "adamw": {"color": "#000000", "linestyle": (0, (4, 1.5))},
     "meta3": {"color": "#0072B2", "linestyle": "-"},
     "meta_lion": {"color": "#D55E00", "linestyle": "-"},
+    "self_driving": {"color": "#E69F00", "linestyle": "-"},
     "stability_v1": {"color": "#009E73", "linestyle": (0, (1, 1))},
     "stability_v2": {"color": "#CC79A7", "linestyle": (0, (5, 1, 1, 1))},
 }

@@ -27,6 +27,7 @@ def train(
     seed: int,
     read: Callable[[Any], Mapping[str, jax.Array]],
     watch: Callable[[int, Mapping[str, np.ndarray]], None],
+    averaged: Callable[[Any, Any], Any] | None = None,
 ) -> Trained:
     """Trains a new model.
 
@@ -40,6 +41,8 @@ def train(
         read: takes the optimizer's state and gives scalars by name, inside the compiled step.
         watch: called after each chunk with the steps taken so far and the chunk's readings, one
             array each.
+        averaged: takes the optimizer's state and the parameters and gives those to evaluate;
+            `None` evaluates the parameters themselves.
 
     Returns:
         The trained parameters and what was seen on the way.
@@ -47,6 +50,10 @@ def train(
     model = GPT(config, len(corpus.characters), rngs=nnx.Rngs(seed))
     graph, params = nnx.split(model, nnx.Param)
     tx = optax.with_extra_args_support(tx)
+
+    def evaluated(carry: Any) -> Any:
+        params, opt_state = carry
+        return params if averaged is None else averaged(opt_state, params)
 
     def step(carry: Any, windows: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
         params, opt_state = carry
@@ -76,9 +83,9 @@ def train(
         readings.append(chunk)
         watch(taken, chunk)
         if validate:
-            value = validation_loss(graph, carry[0], held_out, batch=batch)
+            value = validation_loss(graph, evaluated(carry), held_out, batch=batch)
             validation.append((taken, float(value)))
-    params, opt_state = carry
+    params, opt_state = evaluated(carry), carry[1]
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(opt_state))
 

@@ -1,6 +1,7 @@
 """Trains a character-level GPT on Shakespeare with AdamW, Meta3 and Meta-Lion, and compares them.
 
     python examples/shakespeare.py
+    python examples/shakespeare.py --optimizer adamw self_driving
     python examples/shakespeare.py --model paper --optimizer adamw meta3 --learning-rate 5e-3
 
 Every optimizer starts from the same weights and sees the same batches. At the end: a table, a
@@ -27,6 +28,7 @@ MAKERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": optax.adamw,
     "meta3": cruxy_optax.meta3,
     "meta_lion": cruxy_optax.meta_lion,
+    "self_driving": cruxy_optax.self_driving,
     "stability_v1": cruxy_optax.stability_v1,
     "stability_v2": cruxy_optax.stability_v2,
 }
@@ -76,6 +78,7 @@ def train(
             seed=seed,
             read=read,
             watch=watch_chunk,
+            averaged=cruxy_optax.averaged_params if OPTIMIZERS[optimizer].averaged else None,
         )
 
 

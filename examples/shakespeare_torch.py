@@ -8,6 +8,7 @@ same weights and sees the same batches. At the end: a table, a sample of generat
 output directory a plot, the figures as JSON and the controlled optimizers' telemetry as JSON lines.
 """
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPTIONS: dict[str, dict[str, Any]] = {
     "meta3": {},
     "meta_lion": {"use_lion": True, "betas": (0.9, 0.99)},
+    "self_driving": {"mode": "self_driving"},
     "stability_v1": {"mode": "stability_v1"},
     "stability_v2": {"mode": "stability_v2"},
 }
@@ -77,7 +79,13 @@ def train(
         seconds.append((time.perf_counter() - start) / len(windows))
         watch(taken, readings[-1])
         if validate:
-            validation.append((taken, validation_loss(model, held_out, batch)))
+            with averaged(tx, optimizer):
+                validation.append((taken, validation_loss(model, held_out, batch)))
+
+    def continued(prompt: np.ndarray, length: int) -> np.ndarray:
+        with averaged(tx, optimizer):
+            return sample(model, prompt, length, seed)
+
     parameters = sum(p.numel() for p in model.parameters())
     # The first chunk builds or compiles what the steps need.
     steady = seconds[1:] if len(seconds) > 1 else seconds
@@ -87,8 +95,15 @@ def train(
         validation=validation,
         seconds_per_step=statistics.median(steady),
         state_bytes_per_parameter=state_bytes(tx) / parameters,
-        sample=lambda prompt, length: sample(model, prompt, length, seed),
+        sample=continued,
     )
+
+
+def averaged(tx: torch.optim.Optimizer, name: str) -> contextlib.AbstractContextManager[None]:
+    """Inside the block the model has the parameters that are to be evaluated."""
+    if isinstance(tx, CruxyOptimizer) and OPTIMIZERS[name].averaged:
+        return tx.averaged()
+    return contextlib.nullcontext()
 
 
 def make_optimizer(name: str, model: GPT, rate: float, log: Path) -> torch.optim.Optimizer:

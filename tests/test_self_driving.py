@@ -172,7 +172,7 @@ def test_release_refuses_a_law_that_steers_by_the_moment():
         release_gradients(self_driving(), *[lambda *_: 0.0] * 3)
 
 
-def least_squares(start, make, steps=400):
+def least_squares(start, make, steps):
     rng = np.random.default_rng(3)
     features = jnp.asarray(rng.normal(size=(256, 16)) * np.geomspace(0.1, 3.0, 16), jnp.float32)
     truth = jnp.asarray(rng.normal(size=16), jnp.float32)
@@ -197,9 +197,10 @@ def least_squares(start, make, steps=400):
     return float(loss_fn(averaged_params(state, params), everything)) / floor
 
 
-@pytest.mark.parametrize("make", [self_driving, self_driving_lion])
-def test_every_start_over_seven_decades_ends_near_the_best_solution(make):
-    ends = [least_squares(start, make) for start in (1e-6, 1e-3, 10.0)]
+# Parameters that start at zero grow by a hundredth a step at most under Lion's limit.
+@pytest.mark.parametrize(("make", "steps"), [(self_driving, 400), (self_driving_lion, 2000)])
+def test_every_start_over_seven_decades_ends_near_the_best_solution(make, steps):
+    ends = [least_squares(start, make, steps) for start in (1e-6, 1e-3, 10.0)]
     assert max(ends) < 1.1  # times the loss of the best solution; the start has 150 times it
     assert max(ends) - min(ends) < 0.05
 
