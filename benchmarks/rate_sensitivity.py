@@ -113,7 +113,8 @@ PROTOCOL = Protocol(
     name="rate-sensitivity",
     title="Learning-rate sensitivity.",
     reading=(
-        "Every optimizer is run at seven rates over three decades. l* is its lowest held-out loss, "
+        "Every optimizer is run at seven rates over three decades, the self-driving ones from "
+        "seven starts between 1e-6 and 10. l* is its lowest held-out loss, "
         "S the mean over the rates of what the loss lies above l*, with a run that diverged or got "
         "worse counted as not trained at all (Wortsman et al. 2023, arXiv:2309.14322). Read both: "
         "a bad optimizer can be insensitive."

@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cruxy_optax import meta3, meta_lion, telemetry
+from cruxy_optax import meta3, meta_lion, self_driving, telemetry
 from optimizers import assert_close
 
-OPTIMIZERS = {"meta3": meta3, "meta_lion": meta_lion}
+OPTIMIZERS = {"meta3": meta3, "meta_lion": meta_lion, "self_driving": self_driving}
 STEPS = 5
 every_mesh = pytest.mark.parametrize("devices", [2, 8])
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)

@@ -216,6 +216,33 @@ def test_relative_limit_bounds_every_tensor_by_its_own_size_and_reports_the_larg
     assert float(telemetry(state)["meta_scale"]) == pytest.approx(0.002)
 
 
+def test_frozen_model_holds_the_rate_and_goes_on_when_it_thaws():
+    tx = self_driving(1e-3, weight_decay=0.0)
+    params = {"w": jnp.ones(4)}
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = tx.update(params, state, params)
+    before = float(telemetry(state)["meta_scale"])
+    for _ in range(5):
+        _, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    assert float(telemetry(state)["meta_scale"]) == before
+    _, state = tx.update(params, state, params)
+    assert float(telemetry(state)["meta_scale"]) > before
+
+
+def test_spike_moves_the_rate_by_no_more_than_any_other_step():
+    tx = self_driving(1e-3, weight_decay=0.0)
+    params = {"w": jnp.ones(4)}
+    state = tx.init(params)
+    for _ in range(200):
+        _, state = tx.update({"w": jnp.array([1.0, -1.0, 1.0, -1.0])}, state, params)
+    before = telemetry(state)
+    _, state = tx.update({"w": jnp.array([-1e6, 1e6, -1e6, 1e6])}, state, params)
+    after = telemetry(state)
+    # One of about ten observations in the average, and a gain of 20 / 220.
+    assert 0.8 < float(after["meta_scale"] / before["meta_scale"]) < 1.2
+
+
 def test_skipped_step_leaves_average_scale_and_limit_as_they_were():
     tx = self_driving(0.1)
     grads, losses = gradients(4)
