@@ -19,6 +19,11 @@ PUBLISHED = {"adamw": 5e-3, "meta3": 5e-3, "meta_lion-paper": 1e-3}
 TUNED = ("adamw", "adamw-cosine")
 """What the paper leaves out: AdamW at its own best rate, constant and with a schedule."""
 
+UNTUNED = {"self_driving": 1e-3}
+"""What finds its rate itself, from its default start."""
+
+KINDS = {"published": "published rate", "tuned": "best rate", "untuned": "no rate"}
+
 REFERENCE = "adamw published"
 
 
@@ -40,6 +45,7 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     chosen = {f"{name} published": (name, rate) for name, rate in PUBLISHED.items()}
     for name, by_rate in grids.items():
         chosen[f"{name} tuned"] = name, curve(by_rate).best_rate
+    chosen |= {f"{name} untuned": (name, rate) for name, rate in UNTUNED.items()}
     tasks = {
         (row, seed): comparison.task(name, rate, seed)
         for row, (name, rate) in chosen.items()
@@ -51,7 +57,7 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         records = {seed: runs[tasks[row, seed]] for seed in comparison.seeds}
         references = {seed: runs[tasks[REFERENCE, seed]] for seed in comparison.seeds}
         figures[row] = {
-            "label": f"{label(name)}, {'published' if row.endswith('published') else 'best'} rate",
+            "label": f"{label(name)}, {KINDS[row.rpartition(' ')[2]]}",
             "rate": rate,
             "training": _compared(records, references, Record.final_training_loss),
             "held_out": _compared(records, references, lambda record: record.held_out[-1]),
@@ -120,7 +126,8 @@ PROTOCOL = Protocol(
         "The paper reports the training loss of one batch of one run. Here: the mean of the last "
         "50 steps and the held-out loss, means over seeds with standard errors, differences paired "
         "by seed. The paper's claim is that Meta3 ends 0.043 below AdamW, both at rate 5e-3. Below "
-        "it AdamW at the best rate of its grid, constant and with warm-up and cosine."
+        "it AdamW at the best rate of its grid, constant and with warm-up and cosine, and the "
+        "self-driving optimizer, of which nothing is tuned."
     ),
     arguments=_arguments,
     measure=_measure,
