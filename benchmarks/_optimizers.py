@@ -32,7 +32,8 @@ class Optimizer(NamedTuple):
         make: from the rate and the number of steps, over which a schedule is laid.
         scale: of its grid of rates to `RATES`. A coordinate of a Lion step always has the size of
             the rate, of an Adam step seldom, so Lion's grid lies a decade lower; that of an
-            optimizer which finds a rate itself lies around 1. All these grids span the same decades.
+            optimizer which finds a rate itself lies around 1. All these grids span the same
+            decades.
         averaged: optimizer state and parameters to the parameters to evaluate at.
         skipped: optimizer state to the number of steps a guard skipped.
         grid: the rates to try, before `scale`.

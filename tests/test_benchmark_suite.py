@@ -12,7 +12,7 @@ import optax
 import pytest
 from rich.console import Console
 
-from benchmarks import _comparison, _sweep, _training, report
+from benchmarks import _comparison, _sweep, _training, alignment, report
 from benchmarks.__main__ import MODULES, main, protocol
 from benchmarks._optimizers import GUARDED_PEERS, PEERS, RATES, Optimizer
 from benchmarks._our_optimizers import (
@@ -23,6 +23,7 @@ from benchmarks._our_optimizers import (
     SCHEDULED,
     SELF_DRIVING,
 )
+from benchmarks._protocol import run
 from benchmarks._runs import Task
 from benchmarks._statistics import mean, paired, sensitivity
 from benchmarks.faults import FAULTS
@@ -352,3 +353,35 @@ def test_over_grid_runs_every_rate_with_every_seed(tmp_path):
     assert tuple(by_rate) == OPTIMIZERS["sgd"].rates()
     assert all(tuple(records) == (0, 1) for records in by_rate.values())
     assert jax.default_backend() == "cpu" or options.workers == 0
+
+
+def test_sensor_on_a_quadratic_agrees_at_small_rates_and_opposes_at_large_ones():
+    curve = alignment._curve(quadratic(), "momentum SGD", 1.0, steps=110)
+    shown = dict(zip(curve["rates"], curve["alignments"], strict=True))
+    # Small steps follow one straight line; large ones swing from one side to the other.
+    assert shown[0.0009] > 0.99
+    assert shown[0.9] < 0.3
+    assert curve["losses"][0] > curve["losses"][3]
+    assert curve["batch"] == 3
+
+
+def test_sensor_study_writes_its_table_and_plot(tmp_path, monkeypatch):
+    monkeypatch.setattr(alignment, "load", quadratic)
+    run(
+        protocol("alignment"),
+        ["--workload", "digits-conv", "--share", "1", "--steps", "101", "--output", str(tmp_path)],
+    )
+    result = json.loads((tmp_path / "alignment-constant-rates.json").read_text())
+    rows = protocol("alignment").rows(result).rows
+    assert [row[1] for row in rows] == [*alignment.DIRECTIONS]
+    assert (tmp_path / "alignment-constant-rates.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--steps", "100"], "--steps must be above 100"), (["--share", "0"], "--share must be")],
+)
+def test_sensor_study_refuses_what_it_cannot_measure(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        run(protocol("alignment"), arguments)
+    assert message in capsys.readouterr().err

@@ -36,9 +36,7 @@ def plainly(**options):
     return net, optimizer
 
 
-@pytest.mark.parametrize(
-    "name", ["meta3", "meta_lion_centralized", "self_driving", "stability_v2"]
-)
+@pytest.mark.parametrize("name", ["meta3", "meta_lion_centralized", "self_driving", "stability_v2"])
 def test_a_compiled_step_has_no_graph_break_and_one_graph(name):
     net = models.model()
     optimizer = models.optimizer(net, **{**models.OPTIONS[name], "lr": torch.tensor(1e-3)})
