@@ -138,13 +138,18 @@ def _rows(result: dict[str, Any]) -> Rows:
     for curve in result["curves"]:
         best, aligned = _best(curve), curve["alignments"]
         around = [
-            f"{aligned[i]:+.2f}" if 0 <= i < len(aligned) and aligned[i] is not None else ""
+            _cell(aligned[i]) if 0 <= i < len(aligned) else ""
             for i in (best - 2, best - 1, best, best + 1, best + 2)
         ]
         rate = f"{curve['rates'][best]:g}"
         rows.append((curve["workload"], curve["direction"], str(curve["batch"]), rate, *around))
     headers = ("workload", "direction", "batch", "best rate")
     return Rows((*headers, "at a tenth", "at a third", "at the best", "times 3", "times 10"), rows)
+
+
+def _cell(alignment: float | None) -> str:
+    # JSON has no NaN.
+    return "diverged" if alignment is None or np.isnan(alignment) else f"{alignment:+.2f}"
 
 
 def _draw(result: dict[str, Any]) -> Figure:

@@ -9,6 +9,9 @@ from cruxy_control.controls import Controls
 from cruxy_control.signals import Signals
 from cruxy_control.stability_v2 import SensorState, V2Sensors
 
+RELATIVE_FLOOR = 0.01
+"""A tensor's size counts as at least this where its rate is limited: zeros could never move."""
+
 
 class SelfDrivingState(NamedTuple):
     """What `SelfDriving` remembers.
@@ -139,7 +142,7 @@ def relative_limit(mean_square: Any, limit: Any, floor: Any, *, xp: Any) -> Any:
     Args:
         mean_square: of the tensor; float32.
         limit: above 0.
-        floor: size below which a tensor counts as this large, above 0; zeros could never move.
+        floor: size below which a tensor counts as this large, above 0, such as `RELATIVE_FLOOR`.
         xp: the array namespace.
     """
     return limit * xp.clip(xp.sqrt(mean_square), floor, float("inf"))

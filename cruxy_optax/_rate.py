@@ -10,6 +10,7 @@ import optax
 
 from cruxy_control.checks import check_bounds, check_range
 from cruxy_control.controls import Controls, meta_learning_rate
+from cruxy_control.self_driving import RELATIVE_FLOOR
 from cruxy_control.self_driving import relative_limit as limit_of
 from cruxy_optax._controls import require_controls
 from cruxy_optax._sensors import mean_square
@@ -66,7 +67,7 @@ def scale_by_meta_learning_rate(
     *,
     bounds: tuple[float, float] | None = None,
     relative_limit: chex.Numeric | None = None,
-    relative_floor: chex.Numeric = 0.01,
+    relative_floor: chex.Numeric = RELATIVE_FLOOR,
     axis_names: str | Sequence[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies by minus the user's rate times the controller's slow factor (WP 9, 13).
@@ -80,7 +81,8 @@ def scale_by_meta_learning_rate(
             no step of a direction of size 1 moves it further; above 0, `None` for no limit. Its
             direct predecessor in the chain should be a direction of about that size, such as
             Adam's or Lion's.
-        relative_floor: the root mean square of a tensor counts as at least this, above 0.
+        relative_floor: the root mean square of a tensor counts as at least this, above 0; 0.01 by
+            default.
         axis_names: axes of an enclosing `jax.shard_map` over which parameters may be split.
 
     Returns:
@@ -108,7 +110,7 @@ def scale_by_meta_learning_rate(
             "relative_limit", relative_limit, 0.0, lower_open=True, remedy=remedy
         )
     relative_floor = check_range(
-        "relative_floor", relative_floor, 0.0, lower_open=True, remedy="use 0.01"
+        "relative_floor", relative_floor, 0.0, lower_open=True, remedy="keep the default"
     )
     axis_names = (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)
 

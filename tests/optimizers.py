@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from cruxy_control import Meta3, StabilityV2
 from cruxy_optax import (
@@ -38,7 +39,9 @@ OPTIMIZERS = {
     "stability_v1": lambda rate=0.01: stability_v1(rate),
     "stability_v2": lambda rate=0.01: stability_v2(rate),
     "self_driving": lambda rate=0.01: self_driving(rate, weight_decay=0.01),
-    "self_driving_lion": lambda rate=0.01: self_driving_lion(rate, averaging=None),
+    "self_driving_lion": lambda rate=0.01: self_driving_lion(
+        rate, relative_limit=0.03, averaging=None
+    ),
     "axiom": lambda rate=0.01: axiom(rate, b1=0.9, momentum_bits=32, weight_decay=0.01),
     "cosmic": lambda rate=0.01: cosmic(rate, state_budget="1KB", weight_decay=0.01),
     "schedule": lambda rate=0.01: meta3(optax.join_schedules([_plain(rate)] * 2, [20])),
@@ -62,6 +65,15 @@ OPTIMIZERS = {
     ),
 }
 """Every alias, its main options, a chain of the user's own, and one with optax's own states."""
+
+every_optimizer = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("axiom", "self_driving_lion")))
+        for name in OPTIMIZERS
+    ],
+)
+"""Those that have a near relative in the table and tests of their own are for `make test-all`."""
 
 
 def tree(dtype=jnp.float32, seed=0):

@@ -10,9 +10,17 @@ import pytest
 
 from cruxy_control import Meta3
 from cruxy_optax import meta3, meta_lion, telemetry
-from optimizers import OPTIMIZERS, assert_close, assert_same, at, gradients, train, tree
+from optimizers import (
+    OPTIMIZERS,
+    assert_close,
+    assert_same,
+    at,
+    every_optimizer,
+    gradients,
+    train,
+    tree,
+)
 
-every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 STEPS = 12
 
 

@@ -14,9 +14,17 @@ from cruxy_optax import (
     stabilize,
     telemetry,
 )
-from optimizers import OPTIMIZERS, assert_close, assert_same, at, gradients, train, tree
+from optimizers import (
+    OPTIMIZERS,
+    assert_close,
+    assert_same,
+    at,
+    every_optimizer,
+    gradients,
+    train,
+    tree,
+)
 
-every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 BAD = {
     "nan": lambda g: g.at[0, 0].set(jnp.nan),
     "inf": lambda g: g.at[1, 2].set(-jnp.inf),

@@ -64,7 +64,7 @@ def test_the_comparison_trains_every_optimizer_from_the_same_weights(run, tmp_pa
     results = json.loads((tmp_path / "results.json").read_text())
     runs = {row["optimizer"]: row for row in results["runs"]}
     assert list(runs) == [
-        *("adamw", "meta3", "meta_lion", "meta_lion_8bit", "meta_lion_4bit"),
+        *("adamw", "meta3", "self_driving", "meta_lion", "meta_lion_8bit", "meta_lion_4bit"),
         *("axiom", "axiom_momentum", "cosmic"),
     ]
     for row in runs.values():
