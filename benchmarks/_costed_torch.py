@@ -51,6 +51,15 @@ def _lion(label: str, **options: Any) -> Costed:
     return _ours(label, 0.1 * _RATE, use_lion=True, betas=(0.9, 0.99), **options)
 
 
+SELF_DRIVING = {
+    "self_driving": _ours("Self-driving", mode="self_driving"),
+    "self_driving-lion": _ours("Self-driving Lion", mode="self_driving", use_lion=True),
+    "self_driving-no-average": _ours(
+        "Self-driving without average", mode="self_driving", averaging=None
+    ),
+}
+"""Ours without a rate."""
+
 COMPACT = {
     "meta_lion-bfloat16": _lion("Meta-Lion, bfloat16", momentum_dtype=torch.bfloat16),
     "meta3-8bit": _ours("Meta3, 8 bits", state_bits=8),
@@ -62,6 +71,7 @@ COMPACT = {
 
 OPTIMIZERS: dict[str, Costed] = (
     {name: _trained(name) for name in ("adamw", *CONTROLLED)}
+    | SELF_DRIVING
     | COMPACT
     | {name: _trained(name) for name in (*PEERS, *ORIGINAL, *LOW_BIT) if "-cosine" not in name}
 )

@@ -30,7 +30,7 @@ OPTIMIZERS = {
 }
 """Rows of odd numbers, so that shards differ in size and blocks would not fit."""
 
-BUDGETS = {"cosmic_signs": 510, "cosmic": 18_000}
+BUDGETS = {"cosmic_signs": 518, "cosmic": 18_000}
 
 
 def cosmic(net, budget):
