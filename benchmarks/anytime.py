@@ -11,7 +11,7 @@ from benchmarks._plots import legend, one_panel, styles
 from benchmarks._protocol import Protocol, Rows
 from benchmarks._statistics import capped, mean
 
-OPTIMIZERS = ("meta3", "meta_lion", "adamw", "schedule-free")
+OPTIMIZERS = ("self_driving", "meta3", "meta_lion", "adamw", "schedule-free")
 REFERENCE = "adamw-cosine"
 
 

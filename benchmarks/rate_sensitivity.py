@@ -13,6 +13,9 @@ from benchmarks._protocol import Protocol, Rows
 from benchmarks._statistics import mean
 
 OPTIMIZERS = (
+    "self_driving",
+    "self_driving-lion",
+    "scheduled",
     "meta3",
     "meta_lion",
     "stability_v1",

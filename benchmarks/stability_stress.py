@@ -17,7 +17,7 @@ from benchmarks._runs import Record
 from benchmarks._statistics import mean, paired
 from benchmarks.faults import FAULTS
 
-OPTIMIZERS = ("meta3", "meta_lion", "adamw", "adamw-if-finite", "adamw-clipped")
+OPTIMIZERS = ("self_driving", "meta3", "meta_lion", "adamw", "adamw-if-finite", "adamw-clipped")
 
 # A run has recovered where its training loss, over so many steps, is this near to the clean run's.
 WINDOW, NEAR = 20, 0.05

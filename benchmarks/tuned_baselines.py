@@ -12,6 +12,9 @@ from benchmarks._protocol import Protocol, Rows
 from benchmarks._statistics import mean, paired
 
 OPTIMIZERS = (
+    "self_driving",
+    "self_driving-lion",
+    "scheduled",
     "meta3",
     "meta_lion",
     "adamw",
