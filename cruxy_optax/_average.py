@@ -51,8 +51,10 @@ def average_iterates(power: float = 16.0) -> optax.GradientTransformationExtraAr
         >>> for grads in (jnp.array([-1.0, -2.0]), jnp.array([-2.0, 0.0])):
         ...     updates, opt_state = tx.update(grads, opt_state, params)
         ...     params = optax.apply_updates(params, updates)
-        >>> print(params, cruxy_optax.averaged_params(opt_state, params))
-        [3. 2.] [2. 2.]
+        >>> print(params)
+        [3. 2.]
+        >>> print(cruxy_optax.averaged_params(opt_state, params))
+        [2. 2.]
 
     References:
         Shamir and Zhang, [Stochastic Gradient Descent for Non-smooth
