@@ -148,6 +148,30 @@ def relative_limit(mean_square: Any, limit: Any, floor: Any, *, xp: Any) -> Any:
     return limit * xp.clip(xp.sqrt(mean_square), floor, float("inf"))
 
 
+def alignment(along: Any, grad_norm: Any, moment_square: Any, *, xp: Any) -> Any:
+    """The cosine between gradient and first moment; NaN where one of them is zero.
+
+    Args:
+        along: `sum g m` over all elements.
+        grad_norm: the root of `sum g^2`.
+        moment_square: `sum m^2`.
+        xp: the array namespace.
+    """
+    # Roots before the product, whose square could overflow.
+    return xp.clip(along / (grad_norm * xp.sqrt(moment_square)), -1.0, 1.0)
+
+
+def limit_scale(largest: Any, rate: Any, *, xp: Any) -> Any:
+    """The share of a rate that limits left the tensor with the largest; 1 of a rate of 0.
+
+    Args:
+        largest: of the limits, as `relative_limit` gives them.
+        rate: of all tensors.
+        xp: the array namespace.
+    """
+    return xp.where(rate > 0.0, xp.minimum(largest, rate) / rate, 1.0)
+
+
 def averaging_weight(count: Any, power: Any, *, xp: Any) -> Any:
     """`(power + 1) / (t + power)`, `t = count + 1`: the weight of step `t` in the average.
 

@@ -9,6 +9,7 @@ import optax
 from cruxy_control.checks import check_range
 from cruxy_control.controls import Controls
 from cruxy_control.self_driving import averaging_weight
+from cruxy_optax._nodes import find
 from cruxy_optax._power_sums import accumulator_dtype
 
 
@@ -116,11 +117,7 @@ def averaged_params(opt_state: Any, params: optax.Params) -> optax.Params:
         >>> print(cruxy_optax.averaged_params(tx.init(params), params))
         [1. 1. 1.]
     """
-
-    def is_average(node: Any) -> bool:
-        return isinstance(node, AverageIteratesState)
-
-    nodes = [n for n in jax.tree.leaves(opt_state, is_leaf=is_average) if is_average(n)]
+    nodes = find(opt_state, AverageIteratesState)
     if not nodes:
         raise ValueError(
             f"averaged_params() needs a state with an average in it, got {type(opt_state).__name__}"
@@ -128,12 +125,10 @@ def averaged_params(opt_state: Any, params: optax.Params) -> optax.Params:
             "average_iterates()."
         )
     # By path: nnx keeps each leaf in a box of another kind, and what is masked out has no leaf.
-    averages = {path: leaf for n in nodes for path, leaf in _with_paths(n.average)}
+    averages: dict[Any, Any] = {}
+    for node in nodes:
+        averages |= dict(jax.tree_util.tree_flatten_with_path(node.average)[0])
     return jax.tree_util.tree_map_with_path(
         lambda path, p: averages[path].astype(jnp.result_type(p)) if path in averages else p,
         params,
     )
-
-
-def _with_paths(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
-    return jax.tree_util.tree_flatten_with_path(tree)[0]

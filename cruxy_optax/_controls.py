@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cruxy_control.controls import Controls
+from cruxy_optax._nodes import find
 
 
 def require_controls(controls: Controls | None, name: str) -> Controls:
@@ -43,6 +44,5 @@ def materialize_controls(controls: Controls) -> Controls:
 
 def any_step_taken(state: Any) -> jax.Array | bool:
     """Whether a controller in this state let the last step count; true where there is none."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Controls))
-    conditions = [node.ok for node in nodes if isinstance(node, Controls)]
+    conditions = [controls.ok for controls in find(state, Controls)]
     return jnp.any(jnp.stack(conditions)) if conditions else True

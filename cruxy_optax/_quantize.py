@@ -13,6 +13,7 @@ from cruxy_control.codes import BlockCode
 from cruxy_control.stochastic import stream_key
 from cruxy_optax._controls import any_step_taken
 from cruxy_optax._low_bit import LANES, BlockLayout, LowBitArray, is_low_bit, where
+from cruxy_optax._nodes import find, find_with_paths
 from cruxy_optax._stabilize import StabilizeState
 
 SMALLEST = 4096
@@ -154,7 +155,7 @@ def quantize_state(
         )
         updates, after = inner.update(updates, dense, params, **extra_args)
 
-        coded = [leaf for leaf in jax.tree.leaves(before, is_leaf=is_low_bit) if is_low_bit(leaf)]
+        coded = find(before, LowBitArray)
         keys = iter(_keys(state.count, seed, len(coded)) if stochastic else [None] * len(coded))
 
         def encode(old: LowBitArray, new: jax.Array) -> LowBitArray:
@@ -205,12 +206,8 @@ def _field(path: tuple[Any, ...]) -> str | None:
 
 def _signed_after_all(state: optax.OptState) -> set[tuple[Any, ...]]:
     """The paths to the `v` of Adan, an average of differences unlike everyone else's."""
-
-    def is_adan(node: Any) -> bool:
-        return isinstance(node, optax.ScaleByAdanState)
-
-    flat, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_adan)
-    return {(*path, jax.tree_util.GetAttrKey("v")) for path, node in flat if is_adan(node)}
+    adans = find_with_paths(state, optax.ScaleByAdanState)
+    return {(*path, jax.tree_util.GetAttrKey("v")) for path, _ in adans}
 
 
 @jax.jit
@@ -223,7 +220,7 @@ def _start(blank: LowBitArray, x: jax.Array) -> LowBitArray:
 
 
 def _refuse_nesting(state: optax.OptState) -> None:
-    if any(map(is_low_bit, jax.tree.leaves(state, is_leaf=is_low_bit))):
+    if find(state, LowBitArray):
         raise ValueError(
             "quantize_state() must not stand around another one (state_bits=8 or 4 is one too), "
             "but inner has one: its codes cannot be coded again; put the two side by side, with "

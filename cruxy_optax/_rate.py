@@ -10,7 +10,7 @@ import optax
 
 from cruxy_control.checks import check_bounds, check_range
 from cruxy_control.controls import Controls, meta_learning_rate
-from cruxy_control.self_driving import RELATIVE_FLOOR
+from cruxy_control.self_driving import RELATIVE_FLOOR, limit_scale
 from cruxy_control.self_driving import relative_limit as limit_of
 from cruxy_optax._controls import require_controls
 from cruxy_optax._sensors import mean_square
@@ -78,9 +78,9 @@ def scale_by_meta_learning_rate(
         bounds: absolute bounds `(lower, upper)` on the product, `None` for none. They change what
             was asked for; `cruxy` 2.1.0 has (1e-7, 1e-2).
         relative_limit: no tensor gets a rate above this share of its own root mean square, so that
-            no step of a direction of size 1 moves it further; above 0, `None` for no limit. Its
-            direct predecessor in the chain should be a direction of about that size, such as
-            Adam's or Lion's.
+            no step of a direction of size 1 moves it further; above 0, `None` for no limit. What
+            comes before it in the chain should be a direction of about that size, such as Adam's or
+            Lion's.
         relative_floor: the root mean square of a tensor counts as at least this, above 0; 0.01 by
             default.
         axis_names: axes of an enclosing `jax.shard_map` over which parameters may be split.
@@ -151,7 +151,7 @@ def scale_by_meta_learning_rate(
             return jax.tree.map(lambda u: -rate * u, updates), state
         rates = limited(rate, params)
         largest = jnp.stack([jnp.zeros_like(rate), *jax.tree.leaves(rates)]).max()
-        scale = jnp.where(largest > 0.0, largest / rate, 1.0)
+        scale = limit_scale(largest, rate, xp=jnp)
         scale = jnp.where(controls.ok, scale, state.limit_scale)
         state = ScaleByMetaLearningRateState(counted, rate, scale)
         return jax.tree.map(lambda u, r: -r * u, updates, rates), state

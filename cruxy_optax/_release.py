@@ -18,6 +18,7 @@ from cruxy_control.controls import clip_scale, neutral
 from cruxy_control.filters import select
 from cruxy_control.law import needs_alignment
 from cruxy_optax._controls import materialize_controls
+from cruxy_optax._nodes import find
 from cruxy_optax._sensors import RawSums, raw_sums, signals_of
 from cruxy_optax._stabilize import Stabilized, StabilizeState, controlled_update, counted, unshared
 
@@ -263,16 +264,13 @@ def _check_stack(params: Any) -> None:
 
 def _check_separable(inner: optax.GradientTransformationExtraArgs, params: LayerStack) -> None:
     """Refuses what cannot do its work on one part at a time."""
-    nodes = jax.tree.leaves(
-        jax.eval_shape(inner.init, params),
-        is_leaf=lambda node: isinstance(node, StabilizeState | optax.MultiStepsState),
-    )
-    if any(isinstance(node, optax.MultiStepsState) for node in nodes):
+    state = jax.eval_shape(inner.init, params)
+    if find(state, optax.MultiStepsState):
         raise ValueError(
             "tx must not accumulate gradients, got optax.MultiSteps: it keeps the gradient that "
             "releasing is there to save; give the step a larger batch."
         )
-    if any(isinstance(node, StabilizeState) for node in nodes):
+    if find(state, StabilizeState):
         raise ValueError(
             "a controller must be outermost to release gradients, got one inside another "
             "transformation; write stabilize(optax.chain(...)) with everything in it."

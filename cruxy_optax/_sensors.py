@@ -11,6 +11,7 @@ from jax import lax
 
 from cruxy_control import filters
 from cruxy_control.checks import check_range
+from cruxy_control.self_driving import alignment as cosine_of
 from cruxy_control.signals import Signals
 from cruxy_optax._low_bit import is_low_bit
 from cruxy_optax._power_sums import accumulator_dtype, power_sums
@@ -93,9 +94,7 @@ def alignment(
 
     along = _total([product(g, m) for g, m in pairs], grads, axis_names)
     length = _total([product(m, m) for _, m in pairs], grads, axis_names)
-    # Roots before the product, whose square could overflow.
-    cosine = along / (norm * jnp.sqrt(length))
-    return jnp.clip(cosine, -1.0, 1.0).astype(jnp.float32)
+    return cosine_of(along, norm, length, xp=jnp).astype(jnp.float32)
 
 
 def mean_square(leaf: jax.Array, axis_names: Sequence[str] = ()) -> jax.Array:

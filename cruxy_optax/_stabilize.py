@@ -16,6 +16,7 @@ from cruxy_optax._average import AverageIteratesState
 from cruxy_optax._controls import materialize_controls
 from cruxy_optax._low_bit import is_low_bit, where
 from cruxy_optax._moments import ScaleByControlledAdamState, ScaleByControlledLionState
+from cruxy_optax._nodes import find
 from cruxy_optax._rate import ScaleByMetaLearningRateState, ThrottleByPhaseState
 from cruxy_optax._rounding import RoundUpdatesState
 from cruxy_optax._sensors import alignment, check_real, measure
@@ -208,7 +209,7 @@ def controlled_update(
         safe, inner_state, params, controls=controls, **extra_args
     )
     new_updates = jax.tree.map(lambda u: jnp.where(ok, u, jnp.zeros_like(u)), new_updates)
-    if not _contains(RoundUpdatesState, new_state):
+    if not find(new_state, RoundUpdatesState):
         like = updates if params is None else params
         new_updates = jax.tree.map(_as_floating, new_updates, like)
     return new_updates, _restore(ok, new_state, inner_state)
@@ -251,11 +252,6 @@ def _restore(ok: jax.Array, new: optax.OptState, old: optax.OptState) -> optax.O
     return jax.tree.map(choose, new, old, is_leaf=held)
 
 
-def _contains(kind: type, state: optax.OptState) -> bool:
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
-    return any(isinstance(node, kind) for node in nodes)
-
-
 def _first_moments(updates: optax.Updates, inner_state: optax.OptState) -> list[Any]:
     """The first moment of every leaf of the gradients, `None` where none keeps one.
 
@@ -264,13 +260,11 @@ def _first_moments(updates: optax.Updates, inner_state: optax.OptState) -> list[
     """
     structure = jax.tree.structure(updates)
     found: list[Any] = [None] * structure.num_leaves
-    for kind, name in _MOMENTA.items():
-        for node in jax.tree.leaves(inner_state, is_leaf=lambda n, kind=kind: isinstance(n, kind)):
-            if not isinstance(node, kind):
-                continue
-            for i, moment in enumerate(structure.flatten_up_to(getattr(node, name))):
-                if isinstance(moment, jax.Array) or is_low_bit(moment):
-                    found[i] = moment
+    for node in find(inner_state, tuple(_MOMENTA)):
+        moments = structure.flatten_up_to(getattr(node, _MOMENTA[type(node)]))
+        for i, moment in enumerate(moments):
+            if isinstance(moment, jax.Array) or is_low_bit(moment):
+                found[i] = moment
     if all(moment is None for moment in found) and found:
         raise ValueError(
             "the law needs the alignment of gradients with a first moment, but inner keeps none; "
@@ -282,15 +276,12 @@ def _first_moments(updates: optax.Updates, inner_state: optax.OptState) -> list[
 
 def _limit_scale(inner_state: optax.OptState) -> jax.Array:
     """The largest share of its rate that a relative limit left any tensor in the step before."""
-    nodes = jax.tree.leaves(
-        inner_state, is_leaf=lambda node: isinstance(node, ScaleByMetaLearningRateState)
-    )
-    scales = [n.limit_scale for n in nodes if isinstance(n, ScaleByMetaLearningRateState)]
+    scales = [node.limit_scale for node in find(inner_state, ScaleByMetaLearningRateState)]
     return jnp.stack(scales).max() if scales else jnp.ones((), jnp.float32)
 
 
 def _refuse_nesting(inner_state: optax.OptState) -> None:
-    if _contains(StabilizeState, inner_state):
+    if find(inner_state, StabilizeState):
         raise ValueError(
             "stabilize() must not stand inside another stabilize(), but inner has one: two "
             "controllers would steer one rate; give the inner chain its actuators alone, such as "

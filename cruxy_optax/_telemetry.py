@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from cruxy_optax._moments import ScaleByControlledAdamState, ScaleByControlledLionState
+from cruxy_optax._nodes import find_with_paths
 from cruxy_optax._rate import ScaleByMetaLearningRateState, ThrottleByPhaseState
 from cruxy_optax._stabilize import StabilizeState
 
@@ -49,7 +50,7 @@ def telemetry(opt_state: Any) -> dict[str, Any]:
         >>> print(cruxy_optax.telemetry(state)["learning_rate"])
         0.00075
     """
-    found = _nodes(opt_state, StabilizeState)
+    found = find_with_paths(opt_state, StabilizeState)
     if not found:
         raise ValueError(
             "telemetry() needs a state with a controller in it, got "
@@ -65,15 +66,17 @@ def _read(state: StabilizeState) -> dict[str, Any]:
     controls, signals = state.controls, state.signals
     values: dict[str, Any] = {}
 
-    rates = _nodes(state.inner_state, ScaleByMetaLearningRateState)
-    throttles = _nodes(state.inner_state, ThrottleByPhaseState)
+    rates = find_with_paths(state.inner_state, ScaleByMetaLearningRateState)
+    throttles = find_with_paths(state.inner_state, ThrottleByPhaseState)
     for suffix, (path, node) in _suffixed(rates):
         rate = _scalar(node.learning_rate)
         for where, throttle in throttles:
             if path[: len(where) - 1] == where[:-1]:  # in the same chain, or in one around it
                 rate = rate * _scalar(throttle.phase_scale)
         values["learning_rate" + suffix] = rate
-    moments = _nodes(state.inner_state, (ScaleByControlledAdamState, ScaleByControlledLionState))
+    moments = find_with_paths(
+        state.inner_state, (ScaleByControlledAdamState, ScaleByControlledLionState)
+    )
     for suffix, (_, node) in _suffixed(moments):
         values["beta1" + suffix] = _scalar(node.beta1)
         values["beta2" + suffix] = _scalar(node.beta2)
@@ -88,11 +91,6 @@ def _read(state: StabilizeState) -> dict[str, Any]:
     for name in ("step", "skipped_total", "skipped_in_a_row"):
         values[name] = _scalar(getattr(state, name))
     return values
-
-
-def _nodes(tree: Any, kind: Any) -> list[tuple[tuple[Any, ...], Any]]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda n: isinstance(n, kind))
-    return [(path, node) for path, node in flat if isinstance(node, kind)]
 
 
 def _suffixed(nodes: list[Any]) -> list[tuple[str, Any]]:

@@ -37,6 +37,7 @@ from cruxy_optax._alias import in_bits
 from cruxy_optax._controls import materialize, require_controls
 from cruxy_optax._memory import tree_bytes
 from cruxy_optax._moments import scale_by_controlled_adam
+from cruxy_optax._nodes import find
 from cruxy_optax._power_sums import accumulator_dtype
 from cruxy_optax._stabilize import unshared
 
@@ -305,7 +306,7 @@ def _is_tiers(node: Any) -> bool:
 
 
 def _find(opt_state: Any) -> ScaleByTiersState:
-    found = [n for n in jax.tree.leaves(opt_state, is_leaf=_is_tiers) if _is_tiers(n)]
+    found = find(opt_state, ScaleByTiersState)
     if len(found) != 1:
         raise ValueError(
             "opt_state must have the state of one cosmic() or scale_by_tiers() in it, got "

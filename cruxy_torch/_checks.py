@@ -115,7 +115,7 @@ def check_limit_and_average(group: dict[str, Any]) -> None:
     """Raises where a group's relative limit or the power of its average is outside its range."""
     limit = group["relative_limit"]
     if limit is not None:
-        remedy = "0.1 is usual for Adam, 0.01 for Lion, and math.inf is no limit"
+        remedy = "0.1 is usual for Adam, 0.01 for Lion, and None is no limit"
         check_range("relative_limit", limit, 0.0, lower_open=True, remedy=remedy)
     if group["averaging"] is not None:
         remedy = "16 is usual, and None keeps no average"

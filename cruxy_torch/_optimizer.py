@@ -1,7 +1,6 @@
 """`CruxyOptimizer`: the control law around Adam and Lion, called like `torch.optim.AdamW`."""
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -113,8 +112,8 @@ class CruxyOptimizer(ControlledOptimizer):
             to a weight of 1 is the same weight again. All random bits follow from the number of the
             step in the state, so that a run can be repeated.
         relative_limit: no tensor gets a rate above this share of its own root mean square (which
-            counts as at least 0.01); above 0, `math.inf` for no limit. The default is none, but 0.1
-            under `mode="self_driving"` and 0.01 for Lion there.
+            counts as at least 0.01); above 0, `None` for no limit. The default is none, but 0.1
+            under `mode="self_driving"`, with `use_lion` 0.01.
         averaging: keeps the average of the parameters over the run, for `averaged`, with this
             power: step `t` has the weight `(averaging + 1) / (t + averaging)`, so that about the
             last `1 / (averaging + 1)` of the run counts. At least 0; `None` keeps none and saves
@@ -191,7 +190,7 @@ class CruxyOptimizer(ControlledOptimizer):
         state_bits: int = 32,
         select: Callable[[Tensor], bool] | None = None,
         stochastic_rounding: bool = False,
-        relative_limit: float | None = None,
+        relative_limit: float | Literal["mode"] | None = "mode",
         averaging: float | Literal["mode"] | None = "mode",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -210,6 +209,8 @@ class CruxyOptimizer(ControlledOptimizer):
         driving = needs_alignment(law)
         if betas is None:
             betas = (0.9, (0.95 if use_lion else 0.99) if driving else 0.999)
+        if relative_limit == "mode":
+            relative_limit = (0.01 if use_lion else 0.1) if driving else None
         if averaging == "mode":
             averaging = 16.0 if driving else None
         self._momentum_dtype, self._power = momentum_dtype, bias_correction == "cruxy_2_1_0"
@@ -287,7 +288,7 @@ class CruxyOptimizer(ControlledOptimizer):
             b2=b2,
             maximize=group["maximize"],
             stochastic=self._stochastic,
-            relative_limit=self._limit(group),
+            relative_limit=group["relative_limit"],
             averaging=group["averaging"],
             rounds=self._stochastic or halved or coded,
         )
@@ -332,13 +333,6 @@ class CruxyOptimizer(ControlledOptimizer):
             out.clocks1.append(state["step" if power else "beta1_product"])
             if not power:
                 out.clocks2.append(state["beta2_product"])
-
-    def _limit(self, group: dict[str, Any]) -> float | None:
-        """The relative limit on a group's rates; `None` for none."""
-        limit = group["relative_limit"]
-        if limit is None and needs_alignment(self._settings.law):
-            limit = 0.01 if group["use_lion"] else 0.1
-        return None if limit is None or limit == math.inf else limit
 
     def _bits(self, param: Tensor, group: dict[str, Any]) -> int:
         """Bits an element of the moments of a parameter that has none yet."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cruxy_control import Signals
+from cruxy_control.self_driving import alignment
 from cruxy_torch import _kernels, _native, _storage
 from cruxy_torch._storage import Kept
 
@@ -220,9 +221,8 @@ def signals(total: Tensor, loss: Tensor, gamma: float) -> Signals:
     norms = {"grad_norm": total[0].sqrt(), "gamma_norm": total[1] ** (1.0 / gamma)}
     if len(total) == 2:
         return Signals(**norms, loss=loss)
-    # Roots before the product, whose square could overflow; NaN where one side is zero.
-    cosine = total[2] / (norms["grad_norm"] * total[3].sqrt())
-    return Signals(**norms, loss=loss, alignment=cosine.clamp(-1.0, 1.0))
+    cosine = alignment(total[2], norms["grad_norm"], total[3], xp=torch)
+    return Signals(**norms, loss=loss, alignment=cosine)
 
 
 def _counted(loss: Tensor) -> Tensor:

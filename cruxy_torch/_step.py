@@ -11,7 +11,7 @@ from torch import Tensor
 from cruxy_control import Controls, Law, Signals, meta_learning_rate
 from cruxy_control import betas as controlled_betas
 from cruxy_control.law import needs_alignment
-from cruxy_control.self_driving import averaging_weight
+from cruxy_control.self_driving import averaging_weight, limit_scale
 from cruxy_control.stochastic import stream_key
 from cruxy_torch import _controller, _sensors
 from cruxy_torch._kernels import Scalars
@@ -158,7 +158,7 @@ def _share(scalars: Scalars) -> Tensor:
     """The largest share of its rate that a limit left any tensor of a group; 1 of a rate of 0."""
     largest, rate = scalars.limits.max(), scalars.rate
     rate = rate.to(largest.device) if isinstance(rate, Tensor) else largest.new_tensor(float(rate))
-    return torch.where(rate > 0.0, torch.minimum(largest, rate) / rate, 1.0)
+    return limit_scale(largest, rate, xp=torch)
 
 
 def random_key(memory: dict[str, Tensor]) -> Any:

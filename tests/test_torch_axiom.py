@@ -13,6 +13,7 @@ from torch import nn  # noqa: E402
 
 from cruxy_control import Meta3  # noqa: E402
 from cruxy_torch import AXIOM, _kernels, estimate_memory, state_bytes  # noqa: E402
+from torch_models import trained_with_and_without_scaler  # noqa: E402
 
 STILL = Meta3(
     phase_strength=0.0, rate_gain=0.0, beta1_gain=0.0, beta2_gain=0.0, clip_threshold=None
@@ -362,18 +363,9 @@ def test_a_copy_goes_on_as_the_original():
 
 
 def test_scaled_gradients_are_those_of_a_run_without_a_scaler():
-    models = [net(), net()]
-    for model, scaled in zip(models, (False, True), strict=True):
-        opt = AXIOM(model.parameters(), momentum=0.9, momentum_bits=32)
-        scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2.0**12)
-        for step in range(6):
-            opt.zero_grad()
-            x = torch.randn(16, model[0].in_features, generator=torch.Generator().manual_seed(step))
-            loss = model(x).square().mean()
-            scaler.scale(loss).backward()
-            scaler.step(opt, loss=loss.detach())
-            scaler.update()
-    # The scale is a power of two, so that not a bit of a gradient differs.
+    models = trained_with_and_without_scaler(
+        net, lambda m: AXIOM(m.parameters(), momentum=0.9, momentum_bits=32)
+    )
     for ours, theirs in zip(*(m.parameters() for m in models), strict=True):
         assert torch.equal(ours, theirs)
 

@@ -80,6 +80,25 @@ def train(net, optimizer, steps, *, start=0, damage=None):
     return losses
 
 
+def trained_with_and_without_scaler(network, optimizer):
+    """Two copies of a network of one input width after six steps, the second under a scaler.
+
+    The scale is a power of two, so that not a bit of a gradient may differ.
+    """
+    nets = [network(), network()]
+    for net, scaled in zip(nets, (False, True), strict=True):
+        opt = optimizer(net)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2.0**12)
+        for step in range(6):
+            opt.zero_grad()
+            x = torch.randn(16, net[0].in_features, generator=torch.Generator().manual_seed(step))
+            loss = net(x).square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(opt, loss=loss.detach())
+            scaler.update()
+    return nets
+
+
 def optimizer(net, **options):
     return CruxyOptimizer(net.parameters(), **{"lr": 1e-2, **options})
 
