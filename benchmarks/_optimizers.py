@@ -13,6 +13,9 @@ import optax
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """The grid of Wortsman et al. (2023), for optimizers whose step is about the rate."""
 
+STARTS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Where an optimizer starts to look that finds its rate itself: seven decades instead of three."""
+
 WEIGHT_DECAY = 0.1
 
 

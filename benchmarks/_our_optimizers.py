@@ -10,6 +10,7 @@ import optax
 from benchmarks._optimizers import (
     GUARDED_PEERS,
     PEERS,
+    STARTS,
     WEIGHT_DECAY,
     Optimizer,
     matrices,
@@ -43,10 +44,6 @@ def _controlled(
         return make(rate, **{"weight_decay": WEIGHT_DECAY, "mask": matrices} | options)
 
     return Optimizer(label, build, scale, skipped=_skips, sources=SOURCES)
-
-
-STARTS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Where an optimizer starts to look that finds its rate itself: seven decades instead of three."""
 
 
 def _driving(make: Callable[..., Any], label: str, **options: Any) -> Optimizer:
