@@ -16,7 +16,7 @@ from benchmarks._optimizers import (
     matrices,
     warm_up_cosine,
 )
-from cruxy_control import Meta3
+from cruxy_control import Meta3, SelfDriving
 from cruxy_optax import (
     averaged_params,
     axiom,
@@ -84,6 +84,14 @@ ABLATION = {
 }
 """Meta3 with one part removed each."""
 
+
+def _varied(label: str, *, law: dict[str, Any] | None = None, **options: Any) -> Optimizer:
+    """Self-driving with a constant of its law or an option changed."""
+    if law:
+        options["law"] = dataclasses.replace(SelfDriving(), **law)
+    return _driving(self_driving, f"Self-driving, {label}", **options)
+
+
 SELF_DRIVING = {
     "self_driving": _driving(self_driving, "Self-driving"),
     "self_driving-lion": _driving(self_driving_lion, "Self-driving Lion"),
@@ -97,6 +105,28 @@ SCHEDULED = {
     "scheduled": Optimizer("Self-driving's AdamW, cosine", _scheduled, sources=SOURCES),
 }
 """What self-driving does without its controller, under a schedule that has to be tuned."""
+
+VARIED = {
+    "self_driving-no-steering": _varied("the rate held where it starts", law={"gain": 0.0}),
+    "self_driving-no-limit": _varied("no relative limit", relative_limit=None),
+    "self_driving-no-average": SELF_DRIVING["self_driving-no-average"],
+    "self_driving-no-clip": _varied("no predictive clip", law={"clip_threshold": None}),
+    "self_driving-no-nesterov": _varied("no Nesterov", nesterov=False),
+    "self_driving-set-point-0.15": _varied("set point -0.15", law={"set_point": -0.15}),
+    "self_driving-set-point-0.25": _varied("set point -0.25", law={"set_point": -0.25}),
+    "self_driving-gain-0.5": _varied("gain 0.5", law={"gain": 0.5}),
+    "self_driving-gain-2": _varied("gain 2", law={"gain": 2.0}),
+    "self_driving-time-10": _varied("gain time 10", law={"gain_time": 10.0}),
+    "self_driving-time-40": _varied("gain time 40", law={"gain_time": 40.0}),
+    "self_driving-decay-0.8": _varied("alignment decay 0.8", law={"alignment_decay": 0.8}),
+    "self_driving-decay-0.95": _varied("alignment decay 0.95", law={"alignment_decay": 0.95}),
+    "self_driving-limit-0.05": _varied("relative limit 0.05", relative_limit=0.05),
+    "self_driving-limit-0.2": _varied("relative limit 0.2", relative_limit=0.2),
+    "self_driving-power-8": _varied("averaging power 8", averaging=8.0),
+    "self_driving-power-32": _varied("averaging power 32", averaging=32.0),
+    "self_driving-b2-0.999": _varied("b2 0.999", b2=0.999),
+}
+"""Self-driving with one part removed or one constant changed each."""
 
 COMPACT = {
     "meta_lion-bfloat16": _controlled(meta_lion, "Meta-Lion, bfloat16", 0.1, mu_dtype=jnp.bfloat16),
@@ -119,6 +149,14 @@ PUBLISHED = {
 """The paper's own settings where they are not the registry's."""
 
 OPTIMIZERS: dict[str, Optimizer] = (
-    CONTROLLED | SELF_DRIVING | SCHEDULED | COMPACT | PEERS | GUARDED_PEERS | ABLATION | PUBLISHED
+    CONTROLLED
+    | SELF_DRIVING
+    | SCHEDULED
+    | COMPACT
+    | PEERS
+    | GUARDED_PEERS
+    | ABLATION
+    | VARIED
+    | PUBLISHED
 )
 """Every optimizer by name."""

@@ -1,4 +1,4 @@
-"""What each part of Meta3 is worth: one removed at a time, at the same rates."""
+"""What each part and constant is worth: one changed at a time, at the same rates."""
 
 import argparse
 from typing import Any
@@ -7,44 +7,62 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks._comparison import Comparison, add_arguments, curve, final, label, rates
-from benchmarks._our_optimizers import ABLATION
+from benchmarks._our_optimizers import ABLATION, VARIED
 from benchmarks._plots import dots, one_panel
 from benchmarks._protocol import Protocol, Rows
 from benchmarks._statistics import mean, paired
 
-WHOLE = "meta3"
+VARIANTS = {"meta3": ABLATION, "self_driving": VARIED}
+"""What is taken apart, by name."""
+
+START = 1e-3
+"""Where an optimizer that finds its rate itself starts to look."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser, optimizers=tuple(ABLATION))
+    parser.set_defaults(optimizer=None)
+    parser.add_argument(
+        "--whole", choices=VARIANTS, default="meta3", help="taken apart (default: %(default)s)"
+    )
 
 
 def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    name_of_whole = options.whole
+    options.optimizer = options.optimizer or [*VARIANTS[name_of_whole]]
     comparison = Comparison(options, console)
-    whole = comparison.over_grid([WHOLE])[WHOLE]
-    grid, best = rates(WHOLE), curve(whole).best_rate
-    # A part may only shift the best rate, so each variant may also take a neighbouring one.
-    middle = min(max(grid.index(best), 1), len(grid) - 2)
-    near = grid[middle - 1 : middle + 2]
+    near, best = _rates_near_the_best(comparison, name_of_whole)
     tasks = {
         (name, rate, seed): comparison.task(name, rate, seed)
-        for name in options.optimizer
+        for name in (name_of_whole, *options.optimizer)
         for rate in near
         for seed in comparison.seeds
     }
     runs = comparison.run(tasks.values())
-    reference = {rate: final(whole[rate]) for rate in near}
-    rows = {WHOLE: _row(WHOLE, reference, reference, best)}
-    for name in options.optimizer:
-        losses = {
+    losses = {
+        name: {
             rate: final({seed: runs[tasks[name, rate, seed]] for seed in comparison.seeds})
             for rate in near
         }
-        rows[name] = _row(name, losses, reference, best)
-    return comparison.described() | {
+        for name in (name_of_whole, *options.optimizer)
+    }
+    rows = {name: _row(name, at, losses[name_of_whole], best) for name, at in losses.items()}
+    described = comparison.described()
+    return described | {
+        "part": f"{described['part']}-{name_of_whole}",
+        "whole": name_of_whole,
         "grid": {name: list(near) for name in rows},
         "optimizers": rows,
     }
+
+
+def _rates_near_the_best(comparison: Comparison, whole: str) -> tuple[tuple[float, ...], float]:
+    """The rates to compare at, since a part may only shift the best one, and the best one."""
+    if whole == "self_driving":
+        return (START,), START
+    grid, best = rates(whole), curve(comparison.over_grid([whole])[whole]).best_rate
+    middle = min(max(grid.index(best), 1), len(grid) - 2)
+    return grid[middle - 1 : middle + 2], best
 
 
 def _row(
@@ -72,24 +90,22 @@ def _rows(result: dict[str, Any]) -> Rows:
         value, error = row[f"difference_at_{where}_rate"], row[f"error_at_{where}_rate"] or 0.0
         return f"{value:+.3f} \u00b1 {error:.3f}"
 
-    return Rows(
-        ("variant", "loss", "worse by, at the same rate", "own best rate", "worse by, at its own"),
-        [
-            (
-                row["label"],
-                f"{row['loss_at_same_rate']:.3f}",
-                cell(row, "same"),
-                f"{row['own_rate']:g}",
-                cell(row, "own"),
-            )
-            for row in result["optimizers"].values()
-        ],
-    )
+    headers = ["variant", "loss", "worse by, at the same rate"]
+    rows = [
+        [row["label"], f"{row['loss_at_same_rate']:.3f}", cell(row, "same")]
+        for row in result["optimizers"].values()
+    ]
+    if any(len(tried) > 1 for tried in result["grid"].values()):
+        headers += ["own best rate", "worse by, at its own"]
+        for cells, row in zip(rows, result["optimizers"].values(), strict=True):
+            cells += [f"{row['own_rate']:g}", cell(row, "own")]
+    return Rows(headers, rows)
 
 
 def _draw(result: dict[str, Any]) -> Figure:
     work = result["workload"]
-    figure, axes = one_panel(f"{work['name']}: Meta3 with one part removed")
+    whole = result["optimizers"][result["whole"]]["label"]
+    figure, axes = one_panel(f"{work['name']}: {whole} with one thing changed")
     rows = [
         (row["label"], row["difference_at_own_rate"], row["error_at_own_rate"])
         for row in result["optimizers"].values()
@@ -101,11 +117,12 @@ def _draw(result: dict[str, Any]) -> Figure:
 
 PROTOCOL = Protocol(
     name="ablation",
-    title="Meta3 with one part removed at a time.",
+    title="One part removed, or one constant changed, at a time.",
     reading=(
-        "The whole runs at its best rate of the grid; every variant at that rate and its two "
-        "neighbours. A positive difference, paired by seed, is what the part is worth; one within "
-        "its error of zero says that the part is worth nothing here."
+        "Meta3 runs at its best rate of the grid; every variant at that rate and its two "
+        "neighbours. Self-driving and its variants start at 1e-3. A positive difference, paired by "
+        "seed, is what the part is worth; one within its error of zero says that the part is worth "
+        "nothing here."
     ),
     arguments=_arguments,
     measure=_measure,

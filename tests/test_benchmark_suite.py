@@ -22,6 +22,7 @@ from benchmarks._our_optimizers import (
     PUBLISHED,
     SCHEDULED,
     SELF_DRIVING,
+    VARIED,
 )
 from benchmarks._protocol import run
 from benchmarks._runs import Task
@@ -101,7 +102,7 @@ def test_runs_of_different_optimizers_are_not_trained_together():
         _training.train([task("sgd"), task("adamw")])
 
 
-VARIANTS = ABLATION.keys() | PUBLISHED.keys() | COMPACT.keys()
+VARIANTS = ABLATION.keys() | VARIED.keys() | PUBLISHED.keys() | COMPACT.keys()
 UNGUARDED = PEERS.keys() | SCHEDULED.keys() | {"adamw-clipped"}
 EVERY = [
     pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else [])
@@ -153,7 +154,7 @@ def test_paired_difference_leaves_out_what_the_seed_does_to_both():
 
 def test_every_grid_spans_the_same_decades():
     for name, optimizer in OPTIMIZERS.items():
-        if name in SELF_DRIVING:
+        if name in SELF_DRIVING or name in VARIED:
             assert (optimizer.rates()[0], optimizer.rates()[-1]) == (1e-6, 10.0)
             continue
         grid = optimizer.rates()
@@ -270,6 +271,18 @@ ARGUMENTS = {
 }
 
 
+def test_self_driving_is_taken_apart_from_one_start(tmp_path, capsys):
+    arguments = ["--whole", "self_driving", "--optimizer", "self_driving-no-limit"]
+    main(["ablation", "--workers", "0", "--seeds", "2", "--output", str(tmp_path), *arguments])
+    result = json.loads(next(tmp_path.glob("ablation-*.json")).read_text())
+    assert result["part"] == "quadratic-self_driving"
+    assert result["grid"] == {"self_driving": [1e-3], "self_driving-no-limit": [1e-3]}
+    rows = protocol("ablation").rows(result)
+    assert len(rows.headers) == 3
+    assert rows.rows[0][0] == "Self-driving"
+    assert rows.rows[0][2] == "+0.000 \u00b1 0.000"
+
+
 @pytest.mark.parametrize("name", sorted(ARGUMENTS))
 def test_benchmark_writes_figures_plot_and_report(name, tmp_path, capsys):
     _, result = figures(tmp_path, name)
@@ -282,7 +295,7 @@ def test_benchmark_writes_figures_plot_and_report(name, tmp_path, capsys):
     for row in protocol(name).rows(result).rows:
         assert f"| {row[0]} | {row[1]} |" in page
     assert f"$ {result['command']}" in page
-    assert (tmp_path / f"docs/evidence/{name}-quadratic.png").exists()
+    assert list((tmp_path / "docs/evidence").glob(f"{name}-quadratic*.png"))
 
 
 @pytest.mark.parametrize(
