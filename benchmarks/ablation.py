@@ -25,13 +25,16 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--whole", choices=VARIANTS, default="meta3", help="taken apart (default: %(default)s)"
     )
+    parser.add_argument(
+        "--rate", type=float, help="the only rate to compare at; default: those near the best one"
+    )
 
 
 def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     name_of_whole = options.whole
     options.optimizer = options.optimizer or [*VARIANTS[name_of_whole]]
     comparison = Comparison(options, console)
-    near, best = _rates_near_the_best(comparison, name_of_whole)
+    near, best = _rates_to_compare_at(comparison, options)
     tasks = {
         (name, rate, seed): comparison.task(name, rate, seed)
         for name in (name_of_whole, *options.optimizer)
@@ -56,10 +59,15 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
 
 
-def _rates_near_the_best(comparison: Comparison, whole: str) -> tuple[tuple[float, ...], float]:
-    """The rates to compare at, since a part may only shift the best one, and the best one."""
-    if whole == "self_driving":
-        return (START,), START
+def _rates_to_compare_at(
+    comparison: Comparison, options: argparse.Namespace
+) -> tuple[tuple[float, ...], float]:
+    """The rates near the best one, since a part may only shift it, and the best one."""
+    whole, only = options.whole, options.rate
+    if only is None and whole == "self_driving":
+        only = START
+    if only is not None:
+        return (only,), only
     grid, best = rates(whole), curve(comparison.over_grid([whole])[whole]).best_rate
     middle = min(max(grid.index(best), 1), len(grid) - 2)
     return grid[middle - 1 : middle + 2], best
@@ -119,8 +127,9 @@ PROTOCOL = Protocol(
     name="ablation",
     title="One part removed, or one constant changed, at a time.",
     reading=(
-        "Meta3 runs at its best rate of the grid; every variant at that rate and its two "
-        "neighbours. Self-driving and its variants start at 1e-3. A positive difference, paired by "
+        "Meta3 runs at its best rate of the grid, every variant at that rate and its two "
+        "neighbours, or all at the one rate that is given. Self-driving and its variants start at "
+        "1e-3. A positive difference, paired by "
         "seed, is what the part is worth; one within its error of zero says that the part is worth "
         "nothing here."
     ),

@@ -283,6 +283,13 @@ def test_self_driving_is_taken_apart_from_one_start(tmp_path, capsys):
     assert rows.rows[0][2] == "+0.000 \u00b1 0.000"
 
 
+def test_parts_are_compared_at_one_rate_where_it_is_given(tmp_path, capsys):
+    arguments = ["--rate", "0.02", "--optimizer", "meta3-8bit"]
+    main(["ablation", "--workers", "0", "--seeds", "2", "--output", str(tmp_path), *arguments])
+    result = json.loads(next(tmp_path.glob("ablation-*.json")).read_text())
+    assert result["grid"] == {"meta3": [0.02], "meta3-8bit": [0.02]}
+
+
 @pytest.mark.parametrize("name", sorted(ARGUMENTS))
 def test_benchmark_writes_figures_plot_and_report(name, tmp_path, capsys):
     _, result = figures(tmp_path, name)
