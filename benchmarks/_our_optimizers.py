@@ -120,6 +120,7 @@ VARIED = {
     "self_driving-time-40": _varied("gain time 40", law={"gain_time": 40.0}),
     "self_driving-decay-0.8": _varied("alignment decay 0.8", law={"alignment_decay": 0.8}),
     "self_driving-decay-0.95": _varied("alignment decay 0.95", law={"alignment_decay": 0.95}),
+    "self_driving-limit-0.03": _varied("relative limit 0.03", relative_limit=0.03),
     "self_driving-limit-0.05": _varied("relative limit 0.05", relative_limit=0.05),
     "self_driving-limit-0.2": _varied("relative limit 0.2", relative_limit=0.2),
     "self_driving-power-8": _varied("averaging power 8", averaging=8.0),
