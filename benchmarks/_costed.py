@@ -16,7 +16,7 @@ FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
 REFERENCE = "adamw"
 """What ratios are taken to, in both frameworks."""
 
-MODELS = tuple(name for name in WORKLOADS if name != "cartpole")
+MODELS = tuple(name for name in WORKLOADS if name not in ("finetuning", "cartpole"))
 """The workloads that both frameworks train."""
 
 

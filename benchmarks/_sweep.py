@@ -27,6 +27,9 @@ MODEL_FILES = (
     *(f"examples/_{name}.py" for name in ("data", "demo", "gpt", "gpt_torch", "training")),
     "examples/shakespeare_torch.py",
 )
+WORKLOAD_FILES = {"shakespeare": MODEL_FILES, "finetuning": ("benchmarks/workloads/digits.py",)}
+"""What the module of a workload builds on."""
+
 ENGINES = {"jax": "benchmarks/_training.py", "torch": "benchmarks/_training_torch.py"}
 
 
@@ -50,7 +53,7 @@ def source(framework: str, optimizer: str, workload: str) -> str:
         "benchmarks/workloads/__init__.py",
         f"benchmarks/workloads/{family}.py",
         *([f"benchmarks/workloads/*{suffix}.py" for suffix in ("_torch", "_twins")] * is_torch),
-        *(MODEL_FILES if family == "shakespeare" else ()),
+        *WORKLOAD_FILES.get(family, ()),
     ]
     digest = hashlib.sha256(json.dumps(basis(framework)).encode())
     for path in sorted({path for pattern in patterns for path in ROOT.glob(pattern)}):

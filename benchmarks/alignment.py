@@ -42,7 +42,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workload",
         nargs="+",
-        choices=[name for name in NAMES if name != "cartpole"],
+        choices=[name for name in NAMES if name not in ("finetuning", "cartpole")],
         default=["shakespeare-small", "digits-conv", "digits-vit"],
         help="default: %(default)s",
     )

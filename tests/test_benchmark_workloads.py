@@ -15,13 +15,13 @@ from benchmarks import _training, _training_torch
 from benchmarks._optimizers_torch import LOW_BIT
 from benchmarks._our_optimizers_torch import OPTIMIZERS, OURS, SELF_DRIVING
 from benchmarks._runs import Task
-from benchmarks.workloads import NAMES, cartpole, digits, load
+from benchmarks.workloads import NAMES, cartpole, digits, finetuning, load
 from benchmarks.workloads.torch_twins import copy_weights, load_twin, named_arrays
 
 SMALL = ("shakespeare-small", "digits-conv", "digits-vit")
 """Every model that has a twin, in its smallest size."""
 
-CHEAP = ("digits-conv", "digits-vit", "cartpole")
+CHEAP = ("digits-conv", "digits-vit", "finetuning", "cartpole")
 
 # The longest sums, over 64 images of 8 x 8 positions, have 4,096 terms, and a sum's error grows as
 # the root of their number.
@@ -100,6 +100,25 @@ def test_adamw_learns_to_balance_the_pole():
     # An untrained policy falls within about 20 of the 500 steps.
     assert min(record.start for record in records) > 0.9
     assert np.mean([record.held_out[-1] for record in records]) < 0.5
+
+
+def test_fine_tuning_starts_from_a_model_that_reads_upright_digits_alone():
+    workload = load("finetuning")
+    params = workload.init(0)
+    upright = digits.digits("vit").held_out(params)
+    turned = workload.held_out(params)
+    assert upright < 0.3 < 1.5 < turned
+    (record,) = _training.train([task("finetuning", "adamw", 1e-3, steps=60)])
+    assert record.start == pytest.approx(float(turned), rel=1e-3)
+    assert record.held_out[-1] < 0.5 * record.start
+
+
+def test_fine_tuning_sees_twenty_turned_training_images_of_every_digit():
+    data = digits.split()
+    kept = {np.rot90(image).tobytes() for image in data.train[0]}
+    images, labels = finetuning.few()
+    assert {image.tobytes() for image in images} < kept
+    np.testing.assert_array_equal(np.bincount(labels), [finetuning.EACH] * digits.CLASSES)
 
 
 @pytest.mark.parametrize("name", ["digits-conv", "cartpole"])
@@ -318,11 +337,12 @@ def test_unknown_workload_is_refused_with_the_names(make):
         make("digits")
 
 
-def test_cartpole_has_no_twin():
+@pytest.mark.parametrize("name", ["finetuning", "cartpole"])
+def test_workloads_without_a_twin_are_named(name):
     with pytest.raises(
-        ValueError, match=r"one of .*digits-vit to be trained in PyTorch, got 'cart"
+        ValueError, match=rf"one of .*digits-vit to be trained in PyTorch, got '{name}'"
     ):
-        load_twin("cartpole")
+        load_twin(name)
 
 
 def test_faults_are_refused_in_torch():

@@ -39,6 +39,7 @@ class Workload(NamedTuple):
 FAMILIES = {
     "shakespeare": ("small", "paper", "10m"),
     "digits": ("conv", "vit"),
+    "finetuning": (),
     "cartpole": (),
 }
 """The modules of this package, and the sizes of each."""
@@ -73,4 +74,5 @@ def load(name: str, data: str | None = None) -> Workload:
         ) from error
     if family == "shakespeare":
         return module.shakespeare(size, None if data is None else Path(data))
-    return module.digits(size) if family == "digits" else module.cartpole()
+    make = getattr(module, family)
+    return make(size) if size else make()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from benchmarks.workloads import NAMES
 
-ALONE = ("cartpole",)
-"""Workloads without a twin: CartPole's environment is simulated in JAX."""
+ALONE = ("finetuning", "cartpole")
+"""Workloads without a twin: one pretrains in JAX, the other's environment is simulated in it."""
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where twins are trained."""
