@@ -383,10 +383,6 @@ def average(tensors: Tensors, weight: Any) -> None:
     if not tensors.averages:
         return
     for param, mean in zip(tensors.params, tensors.averages, strict=True):
-        for p, block in blocks(*(_values(param), mean)):
+        for p, block in blocks(_storage.held(param), mean):
             value = weight.to(mean.device) if isinstance(weight, Tensor) else float(weight)
             block.lerp_(p.to(mean.dtype), value)
-
-
-def _values(kept: Kept) -> Tensor:
-    return kept if isinstance(kept, Tensor) else kept[0]

@@ -35,33 +35,35 @@ class MomentsGroup(Group):
         """The first moment that belongs to each gradient, this rank's shards of them."""
         return self._tensors().exp_avgs
 
-    def limits(self) -> Tensor | None:
+    def limits(self, *, native: bool) -> Tensor | None:
         """The largest rate for each tensor, by its own size; `None` for no limit."""
         if self.relative_limit is None or not self.grads:
             return None
-        squares = _sensors.mean_squares(self.columns.params)
+        squares = _sensors.mean_squares(self.columns.params, native=native)
         return relative_limit(squares, self.relative_limit, RELATIVE_FLOOR, xp=torch)
 
     def _tensors(self) -> Tensors:
         return _state.kept(self.columns, halved=self.halved, stochastic=self.stochastic)
 
     def update(self, scalars: Scalars, *, native: bool, foreach: bool) -> None:
-        """Updates the parameters and moments of one group in place."""
+        """Updates the parameters, moments and averages of one group in place."""
         options = self.options
         if options.centralize:
             _check_centralizable(self.columns.grads)
-        tensors = whole = self._tensors()
+        tensors = self._tensors()
         if scalars.limits is not None:
             tensors = tensors._replace(limits=scalars.limits.unbind())
         if native and tensors.params and not options.power:
-            fast, slow = _native.parts(tensors, options)
+            whole = [c for c in (tensors.grads, tensors.params, tensors.averages) if c]
+            moments = [c for c in (tensors.exp_avgs, tensors.exp_avg_sqs) if c]
+            fast, slow = _native.parts(whole, moments, centralize=options.centralize)
             for part in fast:
                 _native.update(tensors.select(part), scalars, options)
             tensors = tensors.select(slow)
         step = _kernels.foreach if foreach else _kernels.single
         for device, indices in _kernels.by_device(tensors.params).items():
             step(tensors.select(indices), scalars.to(device), options)
-        _kernels.average(whole, scalars.average_weight)
+        _kernels.average(tensors, scalars.average_weight)
 
 
 def _check_centralizable(grads: list[Tensor]) -> None:

@@ -1,4 +1,5 @@
-/* The two passes over float32 tensors on CPU: both norms in one, the whole update in the other.
+/* The passes over float32 tensors on CPU: all that is measured of the gradients in one, the sizes of
+ * the parameters in another, the whole update in the last.
  *
  * Plain C without torch's headers: it builds in about a second. Work is cut into chunks of a few
  * pages that know their tensor, so that many small tensors and one large one load all threads
@@ -51,52 +52,6 @@ static Chunk *cut(int64_t tensors, const int64_t *numel, const int64_t *row, int
     return chunks;
 }
 
-/* out[0] = sum (scale g)^2, out[1] = sum |scale g|^gamma. Returns 0, or 1 without memory. */
-int cruxy_sums(int64_t tensors, const float *const *grads, const int64_t *numel,
-               const float *scale, double gamma, int threads, double *out) {
-    int64_t count;
-    Chunk *chunks = cut(tensors, numel, NULL, &count, &threads);
-    double *parts = malloc((size_t)(count ? count : 1) * 2 * sizeof(double));
-    if (!chunks || !parts) {
-        free(chunks);
-        free(parts);
-        return 1;
-    }
-    const float factor = *scale;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t c = 0; c < count; c++) {
-        const float *g = grads[chunks[c].index] + chunks[c].offset;
-        const int64_t n = chunks[c].numel;
-        float squares = 0, powers = 0;
-        if (gamma == 1.5) {
-#pragma omp simd reduction(+ : squares, powers)
-            for (int64_t j = 0; j < n; j++) {
-                float a = fabsf(g[j] * factor);
-                squares += a * a;
-                powers += a * sqrtf(a);
-            }
-        } else {
-#pragma omp simd reduction(+ : squares)
-            for (int64_t j = 0; j < n; j++) squares += (g[j] * factor) * (g[j] * factor);
-            powers = squares;
-            if (gamma != 2.0) {
-                powers = 0;
-                for (int64_t j = 0; j < n; j++) powers += powf(fabsf(g[j] * factor), (float)gamma);
-            }
-        }
-        parts[2 * c] = squares;
-        parts[2 * c + 1] = powers;
-    }
-    out[0] = out[1] = 0;
-    for (int64_t c = 0; c < count; c++) {
-        out[0] += parts[2 * c];
-        out[1] += parts[2 * c + 1];
-    }
-    free(chunks);
-    free(parts);
-    return 0;
-}
-
 static float mean(const float *g, int64_t n) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -133,6 +88,15 @@ static void lion(int64_t n, float *restrict p, const float *restrict g, float *r
         m[j] = s.beta2 * m[j] + rest2 * x;
         float sign = (float)(u > 0) - (float)(u < 0);
         p[j] -= s.rate * (sign + s.decay * p[j]);
+    }
+}
+
+/* Moves the average this share of the way to the parameters: torch's lerp, exact at both ends. */
+static void average(int64_t n, const float *restrict p, float *restrict a, float weight) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) {
+        float way = p[j] - a[j];
+        a[j] = weight < 0.5f ? a[j] + weight * way : p[j] - (1 - weight) * way;
     }
 }
 
@@ -311,20 +275,119 @@ static void store(const Moments *k, int64_t index, int64_t at, int64_t n, const 
     }
 }
 
+/* Adds sum (scale g)^2 and sum |scale g|^gamma to the first two sums. */
+static void add_powers(int64_t n, const float *g, float scale, double gamma, double *sums) {
+    float squares = 0, powers = 0;
+    if (gamma == 1.5) {
+#pragma omp simd reduction(+ : squares, powers)
+        for (int64_t j = 0; j < n; j++) {
+            float a = fabsf(g[j] * scale);
+            squares += a * a;
+            powers += a * sqrtf(a);
+        }
+    } else {
+#pragma omp simd reduction(+ : squares)
+        for (int64_t j = 0; j < n; j++) squares += (g[j] * scale) * (g[j] * scale);
+        powers = squares;
+        if (gamma != 2.0) {
+            powers = 0;
+            for (int64_t j = 0; j < n; j++) powers += powf(fabsf(g[j] * scale), (float)gamma);
+        }
+    }
+    sums[0] += squares;
+    sums[1] += powers;
+}
+
+/* Adds sum scale g m and sum m^2 to the last two sums. */
+static void add_products(int64_t n, const float *g, const float *m, float scale, double *sums) {
+    float along = 0, squares = 0;
+#pragma omp simd reduction(+ : along, squares)
+    for (int64_t j = 0; j < n; j++) {
+        along += g[j] * scale * m[j];
+        squares += m[j] * m[j];
+    }
+    sums[2] += along;
+    sums[3] += squares;
+}
+
+/* out = {sum (scale g)^2, sum |scale g|^gamma, sum sign scale g m, sum m^2} with the first moments
+ * m, the last two 0 where `first` is NULL. Returns 0, or 1 without memory. */
+int cruxy_sums(int64_t tensors, const float *const *grads, const Moments *first,
+               const float *signs, const int64_t *numel, const float *scale, double gamma,
+               int threads, double *out) {
+    int64_t count;
+    Chunk *chunks = cut(tensors, numel, NULL, &count, &threads);
+    double *parts = calloc((size_t)(count ? count : 1), 4 * sizeof(double));
+    if (!chunks || !parts) {
+        free(chunks);
+        free(parts);
+        return 1;
+    }
+    const float factor = *scale;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t c = 0; c < count; c++) {
+        const Chunk k = chunks[c];
+        const int64_t end = k.offset + k.numel;
+        double *sums = parts + 4 * c;
+        float wide[BLOCK];
+        for (int64_t at = k.offset; at < end; at += BLOCK) {
+            const int64_t n = end - at < BLOCK ? end - at : BLOCK;
+            const float *g = grads[k.index] + at;
+            add_powers(n, g, factor, gamma, sums);
+            if (first) add_products(n, g, load(first, k.index, at, n, wide), factor, sums);
+        }
+        if (first) sums[2] *= signs[k.index];
+    }
+    memset(out, 0, 4 * sizeof(double));
+    for (int64_t c = 0; c < 4 * count; c++) out[c % 4] += parts[c];
+    free(chunks);
+    free(parts);
+    return 0;
+}
+
+/* out[i] = sum p^2 / counts[i] over tensor i: _sensors.mean_squares. Returns 0, or 1 without
+ * memory. */
+int cruxy_mean_squares(int64_t tensors, const float *const *params, const int64_t *numel,
+                       const int64_t *counts, int threads, double *out) {
+    int64_t count;
+    Chunk *chunks = cut(tensors, numel, NULL, &count, &threads);
+    double *parts = malloc((size_t)(count ? count : 1) * sizeof(double));
+    if (!chunks || !parts) {
+        free(chunks);
+        free(parts);
+        return 1;
+    }
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t c = 0; c < count; c++) {
+        const float *p = params[chunks[c].index] + chunks[c].offset;
+        const int64_t n = chunks[c].numel;
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t j = 0; j < n; j++) squares += p[j] * p[j];
+        parts[c] = squares;
+    }
+    for (int64_t i = 0; i < tensors; i++) out[i] = 0;
+    for (int64_t c = 0; c < count; c++) out[chunks[c].index] += parts[c];
+    for (int64_t i = 0; i < tensors; i++) out[i] /= (double)counts[i];
+    free(chunks);
+    free(parts);
+    return 0;
+}
+
 static float gain_of(float product) { return product < 1 ? 1 / (1 - product) : 1; }
 
 /* One step of Adam, or of Lion where `second` is NULL.
  *
- * control = {rate, beta1, beta2, scale, ok}; option = {decay, l2, eps, nesterov}; products1 and
- * products2 point at each tensor's products of the decay rates so far, limits at its largest rate
- * (NULL: no limits); `numbers` are those of each tensor's first element and `key` is this step's,
- * for random bits. Coded tensors are not centralized. Where ok is 0 nothing is touched. Returns 0,
- * or 1 without memory. */
+ * control = {rate, beta1, beta2, scale, ok, average weight}; option = {decay, l2, eps, nesterov};
+ * products1 and products2 point at each tensor's products of the decay rates so far, limits at its
+ * largest rate (NULL: no limits), averages at its running average (NULL: none); `numbers` are those
+ * of each tensor's first element and `key` is this step's, for random bits. Coded tensors are not
+ * centralized. Where ok is 0 nothing is touched. Returns 0, or 1 without memory. */
 int cruxy_update(int64_t tensors, float *const *params, const float *const *grads,
                  const Moments *first, const Moments *second, float *const *products1,
-                 float *const *products2, const float *const *limits, const int64_t *numel,
-                 const int64_t *row, const int64_t *numbers, const float *control,
-                 const float *option, int32_t key, int threads) {
+                 float *const *products2, const float *const *limits, float *const *averages,
+                 const int64_t *numel, const int64_t *row, const int64_t *numbers,
+                 const float *control, const float *option, int32_t key, int threads) {
     if (control[4] == 0) return 0;
     int64_t count;
     Chunk *chunks = cut(tensors, numel, row, &count, &threads);
@@ -339,7 +402,6 @@ int cruxy_update(int64_t tensors, float *const *params, const float *const *grad
         *products1[i] *= all.beta1;
         *products2[i] *= all.beta2;
     }
-    const int whole = first->format == FLOAT32 && (!second || second->format == FLOAT32);
     const int chance = first->stochastic || (second && second->stochastic);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t c = 0; c < count; c++) {
@@ -355,9 +417,8 @@ int cruxy_update(int64_t tensors, float *const *params, const float *const *grad
         }
         for (int64_t row_at = k.offset; row_at < k.offset + k.numel; row_at += width) {
             float shift = k.row > 0 ? mean(grads[k.index] + row_at, width) : 0;
-            int64_t strip = whole ? width : BLOCK;
-            for (int64_t at = row_at; at < row_at + width; at += strip) {
-                int64_t n = row_at + width - at < strip ? row_at + width - at : strip;
+            for (int64_t at = row_at; at < row_at + width; at += BLOCK) {
+                int64_t n = row_at + width - at < BLOCK ? row_at + width - at : BLOCK;
                 const float *g = grads[k.index] + at;
                 float *p = params[k.index] + at, *m = load(first, k.index, at, n, wide1);
                 if (chance) draw((uint32_t)key, (uint32_t)(numbers[k.index] + at), random);
@@ -369,6 +430,7 @@ int cruxy_update(int64_t tensors, float *const *params, const float *const *grad
                     lion(n, p, g, m, shift, s);
                 }
                 store(first, k.index, at, n, m, random);
+                if (averages) average(n, p, averages[k.index] + at, control[5]);
             }
         }
     }

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cruxy_control.codes import TINY
+from cruxy_torch import _storage
 from cruxy_torch._kernels import Options, Scalars, Tensors
 from cruxy_torch._storage import Coded, Kept, Rounded
 
@@ -41,78 +42,95 @@ def available() -> bool:
     return _library() is not None
 
 
-def split(columns: Sequence[Sequence[Tensor]]) -> tuple[list[int], list[int]]:
-    """The rows of equally long columns of tensors that can take this path, and the others.
+def parts(
+    whole: Sequence[Sequence[Kept]],
+    moments: Sequence[Sequence[Kept]] = (),
+    *,
+    centralize: bool = False,
+) -> tuple[list[list[int]], list[int]]:
+    """The rows of equally long columns that can take this path, by how moments are kept; the rest.
 
-    All of a row must lie on the CPU, be float32 and in the same order without gaps. The third
-    column, first moments, may be bfloat16 as a whole.
+    All of a row must lie on the CPU and in the same order without gaps. What is coded or rounded
+    belongs to a row that lies row by row and is not centralized.
+
+    Args:
+        whole: columns that must be float32, plain tensors in the first.
+        moments: columns that may also be kept in fewer bits.
+        centralize: whether gradients of two or more axes are.
     """
-    kinds = [torch.float32] * len(columns)
-    if len(columns) > 2 and columns[2] and columns[2][0].dtype is torch.bfloat16:
-        kinds[2] = torch.bfloat16
-    unfit = {i for i, t in enumerate(columns[0]) if not t.is_cpu}
-    for column, kind in zip(columns, kinds, strict=True):
-        unfit |= {i for i, t in enumerate(column) if t.dtype is not kind or not t.is_contiguous()}
-    for i in list(unfit):
-        row = list(zip((column[i] for column in columns), kinds, strict=True))
-        if row[0][0].is_cpu and all(t.dtype is kind and _channels_last(t) for t, kind in row):
-            unfit.remove(i)
-    return [i for i in range(len(columns[0])) if i not in unfit], sorted(unfit)
-
-
-def parts(tensors: Tensors, options: Options) -> tuple[list[list[int]], list[int]]:
-    """The parameters that `update` can take, by how their moments are kept, and the others.
-
-    What is coded or rounded belongs to a parameter that lies row by row and is not centralized.
-    """
-    columns = [column for column in tensors[:4] if column]
-    if _PLAIN.issuperset(type(kept) for column in columns for kept in column):
-        fast, slow = split(cast(Any, columns))
-        return [fast] if fast else [], slow
     alike: dict[tuple[Any, ...], list[int]] = {}
     slow = []
-    for i, row in enumerate(zip(*columns, strict=True)):
-        if _fits(row, options):
-            alike.setdefault(tuple(map(_form, row[2:])), []).append(i)
+    float32 = (torch.float32,) * len(whole)
+    for i, row in enumerate(zip(*whole, *moments, strict=True)):
+        forms = tuple(map(_form, row))
+        if forms[: len(whole)] == float32 and _fits(row, forms, centralize):
+            alike.setdefault(forms, []).append(i)
         else:
             slow.append(i)
     return list(alike.values()), slow
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}
-
-
-def _fits(row: Sequence[Kept], options: Options) -> bool:
-    if isinstance(row[0], Rounded):  # a bfloat16 parameter
+def _fits(row: Sequence[Any], forms: tuple[Any, ...], centralize: bool) -> bool:
+    if not row[0].is_cpu:
         return False
-    tensors = [kept for kept in row if isinstance(kept, Tensor)]
-    if len(tensors) < len(row):
-        whole = [*tensors, *(kept.values for kept in row if isinstance(kept, Rounded))]
-        if not all(tensor.is_contiguous() for tensor in whole):
-            return False
-        if options.centralize and tensors[0].ndim > 1:
-            return False
-    return bool(split([[tensor] for tensor in tensors])[0])
+    if _PLAIN.issuperset(forms):
+        return all(map(Tensor.is_contiguous, row)) or all(map(_channels_last, row))
+    if centralize and row[0].ndim > 1:
+        return False
+    tensors = [_storage.held(kept) for kept in row if not isinstance(kept, Coded)]
+    return all(tensor.dtype in _PLAIN and tensor.is_contiguous() for tensor in tensors)
+
+
+_PLAIN = {torch.float32, torch.bfloat16}
 
 
 def _form(kept: Kept) -> Any:
-    return kept.code if isinstance(kept, Coded) else getattr(kept, "dtype", Rounded)
+    if isinstance(kept, Tensor):
+        return kept.dtype
+    return kept.code if isinstance(kept, Coded) else Rounded
 
 
 def _channels_last(tensor: Tensor) -> bool:
     return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def sums(grads: list[Tensor], gamma: float, scale: Tensor) -> Tensor:
-    """`sum g^2` and `sum |g|^gamma` of gradients times `scale`, in one pass; float32, `(2,)`."""
-    out = torch.empty(2, dtype=torch.float64)
+def sums(
+    grads: list[Tensor],
+    gamma: float,
+    scale: Tensor,
+    momenta: Sequence[tuple[Kept, float]] | None = None,
+) -> Tensor:
+    """What `_sensors.sums` says, of tensors of one of the `parts`, in one pass."""
+    out = torch.empty(4, dtype=torch.float64)
+    moments = signs = None
+    if momenta is not None:
+        moments = ctypes.byref(_Moments([kept for kept, _ in momenta]))
+        signs = (ctypes.c_float * len(grads))(*(sign for _, sign in momenta))
     _check(
         _loaded().cruxy_sums(
             len(grads),
             _addresses(grads),
+            moments,
+            signs,
             _counts(list(map(Tensor.numel, grads))),
             _address(scale),
             ctypes.c_double(gamma),
+            torch.get_num_threads(),
+            _address(out),
+        )
+    )
+    return out[: 2 if momenta is None else 4].to(torch.float32)
+
+
+def mean_squares(tensors: list[Tensor], counts: list[int]) -> Tensor:
+    """The sum of the squares of each tensor over a count; float32, a vector."""
+    out = torch.empty(len(tensors), dtype=torch.float64)
+    _check(
+        _loaded().cruxy_mean_squares(
+            len(tensors),
+            _addresses(tensors),
+            _counts(list(map(Tensor.numel, tensors))),
+            _counts(counts),
             torch.get_num_threads(),
             _address(out),
         )
@@ -121,14 +139,18 @@ def sums(grads: list[Tensor], gamma: float, scale: Tensor) -> Tensor:
 
 
 def update(tensors: Tensors, scalars: Scalars, options: Options) -> None:
-    """One step of Adam or Lion on tensors of one of the `parts`; `scalars` are numbers."""
-    control = (ctypes.c_float * 5)(*map(float, scalars[:5]))
+    """One step of Adam or Lion with the averages, on tensors of one of the `parts`.
+
+    `scalars` are numbers.
+    """
+    control = (ctypes.c_float * 6)(*map(float, (*scalars[:5], scalars.average_weight)))
     decay = 0.0 if options.coupled else options.weight_decay
     coupled = options.weight_decay if options.coupled else 0.0
     option = (ctypes.c_float * 4)(decay, coupled, options.eps, float(options.nesterov))
     rows = None
     if options.centralize:
         rows = _counts([g.numel() // max(len(g), 1) if g.ndim > 1 else 0 for g in tensors.grads])
+    limits = [limit.cpu() for limit in tensors.limits]
     adam = not options.lion
     _check(
         _loaded().cruxy_update(
@@ -139,7 +161,8 @@ def update(tensors: Tensors, scalars: Scalars, options: Options) -> None:
             ctypes.byref(_Moments(tensors.exp_avg_sqs)) if adam else None,
             _addresses(tensors.clocks1) if adam else None,
             _addresses(tensors.clocks2) if adam else None,
-            _addresses(list(tensors.limits)) if tensors.limits else None,
+            _addresses(limits) if limits else None,
+            _addresses(list(tensors.averages)) if tensors.averages else None,
             _counts(list(map(Tensor.numel, tensors.grads))),
             rows,
             _counts([0 if isinstance(m, Tensor) else m.first for m in tensors.exp_avgs]),
@@ -170,7 +193,7 @@ class _Moments(ctypes.Structure):
     ]
 
     def __init__(self, column: Sequence[Kept]) -> None:
-        values = [kept if isinstance(kept, Tensor) else kept[0] for kept in column]
+        values = list(map(_storage.held, column))
         # The library reads these arrays, so that they have to live as long as this.
         self._arrays = [_addresses(values)]
         super().__init__(
@@ -239,9 +262,11 @@ def _load(path: pathlib.Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     sums, update = library.cruxy_sums, library.cruxy_update
-    sums.argtypes = [count, *[pointer] * 3, ctypes.c_double, number, pointer]
-    update.argtypes = [count, *[pointer] * 12, number, number]
-    sums.restype = update.restype = number
+    squares = library.cruxy_mean_squares
+    sums.argtypes = [count, *[pointer] * 5, ctypes.c_double, number, pointer]
+    squares.argtypes = [count, *[pointer] * 3, number, pointer]
+    update.argtypes = [count, *[pointer] * 13, number, number]
+    sums.restype = squares.restype = update.restype = number
     return library
 
 

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 
 def sums(
-    grads: list[Tensor], gamma: float, scale: Tensor, *, native: bool, foreach: bool
+    grads: list[Tensor],
+    gamma: float,
+    scale: Tensor,
+    momenta: Sequence[tuple[Kept, float]] | None = None,
+    *,
+    native: bool,
+    foreach: bool,
 ) -> Tensor:
     """`sum g^2` and `sum |g|^gamma` over plain tensors, multiplied by `scale` first (WP 1).
 
@@ -29,26 +35,50 @@ def sums(
         grads: raw gradients, on any devices and of any real dtypes.
         gamma: the exponent.
         scale: factor on every gradient (one over the loss scale); 0-d.
+        momenta: see `products`, whose sums are appended; `None` for none.
         native: takes the C library for what it can take.
         foreach: takes torch's foreach calls for the rest.
 
     Returns:
-        Both as one float32 vector on the device of `scale`. Each tensor's sum is taken in float32,
+        All as one float32 vector on the device of `scale`. Each tensor's sum is taken in float32,
         or in float64 for a float64 gradient.
     """
     totals = []
     if native:
-        fast, slow = _native.split([grads])
-        if fast:
-            totals.append(_native.sums([grads[i] for i in fast], gamma, scale))
-        grads = [grads[i] for i in slow]
+        moments = [] if momenta is None else [[kept for kept, _ in momenta]]
+        fast, slow = _native.parts([grads], moments)
+        for part in fast:
+            totals.append(_native.sums(_at(grads, part), gamma, scale, _at(momenta, part)))
+        grads, momenta = _at(grads, slow), _at(momenta, slow)
+    if grads or not totals:
+        totals.append(_sums(grads, gamma, scale, momenta, foreach=foreach))
+    return _added(totals)
+
+
+def _added(vectors: list[Tensor]) -> Tensor:
+    return vectors[0] if len(vectors) == 1 else torch.stack(vectors).sum(0)
+
+
+def _at(column: Any, indices: list[int]) -> Any:
+    return None if column is None else [column[i] for i in indices]
+
+
+def _sums(
+    grads: list[Tensor],
+    gamma: float,
+    scale: Tensor,
+    momenta: Sequence[tuple[Kept, float]] | None,
+    *,
+    foreach: bool,
+) -> Tensor:
+    """`sums` without the C library."""
     parts = _foreach_parts if foreach else _single_parts
-    for pair in parts(grads, gamma, scale):
-        pair = torch.stack(pair)
-        totals.append(pair.to(scale.device, torch.float32, non_blocking=True))
-    if len(totals) == 1:
-        return totals[0]
-    return torch.stack(totals).sum(0) if totals else torch.zeros(2, device=scale.device)
+    norms = [
+        torch.stack(pair).to(scale.device, torch.float32, non_blocking=True)
+        for pair in parts(grads, gamma, scale)
+    ]
+    total = _added(norms or [torch.zeros(2, device=scale.device)])
+    return total if momenta is None else torch.cat((total, products(grads, momenta, scale)))
 
 
 def _single_parts(grads: list[Tensor], gamma: float, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -85,21 +115,21 @@ def _foreach_parts(grads: list[Tensor], gamma: float, scale: Tensor) -> list[tup
 
 
 def products(
-    grads: Sequence[Tensor], momenta: Sequence[Kept], scale: Tensor, signs: Sequence[float]
+    grads: Sequence[Tensor], momenta: Sequence[tuple[Kept, float]], scale: Tensor
 ) -> Tensor:
     """`sum g m` and `sum m^2` over plain tensors, the gradients multiplied by `scale` first.
 
     Args:
         grads: raw gradients.
-        momenta: their first moments before the step, as they are kept.
+        momenta: their first moments before the step, as they are kept, each with its sign: -1
+            where it is that of the negative gradient, else 1.
         scale: factor on every gradient; 0-d.
-        signs: -1 where the moment is that of the negative gradient, else 1.
 
     Returns:
         Both as one float32 vector on the device of `scale`.
     """
     totals = [torch.zeros(2, device=scale.device)]
-    for grad, kept, sign in zip(grads, momenta, signs, strict=True):
+    for grad, (kept, sign) in zip(grads, momenta, strict=True):
         dtype = _kernels.compute_dtype(grad)
         (moment,) = _storage.read([kept], [dtype])
         moment = moment.reshape(-1)
@@ -110,19 +140,28 @@ def products(
     return torch.stack((total[0] * scale, total[1]))
 
 
-def mean_squares(tensors: Sequence[Tensor]) -> Tensor:
+def mean_squares(tensors: Sequence[Tensor], *, native: bool) -> Tensor:
     """The mean of the squares of each tensor, of a `DTensor` over all its shards.
+
+    Args:
+        tensors: of any devices and real dtypes.
+        native: takes the C library for what it can take.
 
     Returns:
         A float32 vector on the device of the first tensor.
     """
     device = tensors[0].device
-    means = []
-    for tensor in tensors:
-        part = local(tensor).detach()
-        flat = part.reshape(-1).to(_kernels.compute_dtype(part))
-        means.append((torch.dot(flat, flat) / max(1, tensor.numel())).to(device, torch.float32))
-    total = torch.stack(means)
+    shards = list(map(local, tensors))
+    counts = [max(1, tensor.numel()) for tensor in tensors]
+    fast, slow = _native.parts([shards]) if native else ([], list(range(len(shards))))
+    means: dict[int, Tensor] = {}
+    for part in fast:
+        values = _native.mean_squares(_at(shards, part), _at(counts, part))
+        means |= zip(part, values.to(device).unbind(), strict=True)
+    for i in slow:
+        flat = shards[i].detach().reshape(-1).to(_kernels.compute_dtype(shards[i]))
+        means[i] = (torch.dot(flat, flat) / counts[i]).to(device, torch.float32)
+    total = torch.stack([means[i] for i in range(len(tensors))])
     _add_shards(total, tensors)
     return total
 
@@ -163,8 +202,7 @@ def measure(
         grads: raw gradients, plain or `DTensor`.
         loss: this rank's loss, float32, 0-d, NaN where there is none.
         gamma: the law's exponent.
-        momenta: the first moment of each with its sign, see `products`, where the alignment is
-            asked for; this rank's shards of them.
+        momenta: see `products`, this rank's shards of them, where the alignment is asked for.
         scale: factor on every gradient; 0-d, float32.
         found_inf: what a `GradScaler` found, positive where the step is to be skipped.
         process_group: ranks that hold the same gradients but a loss of their own.
@@ -177,11 +215,7 @@ def measure(
 
     def sums_of(indices: list[int]) -> Tensor:
         chosen = [local(grads[i]) for i in indices]
-        total = sums(chosen, gamma, scale, native=native, foreach=foreach)
-        if momenta is None:
-            return total
-        moments, signs = zip(*(momenta[i] for i in indices), strict=True) if indices else ((), ())
-        return torch.cat((total, products(chosen, moments, scale, signs)))
+        return sums(chosen, gamma, scale, _at(momenta, indices), native=native, foreach=foreach)
 
     plain, sharded = _by_mesh(grads)
     total = sums_of(plain)

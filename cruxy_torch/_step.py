@@ -61,8 +61,12 @@ class Group:
         """The first moment that belongs to each gradient, this rank's shards of them."""
         raise TypeError(f"{type(self).__name__} keeps no first moments.")
 
-    def limits(self) -> Tensor | None:
-        """The largest rate for each tensor on the controller's device; `None` for no limit."""
+    def limits(self, *, native: bool) -> Tensor | None:
+        """The largest rate for each tensor on the controller's device; `None` for no limit.
+
+        Args:
+            native: takes the C library for what it can take.
+        """
         return None
 
     def update(self, scalars: Scalars, *, native: bool, foreach: bool) -> None:
@@ -128,7 +132,7 @@ def run(
     (count,) = _controller.scalars([memory["step"]], xp)
     shares = []
     for group, decided in zip(groups, applied, strict=True):
-        decided = completed(group, decided, count - 1, xp=xp)
+        decided = completed(group, decided, count - 1, native=native, xp=xp)
         if momenta is not None and group.grads:
             shares.append(one if decided.limits is None else _share(decided).to(device))
         group.update(decided, native=native, foreach=foreach)
@@ -138,20 +142,21 @@ def run(
         memory["limit_scale"].copy_(torch.where(ok, share, memory["limit_scale"]))
 
 
-def completed(group: Group, scalars: Scalars, count: Any, *, xp: Any) -> Scalars:
+def completed(group: Group, scalars: Scalars, count: Any, *, native: bool, xp: Any) -> Scalars:
     """What a group applies, with the limits of its tensors and the weight in their averages.
 
     Args:
         group: see there.
         scalars: from `scalars`.
         count: good steps before this one.
+        native: takes the C library for what it can take.
         xp: the controller's namespace.
     """
     weight = scalars.average_weight
     if group.averaging is not None:
         weight = averaging_weight(count * 1.0, group.averaging, xp=xp)
         weight = xp.where(scalars.ok, weight, 0.0)
-    return scalars._replace(limits=group.limits(), average_weight=weight)
+    return scalars._replace(limits=group.limits(native=native), average_weight=weight)
 
 
 def _share(scalars: Scalars) -> Tensor:

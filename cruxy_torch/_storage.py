@@ -99,6 +99,11 @@ def kind(kept: Kept) -> tuple[Any, ...]:
     return (kept.dtype, kept.device) if isinstance(kept, Tensor) else kept.kind
 
 
+def held(kept: Kept) -> Tensor:
+    """The tensor that its numbers or codes are kept in."""
+    return kept if isinstance(kept, Tensor) else kept[0]
+
+
 def compute_dtype(kept: Kept) -> torch.dtype:
     """What a tensor's arithmetic runs in: float64 for float64, else float32."""
     whole = isinstance(kept, Tensor) and kept.dtype == torch.float64

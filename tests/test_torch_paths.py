@@ -1,5 +1,6 @@
 """The paths of the torch update agree: tensor by tensor, foreach, and the C library."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,7 +8,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch_models as models  # noqa: E402
-from cruxy_torch import CruxyOptimizer, _kernels, _native  # noqa: E402
+from cruxy_control import SelfDriving  # noqa: E402
+from cruxy_torch import CruxyOptimizer, _kernels, _native, _sensors  # noqa: E402
+from torch_low_bit import parameters  # noqa: E402
 from torch_models import OPTIONS  # noqa: E402
 
 STEPS = 30
@@ -71,20 +74,111 @@ def test_native_handles_channels_last_and_transposed_gradients(name):
         torch.testing.assert_close(ours, theirs, rtol=0.0, atol=5 * 16 * 2.0**-24)
 
 
+DRIVEN: dict[str, dict[str, Any]] = {
+    "average": {},
+    "average_of_all": {"averaging": 0.0},
+    "no_average": {"averaging": None},
+    "maximize": {"maximize": True},
+    "l2": {"decoupled_weight_decay": False, "weight_decay": 0.1},
+    "centralized": {"use_gc": True},
+    "gamma_2": {"law": SelfDriving(gamma=2.0)},
+    "bfloat16": {"momentum_dtype": torch.bfloat16},
+    **{f"{bits}_bits": {"state_bits": bits} for bits in (16, 8, 4)},
+    "lion": {"use_lion": True},
+    "lion_8_bits": {"use_lion": True, "state_bits": 8, "averaging": None},
+}
+
+
+def drive(groups, path, steps=8, **options):
+    """Trains on gradients that mostly agree, the fifth of them bad; the alignments shown."""
+    optimizer = CruxyOptimizer(groups, **{"mode": "self_driving", **options}, **PATHS[path])
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    shown = []
+    for step in range(steps):
+        for i, p in enumerate(params):
+            generators = (torch.Generator().manual_seed(seed) for seed in (i, 100 * step + i))
+            same, other = (torch.randn(p.shape, generator=g) for g in generators)
+            p.grad = (1e-2 * (same + other)).to(p.dtype)
+        if step == 4:
+            params[0].grad.view(-1)[5] = math.nan
+        optimizer.step(loss=1.0 / (1 + step))
+        shown.append(optimizer.telemetry()["alignment"])
+    return optimizer, shown
+
+
+def assert_driven_alike(ours, theirs, near):
+    """Parameters and state of two optimizers but for a few elements, where a code may differ."""
+    for one, other in zip(ours.state.items(), theirs.state.items(), strict=True):
+        for key, value in {"param": one[0], **one[1]}.items():
+            reference = {"param": other[0], **other[1]}[key]
+            apart = (value.detach().double() - reference.detach().double()).abs()
+            if key.endswith("codes"):
+                assert torch.ne(value, reference).float().mean() < 1e-2, key
+            else:
+                allowed = near * (1.0 + reference.detach().double().abs())
+                assert torch.gt(apart, allowed).sum() <= 0.02 * value.numel(), key
+
+
 @needs_compiler
-def test_native_result_does_not_depend_on_the_number_of_threads():
+@pytest.mark.parametrize("name", DRIVEN)
+def test_native_self_driving_follows_the_reference(name):
+    def run(path):
+        return drive(parameters((96, 77), (5, 1200), (70,), ()), path, **DRIVEN[name])
+
+    (ours, shown), (theirs, expected) = run("native"), run("single")
+    compact = any(word in name for word in ("bits", "bfloat16"))
+    assert abs(expected[-1]) > 0.3
+    assert shown == pytest.approx(expected, abs=1e-3 if compact else 1e-5)
+    assert_driven_alike(ours, theirs, 1e-4 if compact else 8 * 16 * 2.0**-24)
+    assert ours.telemetry()["skipped_total"] == 1
+
+
+@needs_compiler
+def test_native_self_driving_follows_the_reference_in_groups_of_all_kinds():
+    def run(path):
+        coded, whole, turned, image, empty = parameters(
+            (96, 77), (50, 30), (40, 30), (8, 3, 5, 5), (0, 3)
+        )
+        (half,) = parameters((60, 20), dtype=torch.bfloat16)
+        turned = torch.nn.Parameter(turned.detach().t().contiguous().t())
+        image = torch.nn.Parameter(image.detach().to(memory_format=torch.channels_last))
+        groups = [
+            {"params": [half]},
+            {"params": [coded], "state_bits": 8, "maximize": True},
+            {"params": [whole, turned], "averaging": 0.0},
+            {"params": [image, empty], "averaging": None, "relative_limit": None},
+        ]
+        return drive(groups, path)
+
+    (ours, shown), (theirs, expected) = run("native"), run("single")
+    assert shown == pytest.approx(expected, abs=1e-3)
+    assert_driven_alike(ours, theirs, 1e-4)
+
+
+@needs_compiler
+def test_native_mean_squares_are_those_of_the_reference():
+    tensors = [*parameters((300, 200), (7,), (), (0, 3)), torch.randn(30, 20).t()[::2]]
+    tensors += parameters((20, 5), dtype=torch.bfloat16)
+    with torch.no_grad():
+        ours, theirs = (_sensors.mean_squares(tensors, native=n) for n in (True, False))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0.0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", ["meta3", "self_driving"])
+def test_native_result_does_not_depend_on_the_number_of_threads(mode):
     def tensors(threads):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
             generator = torch.Generator().manual_seed(0)
             params = [torch.nn.Parameter(torch.randn(n, generator=generator)) for n in (50_001, 7)]
-            optimizer = CruxyOptimizer(params, fused=True)
+            optimizer = CruxyOptimizer(params, mode=mode, fused=True)
             for _ in range(3):
                 for p in params:
                     p.grad = torch.randn(p.shape, generator=generator)
                 optimizer.step()
-            return [p.detach() for p in params]
+            return [value for p in params for value in (p.detach(), *optimizer.state[p].values())]
         finally:
             torch.set_num_threads(before)
 
