@@ -151,14 +151,37 @@ class Cut(NamedTuple):
         return lax.bitcast_convert_type(word, jnp.float32)
 
 
-def element_numbers(shape: tuple[int, ...]) -> jax.Array:
-    """The row-major number of each element of an array of this shape; int32, wrapping."""
+class Place(NamedTuple):
+    """Where a part of a model lies in the whole, so that its random bits are its own.
+
+    `release_gradients` hands it down as the extra argument `place`.
+
+    Attributes:
+        leaf: how many leaves come before it.
+        layer: its index in leaves that are stacks of such parts; int32.
+    """
+
+    leaf: int = 0
+    layer: jax.Array | int = 0
+
+
+WHOLE = Place()
+"""The place of what is no part."""
+
+
+def element_numbers(shape: tuple[int, ...], layer: jax.Array | int = 0) -> jax.Array:
+    """The row-major number of each element of an array of this shape; int32, wrapping.
+
+    Args:
+        shape: of the array.
+        layer: its index in a stack of such arrays, through which elements are numbered.
+    """
     number, stride = jnp.zeros(shape, jnp.int32), 1
     for axis in reversed(range(len(shape))):
         wrapped = (stride + 2**31) % 2**32 - 2**31
         number = number + lax.broadcasted_iota(jnp.int32, shape, axis) * wrapped
         stride *= shape[axis]
-    return number
+    return number + layer * ((stride + 2**31) % 2**32 - 2**31)
 
 
 @functools.partial(
@@ -204,12 +227,15 @@ class LowBitArray:
             grid = grid[: math.prod(layout.shape)].reshape(layout.shape)
         return grid.astype(self.dtype)
 
-    def encode(self, x: jax.Array, key: jax.Array | None) -> "LowBitArray":
+    def encode(
+        self, x: jax.Array, key: jax.Array | None, layer: jax.Array | int = 0
+    ) -> "LowBitArray":
         """Another array of the same shape, in the same code and layout.
 
         Args:
             x: the array; any floating dtype.
             key: from `stream_key`, for stochastic rounding; `None` for the nearest level.
+            layer: the index of the array in a stack, as of `Place`.
         """
         code, layout = self.code, self.layout.of_shard(x.shape)
         cut = layout.cut(code.bits)
@@ -222,7 +248,8 @@ class LowBitArray:
         # long to code it.
         noise = code.half
         if key is not None:
-            noise = code.noise(random_bits(key, cut.spread(element_numbers(layout.grid))))
+            numbers = element_numbers(layout.grid, layer)
+            noise = code.noise(random_bits(key, cut.spread(numbers)))
         codes = code.encode(x, scales, noise, xp=jnp)
         if cut.pair is not None:
             # A reduction over each pair: slices of the two halves keep XLA on a CPU from

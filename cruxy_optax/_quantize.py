@@ -12,7 +12,7 @@ from cruxy_control.checks import check_count
 from cruxy_control.codes import BlockCode
 from cruxy_control.stochastic import stream_key
 from cruxy_optax._controls import any_step_taken
-from cruxy_optax._low_bit import LANES, BlockLayout, LowBitArray, is_low_bit, where
+from cruxy_optax._low_bit import LANES, WHOLE, BlockLayout, LowBitArray, Place, is_low_bit, where
 from cruxy_optax._nodes import find, find_with_paths
 from cruxy_optax._stabilize import StabilizeState
 
@@ -149,6 +149,7 @@ def quantize_state(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, QuantizeState]:
+        place: Place = extra_args.get("place", WHOLE)
         before = state.inner_state
         dense = jax.tree.map(
             lambda x: x.decode() if is_low_bit(x) else x, before, is_leaf=is_low_bit
@@ -156,10 +157,12 @@ def quantize_state(
         updates, after = inner.update(updates, dense, params, **extra_args)
 
         coded = find(before, LowBitArray)
-        keys = iter(_keys(state.count, seed, len(coded)) if stochastic else [None] * len(coded))
+        keys = iter([None] * len(coded))
+        if stochastic:
+            keys = iter(_keys(state.count, seed, place.leaf, len(coded)))
 
         def encode(old: LowBitArray, new: jax.Array) -> LowBitArray:
-            return old.encode(new, next(keys))
+            return old.encode(new, next(keys), place.layer)
 
         def visit(old: Any, new: Any) -> Any:
             if not isinstance(old, StabilizeState):
@@ -228,9 +231,13 @@ def _refuse_nesting(state: optax.OptState) -> None:
         )
 
 
-def _keys(count: jax.Array, seed: int, number: int) -> list[jax.Array]:
-    """The key of each coded leaf, worked out once rather than in every loop that uses it."""
+def _keys(count: jax.Array, seed: int, first: int, number: int) -> list[jax.Array]:
+    """The key of each coded leaf, worked out once rather than in every loop that uses it.
+
+    A part that comes after the `first` leaves of its model has keys apart from theirs.
+    """
     if not number:
         return []
-    keys = jnp.stack([stream_key(count, seed, leaf, xp=jnp) for leaf in range(number)])
+    leaves = range(first << 16, (first << 16) + number)
+    keys = jnp.stack([stream_key(count, seed, leaf, xp=jnp) for leaf in leaves])
     return list(lax.optimization_barrier(keys))

@@ -18,6 +18,7 @@ from cruxy_control.controls import clip_scale, neutral
 from cruxy_control.filters import select
 from cruxy_control.law import needs_alignment
 from cruxy_optax._controls import materialize_controls
+from cruxy_optax._low_bit import WHOLE, Place
 from cruxy_optax._nodes import find
 from cruxy_optax._sensors import RawSums, raw_sums, signals_of
 from cruxy_optax._stabilize import Stabilized, StabilizeState, controlled_update, counted, unshared
@@ -68,8 +69,11 @@ def release_gradients(
     `tx` sees one part at a time, a layer without the layer axis, and keeps a state for each.
 
     With an optax transformation that treats every tensor for itself the result equals the ordinary
-    step to rounding. Under a controller (`meta3`, `meta_lion`, `stabilize`) three things differ,
-    since a layer is gone before the norm of the whole gradient is known:
+    step to rounding. The random bits of `round_updates` are those of the ordinary step; those of
+    a coded state are each part's own.
+
+    Under a controller (`meta3`, `meta_lion`, `stabilize`) three things differ, since a layer is
+    gone before the norm of the whole gradient is known:
 
     - what the law ordered after one step holds for the next; for the first, nothing is ordered.
       `telemetry` shows what was measured in this step and ordered for the next
@@ -162,14 +166,18 @@ def release_gradients(
         law = controller.law
         held = materialize_controls(opt_state.controls)
 
-        def controlled(grads: Any, state: Any, params: Any, loss: jax.Array) -> _Updated:
+        def controlled(
+            grads: Any, state: Any, params: Any, loss: jax.Array, place: Place
+        ) -> _Updated:
             sums = raw_sums(grads, law.gamma)
             own = signals_of(sums, loss, law.gamma)
             controls = held._replace(
                 ok=jnp.isfinite(own.grad_norm) & jnp.isfinite(own.gamma_norm),
                 clip_scale=clip_scale(held.clip_threshold, own.grad_norm, xp=jnp),
             )
-            updates, state = controlled_update(inner, controls, grads, state, params, value=loss)
+            updates, state = controlled_update(
+                inner, controls, grads, state, params, value=loss, place=place
+            )
             return optax.apply_updates(params, updates), state, sums
 
         params, states, loss, sums = _pass(params, opt_state.inner_state, batch, controlled)
@@ -183,8 +191,8 @@ def release_gradients(
         )
         return params, counted(opt_state, ordered.ok), loss
 
-    def plain(grads: Any, state: Any, params: Any, loss: jax.Array) -> _Updated:
-        updates, state = inner.update(grads, state, params, value=loss)
+    def plain(grads: Any, state: Any, params: Any, loss: jax.Array, place: Place) -> _Updated:
+        updates, state = inner.update(grads, state, params, value=loss, place=place)
         return optax.apply_updates(params, updates), state, RawSums(jnp.zeros(()), jnp.zeros(()))
 
     def _pass(
@@ -192,6 +200,9 @@ def release_gradients(
     ) -> tuple[LayerStack, LayerStack, jax.Array, RawSums]:
         """One forward and backward pass, with `update` on each part as its gradient is there."""
         embed, layers, head = params
+        count = len(jax.tree.leaves(layers)[0])
+        layers_from = len(jax.tree.leaves(embed))
+        head_from = layers_from + len(jax.tree.leaves(layers))
         x, embed_vjp = jax.vjp(lambda embed: embed_fn(embed, batch), embed)
         x, inputs = lax.scan(lambda x, layer: (layer_fn(layer, x, batch), x), x, layers)
 
@@ -200,7 +211,7 @@ def release_gradients(
 
         loss, (head_grads, tied_grads, dx) = jax.value_and_grad(top, (0, 1, 2))(head, embed, x)
         zero = jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
-        head, head_state, own = update(head_grads, states.head, head, loss)
+        head, head_state, own = update(head_grads, states.head, head, loss, Place(head_from))
         sums = _plus(RawSums(zero, zero), own)
 
         def reach(carry: Any, at: Any) -> tuple[Any, None]:
@@ -208,7 +219,8 @@ def release_gradients(
             dx, stack, (layer, layer_state), sums = carry
             _, layer_vjp = jax.vjp(lambda layer, x: layer_fn(layer, x, batch), layer, x)
             grads, dx = layer_vjp(dx)
-            layer, layer_state, own = update(grads, layer_state, layer, loss)
+            place = Place(layers_from, index)
+            layer, layer_state, own = update(grads, layer_state, layer, loss, place)
             stack = _put(stack, (layer, layer_state), index)
             below = _take(stack, jnp.maximum(index - 1, 0))
             return (dx, stack, below, _plus(sums, own)), None
@@ -217,14 +229,14 @@ def release_gradients(
         # would stand beside the old ones. For the same reason each iteration takes the layer for
         # the next one out of what it has written: a layer read where it will be written makes XLA
         # copy the stack.
-        stack, count = (layers, states.layers), len(jax.tree.leaves(layers)[0])
+        stack, order = (layers, states.layers), jnp.arange(count, dtype=jnp.int32)
         carry = (dx, stack, _take(stack, count - 1), sums)
-        carry, _ = lax.scan(reach, carry, (jnp.arange(count), inputs), reverse=True)
+        carry, _ = lax.scan(reach, carry, (order, inputs), reverse=True)
         dx, (layers, layer_states), _, sums = carry
 
         (embed_grads,) = embed_vjp(dx)
         embed_grads = jax.tree.map(jnp.add, embed_grads, tied_grads)
-        embed, embed_state, own = update(embed_grads, states.embed, embed, loss)
+        embed, embed_state, own = update(embed_grads, states.embed, embed, loss, WHOLE)
         params = LayerStack(embed, layers, head)
         return params, LayerStack(embed_state, layer_states, head_state), loss, _plus(sums, own)
 

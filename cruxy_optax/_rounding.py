@@ -8,7 +8,7 @@ import optax
 
 from cruxy_control.stochastic import random_bits, round_to_bfloat16, stream_key
 from cruxy_optax._controls import any_step_taken
-from cruxy_optax._low_bit import element_numbers
+from cruxy_optax._low_bit import WHOLE, element_numbers
 
 METHODS = ("stochastic", "kahan")
 
@@ -113,11 +113,11 @@ def round_updates(
             compensation = treedef.unflatten([c for _, c in pairs])
             rounded = [u for u, _ in pairs]
         else:
-            compensation = None
+            compensation, place = None, extra_args.get("place", WHOLE)
             rounded = [
                 # Numbers of their own, apart from those of the codes of a state.
-                _stochastic(p, u, stream_key(state.count, seed, -1 - n, xp=jnp))
-                for n, (p, u) in enumerate(zip(leaves, asked, strict=True))
+                _stochastic(p, u, stream_key(state.count, seed, -1 - n, xp=jnp), place.layer)
+                for n, (p, u) in enumerate(zip(leaves, asked, strict=True), place.leaf)
             ]
         count = state.count + jnp.asarray(ok, jnp.int32)
         return treedef.unflatten(rounded), RoundUpdatesState(count, compensation, inner_state)
@@ -134,10 +134,10 @@ def _wide(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32) if _is_half(x) else x, tree)
 
 
-def _stochastic(p: Any, u: Any, key: jax.Array) -> jax.Array:
+def _stochastic(p: Any, u: Any, key: jax.Array, layer: jax.Array | int) -> jax.Array:
     if jnp.result_type(p) != jnp.bfloat16:
         return u.astype(jnp.result_type(p))
-    wide, bits = p.astype(jnp.float32), random_bits(key, element_numbers(jnp.shape(p)))
+    wide, bits = p.astype(jnp.float32), random_bits(key, element_numbers(jnp.shape(p), layer))
     return round_to_bfloat16(wide + u, bits, xp=jnp) - wide
 
 

@@ -1,5 +1,8 @@
 """A released backward pass trains like an ordinary step and keeps one layer's gradient alone."""
 
+import itertools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ from cruxy_control.controls import clip_scale, neutral
 from cruxy_control.filters import select
 from cruxy_optax import LayerStack, release_gradients
 from cruxy_optax._sensors import raw_sums, signals_of
+from low_bit import coded
 from optimizers import assert_same
 
 LAYERS, WIDTH, STEPS = 4, 6, 50
@@ -253,6 +257,54 @@ def test_a_head_without_parameters_is_an_empty_tuple():
     after, _, _ = jax.jit(pair.step)(params, pair.init(params), batches()[0])
     assert after.head == ()
     assert bool(jnp.all(after.embed != params.embed))
+
+
+def equal_parts(shape, dtype, tx):
+    """A model of equal parts with the same gradient, and its released step."""
+    part = jnp.ones(shape, dtype)
+    slope = jnp.linspace(0.1, 1.0, math.prod(shape)).reshape(shape)
+    params = LayerStack(part, jnp.ones((LAYERS, *shape), dtype), part)
+
+    def total(part):
+        return jnp.sum(slope * part)
+
+    pair = release_gradients(
+        tx,
+        lambda embed, batch: total(embed),
+        lambda layer, x, batch: x + total(layer),
+        lambda head, embed, x, batch: x + total(head),
+    )
+    grads = jax.tree.map(lambda p: jnp.broadcast_to(slope, p.shape).astype(dtype), params)
+    return params, grads, pair
+
+
+def assert_all_differ(parts):
+    for a, b in itertools.combinations(parts, 2):
+        assert np.any(np.asarray(a) != np.asarray(b))
+
+
+def test_stochastic_rounding_is_that_of_the_ordinary_step_and_no_two_parts_round_alike():
+    tx = cruxy_optax.round_updates(optax.sgd(1e-3), seed=3)
+    params, grads, pair = equal_parts((32, 64), jnp.bfloat16, tx)
+    state, want, want_state = pair.init(params), params, tx.init(params)
+    for _ in range(3):
+        params, state, _ = jax.jit(pair.step)(params, state, ())
+        updates, want_state = tx.update(grads, want_state, want)
+        want = optax.apply_updates(want, updates)
+    assert_same(params, want)
+    assert_all_differ([params.embed, *params.layers, params.head])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", [(64, 64), (4099,)], ids=["tiles", "flattened"])
+def test_no_two_parts_round_a_coded_state_alike(bits, shape):
+    tx = cruxy_optax.quantize_state(optax.adam(1e-3), bits)
+    params, _, pair = equal_parts(shape, jnp.float32, tx)
+    _, state, _ = jax.jit(pair.step)(params, pair.init(params), ())
+    embed, layers, head = (coded(part) for part in state)
+    assert len(embed) == 2
+    for name in embed:
+        assert_all_differ([embed[name].codes, *layers[name].codes, head[name].codes])
 
 
 def temporaries(tx, layers, width, *, release):
