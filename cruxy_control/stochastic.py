@@ -13,20 +13,22 @@ _GOLDEN = 0x9E3779B9
 """2^32 over the golden ratio: neighbouring integers come to lie far apart."""
 
 
-def stream_key(counter: Any, seed: int, leaf: int, *, xp: Any) -> Any:
+def stream_key(counter: Any, seed: int, leaf: Any, *, xp: Any) -> Any:
     """The key of one leaf's random bits in one step.
 
     Args:
         counter: the step; int32 array, `()`. It may wrap.
         seed: tells runs apart; any whole number, taken modulo 2^32.
-        leaf: tells the leaves of one run apart; a whole number.
+        leaf: tells the leaves of one run apart; a whole number, or an int32 array for many keys.
         xp: the array namespace.
 
     Returns:
-        An int32 array, `()`.
+        An int32 array, `()` or of the shape of `leaf`.
     """
     of_run = _signed(seed * _GOLDEN + 1)
-    of_leaf = _signed(leaf * _GOLDEN + 2)
+    of_leaf = leaf * _signed(_GOLDEN) + 2
+    if isinstance(leaf, int):
+        of_leaf = _signed(of_leaf)
     return _mix(_mix(_mix(cast(counter, xp.int32)) ^ of_run) ^ of_leaf)
 
 

@@ -238,6 +238,5 @@ def _keys(count: jax.Array, seed: int, first: int, number: int) -> list[jax.Arra
     """
     if not number:
         return []
-    leaves = range(first << 16, (first << 16) + number)
-    keys = jnp.stack([stream_key(count, seed, leaf, xp=jnp) for leaf in leaves])
-    return list(lax.optimization_barrier(keys))
+    leaves = jnp.arange(number, dtype=jnp.int32) + (first << 16)
+    return list(lax.optimization_barrier(stream_key(count, seed, leaves, xp=jnp)))

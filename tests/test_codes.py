@@ -270,6 +270,14 @@ def test_bits_are_the_same_in_every_namespace():
         np.testing.assert_array_equal(want, random_bits(key, torch.tensor(index)).numpy())
 
 
+def test_the_keys_of_many_leaves_are_those_of_each():
+    leaves = [0, 1, 5, 3 << 16, -1, -9]
+    keys = jax.jit(lambda t, n: stream_key(t, 5, n, xp=jnp))(jnp.int32(9), jnp.int32(leaves))
+    with np.errstate(over="ignore"):
+        want = [stream_key(np.int32(9), 5, leaf, xp=np) for leaf in leaves]
+    np.testing.assert_array_equal(keys, want)
+
+
 @pytest.mark.parametrize("along", ["elements", "steps", "leaves", "seeds"])
 def test_upper_bits_are_even_and_independent_whatever_is_counted(along):
     n = 2**14
