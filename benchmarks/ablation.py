@@ -54,7 +54,8 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     return described | {
         "part": f"{described['part']}-{name_of_whole}",
         "whole": name_of_whole,
-        "grid": {name: list(near) for name in rows},
+        "grid": {} if options.rate else {name_of_whole: list(rates(name_of_whole))},
+        "rates": list(near),
         "optimizers": rows,
     }
 
@@ -103,7 +104,7 @@ def _rows(result: dict[str, Any]) -> Rows:
         [row["label"], f"{row['loss_at_same_rate']:.3f}", cell(row, "same")]
         for row in result["optimizers"].values()
     ]
-    if any(len(tried) > 1 for tried in result["grid"].values()):
+    if len(result["rates"]) > 1:
         headers += ["own best rate", "worse by, at its own"]
         for cells, row in zip(rows, result["optimizers"].values(), strict=True):
             cells += [f"{row['own_rate']:g}", cell(row, "own")]
