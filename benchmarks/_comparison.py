@@ -180,7 +180,7 @@ def known(framework: str) -> list[str]:
         from benchmarks._our_optimizers import OPTIMIZERS
 
         return list(OPTIMIZERS)
-    from benchmarks._optimizers_torch import OPTIMIZERS as TORCH_OPTIMIZERS
+    from benchmarks._our_optimizers_torch import OPTIMIZERS as TORCH_OPTIMIZERS
 
     return [f"torch:{name}" for name in TORCH_OPTIMIZERS]
 

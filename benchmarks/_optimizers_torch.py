@@ -1,11 +1,12 @@
-"""The optimizers compared in PyTorch: ours, the original `cruxy`, and what people use.
+"""What an entry of the comparison is in PyTorch, the original `cruxy`, and what people use.
 
 As in JAX, all decay matrices alone by 0.1, the rate is the one knob, and the rest is as their
 authors set it. A package is asked for only when its optimizer is made.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import optax
@@ -14,14 +15,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from benchmarks._optimizers import RATES, WEIGHT_DECAY, warm_up_cosine
-from cruxy_torch import CruxyOptimizer
 
 Groups = list[dict[str, Any]]
 
 
 # The engine's part that gives a model its weights belongs to every run.
 SOURCES = ("benchmarks/_optimizers*.py", "benchmarks/workloads/torch_twins.py")
-OUR_SOURCES = (*SOURCES, "cruxy_control/*.py", "cruxy_torch/*.py", "cruxy_torch/*.c")
 
 
 class TorchOptimizer(NamedTuple):
@@ -33,8 +32,8 @@ class TorchOptimizer(NamedTuple):
         scale: of its grid of rates to `RATES`, as in JAX.
         schedule: from the rate and the number of steps; `None` for a constant rate.
         takes_loss: whether `step` is given the loss.
-        averaged: whether the optimizer's `train()` and `eval()` switch between the parameters to
-            take gradients at and those to evaluate at.
+        averaged: from the optimizer, a context in which the parameters are those to evaluate at.
+        grid: the rates to try, before `scale`.
         sources: patterns, from the repository's root, of the files that define it.
     """
 
@@ -43,12 +42,13 @@ class TorchOptimizer(NamedTuple):
     scale: float = 1.0
     schedule: Callable[[float, int], optax.Schedule] | None = None
     takes_loss: bool = False
-    averaged: bool = False
+    averaged: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+    grid: tuple[float, ...] = RATES
     sources: tuple[str, ...] = SOURCES
 
     def rates(self) -> tuple[float, ...]:
         """Its grid."""
-        return tuple(float(f"{self.scale * rate:.6g}") for rate in RATES)
+        return tuple(float(f"{self.scale * rate:.6g}") for rate in self.grid)
 
 
 def groups(model: nn.Module) -> Groups:
@@ -58,13 +58,6 @@ def groups(model: nn.Module) -> Groups:
         {"params": [p for p in params if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
-
-
-def _ours(label: str, scale: float = 1.0, **arguments: Any) -> TorchOptimizer:
-    def make(groups: Groups, rate: float) -> Optimizer:
-        return CruxyOptimizer(groups, lr=rate, **arguments)
-
-    return TorchOptimizer(label, make, scale, takes_loss=True, sources=OUR_SOURCES)
 
 
 def _adamw(**arguments: Any) -> Callable[[Groups, float], Optimizer]:
@@ -96,13 +89,19 @@ def _imported(
     return make
 
 
-CONTROLLED = {
-    "meta3": _ours("Meta3"),
-    "meta_lion": _ours("Meta-Lion", scale=0.1, use_lion=True, betas=(0.9, 0.99)),
-    "stability_v1": _ours("Stability v1", mode="stability_v1"),
-    "stability_v2": _ours("Stability v2", mode="stability_v2"),
-}
-"""Ours."""
+def _schedule_free(groups: Groups, rate: float) -> Optimizer:
+    optimizer: Any = _imported("schedulefree.AdamWScheduleFree")(groups, rate)
+    optimizer.train()
+    return optimizer
+
+
+@contextmanager
+def _switched(optimizer: Any) -> Iterator[None]:
+    """Between `eval()` and `train()`."""
+    optimizer.eval()
+    yield
+    optimizer.train()
+
 
 # It takes no rate above 1e-2, whatever is set.
 ORIGINAL = {
@@ -124,9 +123,7 @@ PEERS = {
         "AdamW fused, warm-up and cosine", _adamw(fused=True), schedule=warm_up_cosine
     ),
     "adamw-foreach": TorchOptimizer("AdamW foreach, constant", _adamw(foreach=True)),
-    "schedule-free": TorchOptimizer(
-        "Schedule-Free AdamW", _imported("schedulefree.AdamWScheduleFree"), averaged=True
-    ),
+    "schedule-free": TorchOptimizer("Schedule-Free AdamW", _schedule_free, averaged=_switched),
     "prodigy": TorchOptimizer("Prodigy", _imported("prodigyopt.Prodigy"), scale=100.0),
     "stable-adamw": TorchOptimizer("StableAdamW", _imported("pytorch_optimizer.StableAdamW")),
     "adagc": TorchOptimizer("AdaGC", _imported("pytorch_optimizer.AdaGC")),
@@ -148,6 +145,3 @@ LOW_BIT = {
     ),
 }
 """With states of few bits, in parameters of 4,096 elements or more."""
-
-OPTIMIZERS: dict[str, TorchOptimizer] = CONTROLLED | ORIGINAL | PEERS | LOW_BIT
-"""Every optimizer by name."""

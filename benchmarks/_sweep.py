@@ -64,7 +64,7 @@ def entry(framework: str, optimizer: str) -> Any:
         from benchmarks._our_optimizers import OPTIMIZERS
 
         return OPTIMIZERS[optimizer]
-    from benchmarks._optimizers_torch import OPTIMIZERS as TORCH_OPTIMIZERS
+    from benchmarks._our_optimizers_torch import OPTIMIZERS as TORCH_OPTIMIZERS
 
     return TORCH_OPTIMIZERS[optimizer]
 

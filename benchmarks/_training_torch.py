@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from benchmarks._optimizers_torch import OPTIMIZERS, TorchOptimizer, groups
+from benchmarks._optimizers_torch import TorchOptimizer, groups
+from benchmarks._our_optimizers_torch import OPTIMIZERS
 from benchmarks._runs import Record, Task
 from benchmarks.workloads import load
 from benchmarks.workloads.torch_twins import copy_weights, load_twin
-from cruxy_torch import CruxyOptimizer, state_bytes
+from cruxy_torch import state_bytes
 
 
 def train(task: Task) -> Record:
@@ -42,11 +43,8 @@ def train(task: Task) -> Record:
     schedule = _schedule(entry, optimizer, task)
 
     def figure() -> float:
-        if entry.averaged:
-            optimizer.eval()
-        value = twin.held_out(model)
-        if entry.averaged:
-            optimizer.train()
+        with entry.averaged(optimizer):
+            value = twin.held_out(model)
         return value if math.isfinite(value) else math.nan
 
     start = figure()
@@ -63,7 +61,7 @@ def train(task: Task) -> Record:
         if taken in task.evaluate_at:
             held_out.append(figure())
     parameters = sum(param.numel() for param in model.parameters())
-    controlled = isinstance(optimizer, CruxyOptimizer)
+    controlled = hasattr(optimizer, "telemetry")
     return Record(
         start=start,
         held_out=tuple(held_out),

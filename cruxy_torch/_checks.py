@@ -109,6 +109,10 @@ def check_group(group: dict[str, Any]) -> None:
     check_range("eps", group["eps"], 0.0, remedy="1e-8 is the default")
     check_range("weight_decay", group["weight_decay"], 0.0, remedy="0 switches it off")
     check_bits("state_bits", group["state_bits"])
+
+
+def check_limit_and_average(group: dict[str, Any]) -> None:
+    """Raises where a group's relative limit or the power of its average is outside its range."""
     limit = group["relative_limit"]
     if limit is not None:
         remedy = "0.1 is usual for Adam, 0.01 for Lion, and math.inf is no limit"

@@ -248,6 +248,7 @@ class CruxyOptimizer(ControlledOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         _checks.check_group(group)
+        _checks.check_limit_and_average(group)
 
     def _group(self, index: int, only: Tensor | None = None) -> MomentsGroup:
         """A group with what has a gradient, or with one parameter of it."""

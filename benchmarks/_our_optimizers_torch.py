@@ -1,0 +1,69 @@
+"""Our optimizers in the comparison in PyTorch, by the names that they have in JAX."""
+
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from benchmarks._our_optimizers import STARTS
+from benchmarks._optimizers_torch import LOW_BIT, ORIGINAL, PEERS, SOURCES, Groups, TorchOptimizer
+from cruxy_torch import AXIOM, Cosmic, CruxyOptimizer
+
+OUR_SOURCES = (
+    *SOURCES,
+    "benchmarks/_our_optimizers_torch.py",
+    *("cruxy_control/*.py", "cruxy_torch/*.py", "cruxy_torch/*.c"),
+)
+
+
+def _controlled(
+    label: str, scale: float = 1.0, kind: type[Any] = CruxyOptimizer, **options: Any
+) -> TorchOptimizer:
+    def make(groups: Groups, rate: float) -> Optimizer:
+        return kind(groups, lr=rate, **options)
+
+    return TorchOptimizer(label, make, scale, takes_loss=True, sources=OUR_SOURCES)
+
+
+def _lion(label: str, **options: Any) -> TorchOptimizer:
+    return _controlled(label, 0.1, use_lion=True, betas=(0.9, 0.99), **options)
+
+
+def _driving(label: str, **options: Any) -> TorchOptimizer:
+    entry = _controlled(label, mode="self_driving", **options)
+    return entry._replace(averaged=lambda optimizer: optimizer.averaged(), grid=STARTS)
+
+
+CONTROLLED = {
+    "meta3": _controlled("Meta3"),
+    "meta_lion": _lion("Meta-Lion"),
+    "stability_v1": _controlled("Stability v1", mode="stability_v1"),
+    "stability_v2": _controlled("Stability v2", mode="stability_v2"),
+}
+"""Ours."""
+
+SELF_DRIVING = {
+    "self_driving": _driving("Self-driving"),
+    "self_driving-lion": _driving("Self-driving Lion", use_lion=True),
+    "self_driving-no-average": _controlled(
+        "Self-driving without average", mode="self_driving", averaging=None
+    )._replace(grid=STARTS),
+}
+"""Ours without a rate; the grid is where they start."""
+
+COMPACT = {
+    "meta_lion-bfloat16": _lion("Meta-Lion, bfloat16", momentum_dtype=torch.bfloat16),
+    "meta3-8bit": _controlled("Meta3, 8 bits", state_bits=8),
+    "meta3-4bit": _controlled("Meta3, 4 bits", state_bits=4),
+    "meta_lion-8bit": _lion("Meta-Lion, 8 bits", state_bits=8),
+    "meta_lion-4bit": _lion("Meta-Lion, 4 bits", state_bits=4),
+    "axiom": _controlled("AXIOM", kind=AXIOM),
+    "axiom-momentum": _controlled("AXIOM, 4-bit momentum", kind=AXIOM, momentum=0.9),
+    "cosmic-256KB": _controlled("COSMIC, 256 KB", kind=Cosmic, state_budget="256KB"),
+}
+"""Ours with a smaller state; COSMIC plans its tiers anew every 100 steps."""
+
+OURS = CONTROLLED | SELF_DRIVING | COMPACT
+
+OPTIMIZERS: dict[str, TorchOptimizer] = OURS | ORIGINAL | PEERS | LOW_BIT
+"""Every optimizer by name."""
