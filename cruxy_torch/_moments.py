@@ -6,11 +6,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cruxy_control.self_driving import RELATIVE_FLOOR, relative_limit
+from cruxy_control.self_driving import relative_limit
 from cruxy_torch import _kernels, _native, _sensors, _state
 from cruxy_torch._kernels import Options, Scalars, Tensors
 from cruxy_torch._step import Group
 from cruxy_torch._storage import Kept
+
+RELATIVE_FLOOR = 0.01
+"""A tensor's size counts as at least this where its rate is limited."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
