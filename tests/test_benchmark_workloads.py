@@ -13,7 +13,7 @@ from flax import nnx
 
 from benchmarks import _training, _training_torch
 from benchmarks._optimizers_torch import LOW_BIT
-from benchmarks._our_optimizers_torch import OPTIMIZERS, OURS, SELF_DRIVING
+from benchmarks._our_optimizers_torch import COMPACT, OPTIMIZERS, OURS, SELF_DRIVING
 from benchmarks._runs import Task
 from benchmarks.workloads import NAMES, cartpole, digits, finetuning, load
 from benchmarks.workloads.torch_twins import copy_weights, load_twin, named_arrays
@@ -285,7 +285,14 @@ STATE = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in LOW_BIT])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in COMPACT else [])
+        for name in OPTIMIZERS
+        if name not in LOW_BIT
+    ],
+)
 def test_every_torch_optimizer_trains(name):
     entry = OPTIMIZERS[name]
     rate = entry.rates()[2]
