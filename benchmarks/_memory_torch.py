@@ -29,7 +29,9 @@ def state_bytes(name: str, shapes: Shapes) -> int:
                 group["fused"] = False
         return optimizer
 
-    return estimate_memory(nn.ParameterList(params), make).state
+    # torchao compiles its step, which the meta device cannot.
+    with torch.compiler.set_stance("force_eager"):
+        return estimate_memory(nn.ParameterList(params), make).state
 
 
 def peak_bytes(name: str, trained: str, data: str | None) -> int | None:
