@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from benchmarks.workloads import ALONE
 from benchmarks.workloads import NAMES as WORKLOADS
 
 FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
@@ -16,7 +17,7 @@ FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
 REFERENCE = "adamw"
 """What ratios are taken to, in both frameworks."""
 
-MODELS = tuple(name for name in WORKLOADS if name not in ("finetuning", "cartpole"))
+MODELS = tuple(name for name in WORKLOADS if name not in ALONE)
 """The workloads that both frameworks train."""
 
 

@@ -64,6 +64,13 @@ def _without(label: str, **changes: Any) -> Optimizer:
     return _controlled(meta3, f"Meta3 without {label}", law=dataclasses.replace(Meta3(), **changes))
 
 
+def _varied(label: str, *, law: dict[str, Any] | None = None, **options: Any) -> Optimizer:
+    """Self-driving with a constant of its law or an option changed."""
+    if law:
+        options["law"] = dataclasses.replace(SelfDriving(), **law)
+    return _driving(self_driving, f"Self-driving, {label}", **options)
+
+
 CONTROLLED = {
     "meta3": _controlled(meta3, "Meta3"),
     "meta_lion": _controlled(meta_lion, "Meta-Lion", scale=0.1),
@@ -83,14 +90,6 @@ ABLATION = {
     "meta3-no-nesterov": _controlled(meta3, "Meta3 without Nesterov", nesterov=False),
 }
 """Meta3 with one part removed each."""
-
-
-def _varied(label: str, *, law: dict[str, Any] | None = None, **options: Any) -> Optimizer:
-    """Self-driving with a constant of its law or an option changed."""
-    if law:
-        options["law"] = dataclasses.replace(SelfDriving(), **law)
-    return _driving(self_driving, f"Self-driving, {label}", **options)
-
 
 SELF_DRIVING = {
     "self_driving": _driving(self_driving, "Self-driving"),

@@ -15,7 +15,7 @@ from rich.console import Console
 from benchmarks._optimizers import RATES
 from benchmarks._plots import finish
 from benchmarks._protocol import Protocol, Rows
-from benchmarks.workloads import NAMES, Workload, load
+from benchmarks.workloads import ALONE, NAMES, Workload, load
 from cruxy_control import SelfDriving
 from cruxy_optax import (
     scale_by_controlled_adam,
@@ -42,7 +42,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workload",
         nargs="+",
-        choices=[name for name in NAMES if name not in ("finetuning", "cartpole")],
+        choices=[name for name in NAMES if name not in ALONE],
         default=["shakespeare-small", "digits-conv", "digits-vit"],
         help="default: %(default)s",
     )

@@ -51,6 +51,9 @@ NAMES = tuple(
 )
 """Every workload by name."""
 
+ALONE = ("finetuning", "cartpole")
+"""Without a PyTorch twin: one pretrains in JAX, the other's environment is simulated in it."""
+
 
 def load(name: str, data: str | None = None) -> Workload:
     """The workload of that name; its packages are imported only now.

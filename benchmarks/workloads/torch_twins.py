@@ -14,10 +14,7 @@ import torch
 from flax import nnx
 from torch import Tensor, nn
 
-from benchmarks.workloads import NAMES
-
-ALONE = ("finetuning", "cartpole")
-"""Workloads without a twin: one pretrains in JAX, the other's environment is simulated in it."""
+from benchmarks.workloads import ALONE, NAMES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where twins are trained."""
