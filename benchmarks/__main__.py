@@ -13,6 +13,7 @@ MODULES = {
     "tuned-baselines": "tuned_baselines",
     "anytime": "anytime",
     "stability-stress": "stability_stress",
+    "defaults": "defaults",
     "finetuning": "finetuning",
     "alignment": "alignment",
     "ablation": "ablation",

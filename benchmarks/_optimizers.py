@@ -4,10 +4,12 @@ All decay weights by 0.1 and, where they can be told to, of matrices alone. Noth
 the rate is the one knob, and every optimizer gets the same number of trials of it.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -40,6 +42,7 @@ class Optimizer(NamedTuple):
         averaged: optimizer state and parameters to the parameters to evaluate at.
         skipped: optimizer state to the number of steps a guard skipped.
         grid: the rates to try, before `scale`.
+        default: the rate that it comes with; PyTorch's where optax gives it none.
         sources: patterns, from the repository's root, of the files that define it.
     """
 
@@ -49,6 +52,7 @@ class Optimizer(NamedTuple):
     averaged: Callable[[Any, Any], Any] = _current
     skipped: Callable[[Any], Any] = _no_guard
     grid: tuple[float, ...] = RATES
+    default: float = 1e-3
     sources: tuple[str, ...] = ("benchmarks/_optimizers.py",)
 
     def rates(self) -> tuple[float, ...]:
@@ -100,6 +104,46 @@ def _scheduled(
     return lambda rate, steps: make(schedule(rate, steps), steps)
 
 
+def _prodigy(rate: Any, steps: int) -> optax.GradientTransformation:
+    return optax.contrib.prodigy(rate, weight_decay=WEIGHT_DECAY)
+
+
+def _scheduled_prodigy(rate: Any, steps: int) -> optax.GradientTransformation:
+    schedule = warm_up_cosine(rate, steps)
+    return optax.contrib.prodigy(schedule, weight_decay=WEIGHT_DECAY, safeguard_warmup=True)
+
+
+def _schedule_free_plus(rate: Any, steps: int) -> optax.GradientTransformation:
+    """ScheduleFree+, which no package offers yet, from the equations of its paper.
+
+    Schedule-Free averaging of an Adam whose steps have Polyak's length for a lowest loss of 0, and
+    whose decay goes with the square of that length. The inner product in the numerator carries the
+    loss from the point of the gradient to the iterate: `beta (z - x) = z - y`.
+
+    References:
+        Defazio, [ScheduleFree+](https://arxiv.org/abs/2605.19095), 2026, algorithm 1, with the
+        defaults of its author and a decay within the range that he gives, 5 to 50.
+    """
+    decay, adam = 10.0, optax.scale_by_adam(0.9, 0.95)
+
+    def polyak(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        ahead = optax.tree.vdot(updates, jax.tree.map(lambda z, y: z - y, extra["z"], params))
+        size = optax.tree.norm(updates, ord=1) * math.sqrt(math.pi / 2)
+        length = rate * jnp.maximum(extra["value"] + ahead, 0.0) / size
+        direction, state = adam.update(updates, state)
+        decayed = jax.tree.map(lambda y, m: decay * m * y, params, matrices(params))
+        step = jax.tree.map(lambda u, y: -length * u - length**2 * y, direction, decayed)
+        return step, state
+
+    base = optax.GradientTransformationExtraArgs(adam.init, polyak)
+    averaging = optax.contrib.schedule_free(base, learning_rate=1.0)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        return averaging.update(updates, state, params, z=state.z, **extra)
+
+    return optax.GradientTransformationExtraArgs(averaging.init, update)
+
+
 def _clipped(rate: Any, steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), _adamw(rate, steps))
 
@@ -108,17 +152,43 @@ PEERS = {
     "adamw": Optimizer("AdamW, constant", _adamw),
     "adamw-cosine": Optimizer("AdamW, warm-up and cosine", _scheduled(_adamw, warm_up_cosine)),
     "adamw-wsd": Optimizer("AdamW, warm-up-stable-decay", _scheduled(_adamw, warm_up_stable_decay)),
-    "lion": Optimizer("Lion, constant", _lion, scale=0.1),
-    "lion-cosine": Optimizer("Lion, warm-up and cosine", _scheduled(_lion, warm_up_cosine), 0.1),
+    "lion": Optimizer("Lion, constant", _lion, scale=0.1, default=1e-4),
+    "lion-cosine": Optimizer(
+        "Lion, warm-up and cosine", _scheduled(_lion, warm_up_cosine), 0.1, default=1e-4
+    ),
     "schedule-free": Optimizer(
         "Schedule-Free AdamW",
         lambda rate, steps: optax.contrib.schedule_free_adamw(rate, weight_decay=WEIGHT_DECAY),
         averaged=optax.contrib.schedule_free_eval_params,
+        default=2.5e-3,
     ),
-    "prodigy": Optimizer(
-        "Prodigy",
-        lambda rate, steps: optax.contrib.prodigy(rate, weight_decay=WEIGHT_DECAY),
+    "schedule-free-plus": Optimizer(
+        "ScheduleFree+",
+        _schedule_free_plus,
         scale=100.0,
+        averaged=optax.contrib.schedule_free_eval_params,
+        default=1.0,
+    ),
+    "prodigy": Optimizer("Prodigy", _prodigy, scale=100.0, default=1.0),
+    "prodigy-cosine": Optimizer(
+        "Prodigy, warm-up and cosine", _scheduled_prodigy, scale=100.0, default=1.0
+    ),
+    "d-adaptation": Optimizer(
+        "D-Adaptation AdamW",
+        lambda rate, steps: optax.contrib.dadapt_adamw(rate, weight_decay=WEIGHT_DECAY),
+        scale=100.0,
+        default=1.0,
+    ),
+    "mechanic": Optimizer(
+        "Mechanic with AdamW",
+        lambda rate, steps: optax.contrib.mechanize(_adamw(rate, steps)),
+        scale=100.0,
+        default=1.0,
+    ),
+    "momo": Optimizer(
+        "MoMo-Adam",
+        lambda rate, steps: optax.contrib.momo_adam(rate, weight_decay=WEIGHT_DECAY),
+        default=1e-2,
     ),
     "muon": Optimizer("Muon, constant", _muon),
     "muon-cosine": Optimizer("Muon, warm-up and cosine", _scheduled(_muon, warm_up_cosine)),
@@ -126,6 +196,7 @@ PEERS = {
         "DoG",
         lambda rate, steps: optax.contrib.dog(rate, weight_decay=WEIGHT_DECAY, mask=matrices),
         scale=100.0,
+        default=1.0,
     ),
 }
 """What people use."""

@@ -43,7 +43,8 @@ def _controlled(
     def build(rate: Any, steps: int) -> optax.GradientTransformation:
         return make(rate, **{"weight_decay": WEIGHT_DECAY, "mask": matrices} | options)
 
-    return Optimizer(label, build, scale, skipped=_skips, sources=SOURCES)
+    default = 1e-3 * scale
+    return Optimizer(label, build, scale, skipped=_skips, default=default, sources=SOURCES)
 
 
 def _driving(make: Callable[..., Any], label: str, **options: Any) -> Optimizer:
@@ -93,7 +94,7 @@ ABLATION = {
 
 SELF_DRIVING = {
     "self_driving": _driving(self_driving, "Self-driving"),
-    "self_driving-lion": _driving(self_driving_lion, "Self-driving Lion"),
+    "self_driving-lion": _driving(self_driving_lion, "Self-driving Lion")._replace(default=1e-4),
     "self_driving-no-average": _driving(
         self_driving, "Self-driving without average", averaging=None
     ),

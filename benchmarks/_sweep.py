@@ -27,7 +27,14 @@ MODEL_FILES = (
     *(f"examples/_{name}.py" for name in ("data", "demo", "gpt", "gpt_torch", "training")),
     "examples/shakespeare_torch.py",
 )
-WORKLOAD_FILES = {"shakespeare": MODEL_FILES, "finetuning": ("benchmarks/workloads/digits.py",)}
+WORKLOAD_FILES = {
+    "shakespeare": MODEL_FILES,
+    "finetuning": (
+        "benchmarks/workloads/digits.py",
+        "benchmarks/workloads/shakespeare.py",
+        *MODEL_FILES,
+    ),
+}
 """What the module of a workload builds on."""
 
 ENGINES = {"jax": "benchmarks/_training.py", "torch": "benchmarks/_training_torch.py"}

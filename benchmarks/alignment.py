@@ -16,6 +16,7 @@ from benchmarks._optimizers import RATES
 from benchmarks._plots import finish
 from benchmarks._protocol import Protocol, Rows
 from benchmarks.workloads import ALONE, NAMES, Workload, load
+from benchmarks.workloads.shakespeare import MODELS, shakespeare
 from cruxy_control import SelfDriving
 from cruxy_optax import (
     scale_by_controlled_adam,
@@ -47,6 +48,19 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="default: %(default)s",
     )
     parser.add_argument(
+        "--direction",
+        nargs="+",
+        choices=list(DIRECTIONS),
+        default=list(DIRECTIONS),
+        help="default: all",
+    )
+    parser.add_argument(
+        "--width",
+        nargs="+",
+        type=int,
+        help="of the language models, multiples of their heads; default: their own",
+    )
+    parser.add_argument(
         "--share",
         nargs="+",
         type=float,
@@ -63,18 +77,35 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise ValueError(f"--share must be above 0, got {min(options.share)}.")
     curves = []
     for name in options.workload:
-        workload = load(name)
-        for direction in DIRECTIONS:
-            for share in options.share:
-                console.print(f"{name}, {direction}, batch times {share:g}")
-                curves.append(_curve(workload, direction, share, options.steps))
+        for width in options.width or [None]:
+            workload = load(name) if width is None else _widened(name, width)
+            for direction in options.direction:
+                for share in options.share:
+                    console.print(f"{name}, width {width}, {direction}, batch times {share:g}")
+                    curve = _curve(workload, direction, share, options.steps)
+                    curves.append(curve | {"width": width})
     return {
-        "part": "constant-rates",
+        "part": "widths" if options.width else "constant-rates",
         "steps": options.steps,
         "watched": WATCHED,
         "seeds": [0],
         "curves": curves,
     }
+
+
+def _widened(name: str, width: int) -> Workload:
+    """A language model as wide as that.
+
+    Raises:
+        ValueError: if it is none, or its heads do not divide the width.
+    """
+    family, _, size = name.partition("-")
+    if family != "shakespeare":
+        raise ValueError(f"--width is for the language models, got {name}; leave it out.")
+    heads = MODELS[size].config.heads
+    if width < 1 or width % heads:
+        raise ValueError(f"--width must be a multiple of the {heads} heads of {name}, got {width}.")
+    return shakespeare(size, width=width)
 
 
 def _curve(workload: Workload, direction: str, share: float, steps: int) -> dict[str, Any]:
@@ -141,8 +172,9 @@ def _rows(result: dict[str, Any]) -> Rows:
             _cell(aligned[i]) if 0 <= i < len(aligned) else ""
             for i in (best - 2, best - 1, best, best + 1, best + 2)
         ]
-        rate = f"{curve['rates'][best]:g}"
-        rows.append((curve["workload"], curve["direction"], str(curve["batch"]), rate, *around))
+        rate, width = f"{curve['rates'][best]:g}", curve["width"]
+        name = curve["workload"] if width is None else f"{curve['workload']}, width {width}"
+        rows.append((name, curve["direction"], str(curve["batch"]), rate, *around))
     headers = ("workload", "direction", "batch", "best rate")
     return Rows((*headers, "at a tenth", "at a third", "at the best", "times 3", "times 10"), rows)
 
@@ -162,9 +194,9 @@ def _draw(result: dict[str, Any]) -> Figure:
         row, column = names.index(curve["workload"]), directions.index(curve["direction"])
         panel, best = axes[row][column], _best(curve)
         aligned = [np.nan if a is None else a for a in curve["alignments"]]
-        (line,) = panel.plot(
-            curve["rates"], aligned, label=f"batch {curve['batch']}", linewidth=1.2
-        )
+        width = curve["width"]
+        name = f"batch {curve['batch']}" if width is None else f"width {width}"
+        (line,) = panel.plot(curve["rates"], aligned, label=name, linewidth=1.2)
         panel.plot(curve["rates"][best], aligned[best], "o", color=line.get_color())
     for row, name in enumerate(names):
         for column, direction in enumerate(directions):

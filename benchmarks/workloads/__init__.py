@@ -39,7 +39,7 @@ class Workload(NamedTuple):
 FAMILIES = {
     "shakespeare": ("small", "paper", "10m"),
     "digits": ("conv", "vit"),
-    "finetuning": (),
+    "finetuning": ("vit", "gpt"),
     "cartpole": (),
 }
 """The modules of this package, and the sizes of each."""
@@ -51,8 +51,8 @@ NAMES = tuple(
 )
 """Every workload by name."""
 
-ALONE = ("finetuning", "cartpole")
-"""Without a PyTorch twin: one pretrains in JAX, the other's environment is simulated in it."""
+ALONE = ("finetuning-vit", "finetuning-gpt", "cartpole")
+"""Without a PyTorch twin: they pretrain in JAX, or their environment is simulated in it."""
 
 
 def load(name: str, data: str | None = None) -> Workload:

@@ -1,31 +1,45 @@
-"""Fine-tuning: a vision transformer that reads digits learns to read them lying on their side.
+"""Fine-tuning: models that have learned one thing go on with little data of another.
 
-A run starts from weights that have learned, here in `init`, from the upright training images, and
-goes on with few of the same images turned by a quarter. What is held out is never seen either way.
+A vision transformer that reads upright digits learns to read them lying on their side; a language
+model that has read Shakespeare learns to write the documentation of data sets. A run starts from
+weights that have learned, here in `init`. What is held out is seen in neither part.
 """
 
 import functools
-from collections.abc import Iterator
+import hashlib
+import importlib.resources
+import importlib.util
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax import lax
 
 from benchmarks.workloads import Workload
 from benchmarks.workloads.digits import BATCH, CLASSES, Batch, digits, split
+from benchmarks.workloads.shakespeare import language_model
 
-PRETRAINING = {"steps": 440, "peak_rate": 1e-2, "weight_decay": 0.1}
-"""AdamW with warm-up and cosine, on the upright images; about twenty epochs."""
+# The demo's own modules, found through the path that the package sets.
+from _data import Corpus, encode, shakespeare  # isort: skip
+from _demo import MODELS  # isort: skip
+
+PRETRAINING = {
+    "vit": {"steps": 440, "peak_rate": 1e-2, "weight_decay": 0.1},
+    "gpt": {"steps": 1000, "peak_rate": 3e-3, "weight_decay": 0.1},
+}
+"""AdamW with warm-up and cosine; about twenty epochs of the upright images, a part of the plays."""
 
 EACH = 20
 """Turned images of every digit to train on."""
 
 TURNED_BATCH = 40
 EPOCHS = 40
+
+GPT_STEPS = 280
+"""About eight epochs of the documentation."""
 
 
 def turned(batch: Batch) -> Batch:
@@ -41,29 +55,78 @@ def few() -> Batch:
     return turned((images[chosen], labels[chosen]))
 
 
-@functools.cache
-def finetuning() -> Workload:
-    """The ViT of `digits`; pretraining and the order of the images follow from the run's seed."""
-    vit, upright = digits("vit"), split().train
-    held_out, (images, labels) = turned(split().held_out), few()
-    per_epoch = len(labels) // TURNED_BATCH
+def corpora() -> tuple[np.ndarray, Corpus]:
+    """The plays as token ids, and the documentation to go on with, in the characters of both.
+
+    The documentation is what scikit-learn ships about its data sets, in the order of their names;
+    the last fifth of it is held out.
+
+    Raises:
+        ValueError: if the plays are not there.
+        ModuleNotFoundError: if scikit-learn is not installed.
+    """
+    if importlib.util.find_spec("sklearn") is None:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+    files = importlib.resources.files("sklearn.datasets.descr").iterdir()
+    pages = sorted((file for file in files if file.name.endswith(".rst")), key=lambda f: f.name)
+    plays, documentation = shakespeare(), "".join(f.read_text(encoding="utf-8") for f in pages)
+    both = encode("", plays + documentation)
+    tokens = np.concatenate([both.train, both.validation])
+    first, second = np.split(tokens, [len(plays)])
+    cut = len(second) * 4 // 5
+    return first, Corpus("scikit-learn's data sets", both.characters, second[:cut], second[cut:])
+
+
+def _learned(
+    model: Workload, kind: str, draw: Callable[[jax.Array], Any]
+) -> Callable[[int], optax.Params]:
+    """Seed to weights that have learned; kept, since many runs start from the same.
+
+    Args:
+        model: what is trained.
+        kind: a key of `PRETRAINING`.
+        draw: a random key to a batch.
+    """
+    steps, peak = int(PRETRAINING[kind]["steps"]), PRETRAINING[kind]["peak_rate"]
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, steps // 10, steps)
+    tx = optax.adamw(schedule, weight_decay=PRETRAINING[kind]["weight_decay"])
+
+    def step(carry: tuple, key: jax.Array) -> tuple[tuple, None]:
+        params, state = carry
+        updates, state = tx.update(jax.grad(model.loss)(params, draw(key)), state, params)
+        return (optax.apply_updates(params, updates), state), None
 
     @jax.jit
-    def init(seed: Any) -> nnx.State:
-        steps, peak = PRETRAINING["steps"], PRETRAINING["peak_rate"]
-        schedule = optax.warmup_cosine_decay_schedule(0.0, peak, steps // 10, steps)
-        tx = optax.adamw(schedule, weight_decay=PRETRAINING["weight_decay"])
-        params = vit.init(seed)
-
-        def step(carry: tuple, key: jax.Array) -> tuple[tuple, None]:
-            params, state = carry
-            drawn = jax.random.randint(key, (BATCH,), 0, len(upright[1]))
-            batch = jax.tree.map(lambda x: jnp.asarray(x)[drawn], upright)
-            updates, state = tx.update(jax.grad(vit.loss)(params, batch), state, params)
-            return (optax.apply_updates(params, updates), state), None
-
+    def learn(seed: Any) -> optax.Params:
+        params = model.init(seed)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), steps)
         return lax.scan(step, (params, tx.init(params)), keys)[0][0]
+
+    @functools.cache
+    def init(seed: int) -> optax.Params:
+        with jax.ensure_compile_time_eval():  # what is kept must be no tracer
+            return learn(seed)
+
+    return init
+
+
+@functools.cache
+def finetuning(kind: str) -> Workload:
+    """The ViT of `digits` or the small GPT; what is drawn follows from the run's seed.
+
+    Args:
+        kind: a key of `PRETRAINING`.
+    """
+    return _vit() if kind == "vit" else _gpt()
+
+
+def _vit() -> Workload:
+    vit, upright = digits("vit"), split().train
+    held_out, (images, labels) = turned(split().held_out), few()
+
+    def draw(key: jax.Array) -> Batch:
+        drawn = jax.random.randint(key, (BATCH,), 0, len(upright[1]))
+        return jax.tree.map(lambda x: jnp.asarray(x)[drawn], upright)
 
     def batches(seed: int) -> Iterator[Batch]:
         rng = np.random.default_rng(seed)
@@ -71,21 +134,43 @@ def finetuning() -> Workload:
             for drawn in rng.permutation(len(labels)).reshape(-1, TURNED_BATCH):
                 yield images[drawn], labels[drawn]
 
-    return Workload(
-        name="finetuning",
-        steps=EPOCHS * per_epoch,
+    return vit._replace(
+        name="finetuning-vit",
+        steps=EPOCHS * (len(labels) // TURNED_BATCH),
         unit="held-out loss on turned digits (nats per image)",
-        init=init,
-        loss=vit.loss,
+        init=_learned(vit, "vit", draw),
         batches=batches,
         held_out=lambda params: vit.loss(params, held_out),
         settings={
             "data": "scikit-learn's digits, turned by a quarter",
             "model": "vit",
-            "pretraining": PRETRAINING,
+            "pretraining": PRETRAINING["vit"],
             "train": len(labels),
             "held_out": len(held_out[1]),
             "batch": TURNED_BATCH,
             "epochs": EPOCHS,
+        },
+    )
+
+
+def _gpt() -> Workload:
+    plays, documentation = corpora()
+    config, batch, _ = MODELS["small"]
+    gpt = language_model("finetuning-gpt", documentation, config, batch, GPT_STEPS)
+
+    def draw(key: jax.Array) -> jax.Array:
+        starts = jax.random.randint(key, (batch, 1), 0, len(plays) - config.context)
+        return jnp.asarray(plays)[starts + jnp.arange(config.context + 1)]
+
+    text = np.concatenate([documentation.train, documentation.validation])
+    return gpt._replace(
+        init=_learned(gpt, "gpt", draw),
+        settings=gpt.settings
+        | {
+            "pretraining": {"data": "the plays of Shakespeare", **PRETRAINING["gpt"]},
+            "train": len(documentation.train),
+            "held_out": len(documentation.validation),
+            # The documentation may change with scikit-learn's version.
+            "digest": hashlib.sha256(text.tobytes()).hexdigest()[:16],
         },
     )
