@@ -139,9 +139,10 @@ class Comparison:
         }
 
     def described(self) -> dict[str, Any]:
-        """What was trained, for the figures."""
+        """What was trained, for the figures; another number of steps is another part."""
+        name, usual = self.workload.name, self.steps == self.workload.steps
         return {
-            "part": self.workload.name,
+            "part": name if usual else f"{name}-{self.steps}-steps",
             "workload": {
                 "name": self.workload.name,
                 "unit": self.workload.unit,

@@ -242,6 +242,14 @@ def test_guard_and_its_counter_are_seen_by_the_stress_run(fault):
     assert not plain.finite
 
 
+def test_first_step_of_schedule_free_plus_has_polyaks_length_in_the_norm_of_its_paper():
+    tx, params = PEERS["schedule-free-plus"].make(1.0, STEPS), jnp.array([1.0, 2.0])
+    grads = jnp.array([2.0, -1.0])
+    updates, _ = tx.update(grads, tx.init(params), params, value=jnp.float32(6.0))
+    length = 6.0 / (3.0 * math.sqrt(math.pi / 2.0))
+    np.testing.assert_allclose(updates, [-length, length], rtol=1e-5)
+
+
 def test_recovery_is_the_longest_wait():
     clean = (1.0,) * 100
     losses = [1.0] * 100
@@ -265,6 +273,7 @@ ARGUMENTS = {
     "rate-sensitivity": ["--optimizer", "adamw", "meta3"],
     "tuned-baselines": ["--optimizer", "meta3"],
     "anytime": ["--optimizer", "meta3"],
+    "defaults": ["--optimizer", "adamw"],
     "ablation": ["--optimizer", "meta3-no-clip"],
     "stability-stress": ["--optimizer", "meta3", "adamw-clipped", "--fault", "nan", "labels"],
     "paper-table": ["--optimizer", "adamw"],
@@ -288,6 +297,14 @@ def test_parts_are_compared_at_one_rate_where_it_is_given(tmp_path, capsys):
     main(["ablation", "--workers", "0", "--seeds", "2", "--output", str(tmp_path), *arguments])
     result = json.loads(next(tmp_path.glob("ablation-*.json")).read_text())
     assert (result["rates"], result["grid"]) == ([0.02], {})
+
+
+def test_other_budget_is_a_part_of_its_own(tmp_path, capsys):
+    _, result = figures(tmp_path, "defaults")
+    assert result["part"] == "quadratic"
+    assert result["optimizers"]["adamw"]["rate"] == 1e-3
+    main(["defaults", "--workers", "0", "--seeds", "1", "--steps", "20", "--output", str(tmp_path)])
+    assert (tmp_path / "defaults-quadratic-20-steps.json").exists()
 
 
 @pytest.mark.parametrize("name", sorted(ARGUMENTS))
@@ -385,6 +402,11 @@ def test_sensor_on_a_quadratic_agrees_at_small_rates_and_opposes_at_large_ones()
     assert curve["batch"] == 3
 
 
+def test_language_model_is_made_as_wide_as_asked_for():
+    widths = [alignment._widened("shakespeare-small", w).settings["width"] for w in (32, 96)]
+    assert widths == [32, 96]
+
+
 def test_sensor_study_writes_its_table_and_plot(tmp_path, monkeypatch):
     monkeypatch.setattr(alignment, "load", quadratic)
     run(
@@ -399,7 +421,12 @@ def test_sensor_study_writes_its_table_and_plot(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--steps", "100"], "--steps must be above 100"), (["--share", "0"], "--share must be")],
+    [
+        (["--steps", "100"], "--steps must be above 100"),
+        (["--share", "0"], "--share must be"),
+        (["--width", "66"], "--width must be a multiple of the 4 heads"),
+        (["--width", "64", "--workload", "digits-vit"], "--width is for the language models"),
+    ],
 )
 def test_sensor_study_refuses_what_it_cannot_measure(arguments, message, capsys):
     with pytest.raises(SystemExit):

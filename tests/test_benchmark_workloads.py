@@ -15,13 +15,13 @@ from benchmarks import _training, _training_torch
 from benchmarks._optimizers_torch import LOW_BIT
 from benchmarks._our_optimizers_torch import COMPACT, OPTIMIZERS, OURS, SELF_DRIVING
 from benchmarks._runs import Task
-from benchmarks.workloads import NAMES, cartpole, digits, finetuning, load
+from benchmarks.workloads import ALONE, NAMES, cartpole, digits, finetuning, load
 from benchmarks.workloads.torch_twins import copy_weights, load_twin, named_arrays
 
 SMALL = ("shakespeare-small", "digits-conv", "digits-vit")
 """Every model that has a twin, in its smallest size."""
 
-CHEAP = ("digits-conv", "digits-vit", "finetuning", "cartpole")
+CHEAP = ("digits-conv", "digits-vit", "finetuning-vit", "cartpole")
 
 # The longest sums, over 64 images of 8 x 8 positions, have 4,096 terms, and a sum's error grows as
 # the root of their number.
@@ -103,14 +103,26 @@ def test_adamw_learns_to_balance_the_pole():
 
 
 def test_fine_tuning_starts_from_a_model_that_reads_upright_digits_alone():
-    workload = load("finetuning")
+    workload = load("finetuning-vit")
     params = workload.init(0)
     upright = digits.digits("vit").held_out(params)
     turned = workload.held_out(params)
     assert upright < 0.3 < 1.5 < turned
-    (record,) = _training.train([task("finetuning", "adamw", 1e-3, steps=60)])
+    (record,) = _training.train([task("finetuning-vit", "adamw", 1e-3, steps=60)])
     assert record.start == pytest.approx(float(turned), rel=1e-3)
     assert record.held_out[-1] < 0.5 * record.start
+
+
+def test_fine_tuned_text_is_held_out_from_both_parts_and_shares_the_characters():
+    plays, documentation = finetuning.corpora()
+    assert (
+        "optical recognition of handwritten digits"
+        in documentation.decode(documentation.train).lower()
+    )
+    text = documentation.decode(documentation.validation)
+    assert text[100:200] not in documentation.decode(documentation.train)
+    assert text[100:200] not in documentation.decode(plays)
+    assert plays.max() < len(documentation.characters)
 
 
 def test_fine_tuning_sees_twenty_turned_training_images_of_every_digit():
@@ -344,7 +356,7 @@ def test_unknown_workload_is_refused_with_the_names(make):
         make("digits")
 
 
-@pytest.mark.parametrize("name", ["finetuning", "cartpole"])
+@pytest.mark.parametrize("name", ALONE)
 def test_workloads_without_a_twin_are_named(name):
     with pytest.raises(
         ValueError, match=rf"one of .*digits-vit to be trained in PyTorch, got '{name}'"
