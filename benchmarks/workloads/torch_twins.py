@@ -48,8 +48,8 @@ def load_twin(name: str, data: str | None = None) -> Twin:
         ValueError: if there is no such workload or it has no twin.
     """
     family, _, size = name.partition("-")
-    if name not in NAMES or family in ALONE:
-        twins = ", ".join(known for known in NAMES if known.partition("-")[0] not in ALONE)
+    if name not in NAMES or name in ALONE:
+        twins = ", ".join(known for known in NAMES if known not in ALONE)
         raise ValueError(
             f"the workload must be one of {twins} to be trained in PyTorch, got {name!r}."
         )
