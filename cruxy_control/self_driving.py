@@ -162,11 +162,12 @@ def alignment(along: Any, grad_norm: Any, moment_square: Any, *, xp: Any) -> Any
 
 
 def limit_scale(largest: Any, rate: Any, *, xp: Any) -> Any:
-    """The share of a rate that limits left the tensor with the largest; 1 of a rate of 0.
+    """The share that a limit leaves of a rate, or of the size of an update; 1 of 0.
 
     Args:
-        largest: of the limits, as `relative_limit` gives them.
-        rate: of all tensors.
+        largest: that is allowed, as `relative_limit` gives it; for the law's back-calculation the
+            largest of all tensors.
+        rate: what it bounds.
         xp: the array namespace.
     """
     return xp.where(rate > 0.0, xp.minimum(largest, rate) / rate, 1.0)

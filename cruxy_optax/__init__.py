@@ -7,6 +7,7 @@ from cruxy_optax._axiom import axiom
 from cruxy_optax._centralize import centralize_kernels
 from cruxy_optax._clip import clip_by_predicted_norm
 from cruxy_optax._cosmic import cosmic
+from cruxy_optax._limit import limit_relative_step
 from cruxy_optax._low_bit import BlockLayout, LowBitArray
 from cruxy_optax._memory import MemoryEstimate, estimate_memory
 from cruxy_optax._moments import (
@@ -73,6 +74,7 @@ __all__ = [
     "clip_by_predicted_norm",
     "cosmic",
     "estimate_memory",
+    "limit_relative_step",
     "meta3",
     "meta_lion",
     "quantize_state",

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cruxy_optax import meta3, meta_lion, self_driving, telemetry
+from cruxy_optax import limit_relative_step, meta3, meta_lion, self_driving, telemetry
 from optimizers import assert_close
 
 OPTIMIZERS = {"meta3": meta3, "meta_lion": meta_lion, "self_driving": self_driving}
@@ -113,15 +113,15 @@ def test_shard_map_over_the_batch(name, devices):
 
 
 @every_mesh
-@every_optimizer
-def test_shard_map_over_the_parameters(name, devices):
+@pytest.mark.parametrize("make", [*OPTIMIZERS.values(), limit_relative_step])
+def test_shard_map_over_the_parameters(make, devices):
     """Norms are taken over all shards, and over a copy only once."""
-    tx, mesh = OPTIMIZERS[name](0.01, axis_names="data"), mesh_of(devices)
+    tx, mesh = make(0.01, axis_names="data"), mesh_of(devices)
     params, _ = problem()
     grads = jax.tree.map(lambda p: 0.3 * p, params)
     specs = {"w": P("data"), "b": P()}
 
-    alone = OPTIMIZERS[name](0.01)
+    alone = make(0.01)
     state = alone.init(params)
     state_specs = jax.tree_util.tree_map_with_path(
         lambda path, _: P("data") if "'w'" in jax.tree_util.keystr(path) else P(), state

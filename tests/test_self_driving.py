@@ -14,6 +14,7 @@ from cruxy_optax import (
     average_iterates,
     averaged_params,
     cosmic,
+    limit_relative_step,
     release_gradients,
     scale_by_controlled_adam,
     scale_by_meta_learning_rate,
@@ -214,6 +215,67 @@ def test_relative_limit_bounds_every_tensor_by_its_own_size_and_reports_the_larg
         np.testing.assert_allclose(updates[name], -size, rtol=1e-5)
     _, state = tx.update(grads, state, params)
     assert float(telemetry(state)["meta_scale"]) == pytest.approx(0.002)
+
+
+def rms(x):
+    return float(jnp.sqrt(jnp.mean(x**2)))
+
+
+def test_step_of_any_optimizer_is_limited_by_the_size_of_each_tensor():
+    params = {"large": jnp.full(4, 2.0), "small": jnp.array([0.5, -0.5]), "zero": jnp.zeros(4)}
+    grads = jax.tree.map(lambda p: jnp.linspace(1.0, 2.0, p.size), params)
+    free = optax.adamw(100.0, weight_decay=0.0)
+    tx = optax.chain(free, limit_relative_step(0.1))
+    updates, _ = tx.update(grads, tx.init(params), params)
+    unlimited, _ = free.update(grads, free.init(params), params)
+    for name, size in (("large", 0.2), ("small", 0.05), ("zero", 0.001)):
+        assert rms(updates[name]) == pytest.approx(size, rel=1e-5)
+        np.testing.assert_allclose(updates[name] / size, unlimited[name] / 100.0, rtol=1e-4)
+
+
+def test_step_below_the_limit_is_left_as_it_is_and_no_dtype_changes():
+    params = {"w": jnp.ones(3), "half": jnp.ones(3, jnp.bfloat16), "none": jnp.zeros((0, 2))}
+    updates = jax.tree.map(lambda p: 0.01 * p, params)
+    limited, _ = limit_relative_step(0.1).update(updates, optax.EmptyState(), params)
+    jax.tree.map(np.testing.assert_array_equal, limited, updates)
+    assert [x.dtype for x in limited.values()] == [x.dtype for x in updates.values()]
+
+
+def test_relative_limit_survives_masks_and_lets_nothing_hide():
+    params = {"w": jnp.ones(3), "b": jnp.ones(3)}
+    tx = optax.masked(limit_relative_step(0.1), {"w": True, "b": False})
+    updates, _ = tx.update(jax.tree.map(lambda p: 9.0 * p, params), tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], 0.1, rtol=1e-6)
+    np.testing.assert_array_equal(updates["b"], 9.0)
+    bad = {"w": jnp.array([1.0, jnp.nan, 1.0]), "b": jnp.array([1.0, jnp.inf, 1e30])}
+    updates, _ = limit_relative_step().update(bad, optax.EmptyState(), params)
+    assert not any(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
+    updates, _ = limit_relative_step().update({"w": jnp.full(3, 1e30)}, None, {"w": jnp.ones(3)})
+    np.testing.assert_array_equal(updates["w"], 0.0)
+
+
+def test_training_from_a_rate_far_too_high_is_held_by_the_limit_alone():
+    target = jnp.array([1.0, -2.0, 0.5])
+
+    def end(tx):
+        params = {"x": jnp.ones(3)}
+        state = tx.init(params)
+        for _ in range(300):
+            grads = {"x": 2.0 * (params["x"] - target)}
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return rms(params["x"] - target)
+
+    assert not end(optax.sgd(1.5)) < 1e6
+    assert end(optax.chain(optax.sgd(1.5), limit_relative_step(0.1))) < 0.5
+
+
+def test_relative_limit_refuses_what_it_cannot_measure():
+    for arguments in ({"limit": 0.0}, {"limit": -1.0}, {"floor": 0.0}, {"limit": float("nan")}):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            limit_relative_step(**arguments)
+    with pytest.raises(ValueError, match="params=None"):
+        limit_relative_step().update({"w": jnp.ones(2)}, optax.EmptyState())
 
 
 def test_frozen_model_holds_the_rate_and_goes_on_when_it_thaws():

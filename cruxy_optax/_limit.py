@@ -1,0 +1,89 @@
+"""A limit on how far a step moves a tensor, relative to the tensor's own size."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from cruxy_control.checks import check_range
+from cruxy_control.self_driving import RELATIVE_FLOOR, limit_scale, relative_limit
+from cruxy_optax._sensors import mean_square
+
+
+def limit_relative_step(
+    limit: chex.Numeric = 0.1,
+    *,
+    floor: chex.Numeric = RELATIVE_FLOOR,
+    axis_names: str | Sequence[str] = (),
+) -> optax.GradientTransformationExtraArgs:
+    r"""Shortens the update of a tensor that would move it by more than a share of its own size.
+
+    $$
+    u \leftarrow u \, \min\left(1,
+    \frac{\rho \max(\mathrm{rms}(\theta), \text{floor})}{\mathrm{rms}(u)}\right)
+    $$
+
+    Put it last in a chain of any optimizer, where updates are what will be added to the parameters.
+    A rate that is far too high then takes steps of the share `limit` instead of diverging; below
+    the limit nothing changes. `self_driving` has the same limit on the rate instead of the update
+    (`scale_by_meta_learning_rate(relative_limit=)`), where it feeds back into the law.
+    `optax.adaptive_grad_clip` in the same place limits every row or column by itself.
+
+    Args:
+        limit: the share of its root mean square that a tensor moves at most; above 0.
+        floor: the root mean square of a tensor counts as at least this, above 0: zeros could never
+            move.
+        axis_names: axes of an enclosing `jax.shard_map` over which parameters may be split.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` without state. What is not finite stays so, and
+        an update whose squares overflow (1e19 in float32) becomes 0.
+
+    Raises:
+        ValueError: where an argument is outside its range; from `update` without `params`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, cruxy_optax
+        >>> tx = optax.chain(optax.sgd(100.0), cruxy_optax.limit_relative_step(0.1))
+        >>> params = {"w": jnp.array([3.0, -3.0]), "b": jnp.zeros(2)}
+        >>> updates, _ = tx.update({"w": jnp.ones(2), "b": jnp.ones(2)}, tx.init(params), params)
+        >>> print(updates["w"], updates["b"])
+        [-0.3 -0.3] [-0.001 -0.001]
+
+    References:
+        The scale is that of Adafactor's relative step, section 8 of Shazeer and Stern,
+        [Adafactor](https://arxiv.org/abs/1804.04235), 2018.
+    """
+    limit = check_range("limit", limit, 0.0, lower_open=True, remedy="use 0.1")
+    floor = check_range("floor", floor, 0.0, lower_open=True, remedy="keep the default")
+    axis_names = (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)
+
+    def init_fn(params: optax.Params) -> optax.EmptyState:
+        del params
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "limit_relative_step() measures the parameters, but got params=None; call "
+                "update(grads, state, params)."
+            )
+
+        def limited(u: jax.Array, p: Any) -> jax.Array:
+            square = mean_square(jnp.asarray(p), axis_names)
+            largest = relative_limit(square, limit, floor, xp=jnp)
+            size = jnp.sqrt(mean_square(u, axis_names))
+            return (u * limit_scale(largest, size, xp=jnp)).astype(u.dtype)
+
+        return jax.tree.map(limited, updates, params), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
