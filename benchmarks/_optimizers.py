@@ -144,6 +144,57 @@ def _schedule_free_plus(rate: Any, steps: int) -> optax.GradientTransformation:
     return optax.GradientTransformationExtraArgs(averaging.init, update)
 
 
+class _EmoSensState(NamedTuple):
+    mu: Any
+    nu: Any
+    short: jax.Array  # the loss over about 3 steps; NaN before the first
+    long: jax.Array  # over about 100
+    noise: jax.Array
+    signal: jax.Array
+    ratio: jax.Array
+
+
+def _emosens(rate: Any, steps: int) -> optax.GradientTransformation:
+    """EmoSens 3.7.6, which no package offers, from the formulas of its author.
+
+    Adam without debiasing, whose rate follows how the averages of the loss differ and never leaves
+    1e-6 to 3e-3. Its choice between averages over 20 and over 100 steps compares products that are
+    equal but for rounding; here it is always the latter.
+
+    References:
+        muooon, [EmoSens](https://github.com/muooon/EmoSens), 2026, with its defaults.
+    """
+    tree = optax.tree
+
+    def init(params: Any) -> _EmoSensState:
+        zeros, nan = tree.zeros_like(params), jnp.full((), jnp.nan, jnp.float32)
+        start = jnp.array([1.0, 0.02, 1.0], jnp.float32)
+        return _EmoSensState(zeros, zeros, nan, nan, *start)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        loss = extra["value"]
+        before = [jnp.where(jnp.isnan(x), loss, x) for x in (state.short, state.long)]
+        short, long = (x + w * (loss - x) for x, w in zip(before, (0.3, 0.01), strict=True))
+        scalar = jnp.tanh((long - short) / jnp.maximum(long, 1e-5))
+        trust = jnp.copysign(1.0 - jnp.abs(scalar), scalar)
+        noise = 0.97 * state.noise + 0.03 * jnp.abs(scalar)
+        signal = 0.97 * state.signal + 0.03 * jnp.abs(trust)
+        now = ((jnp.abs(noise - signal) + 0.1) / (jnp.abs(scalar - trust) + 0.1)) ** 2
+        ratio = jnp.where(jnp.abs(trust) <= 0.5, 0.98 * now, state.ratio)
+        faster = (now >= state.ratio) & (trust >= 0.5)
+        ratio = jnp.where(faster, jnp.minimum(now, 1.05 * state.ratio), ratio)
+        found = jnp.clip(1e-4 * rate * ratio, 1e-6, 3e-3)
+        mu = tree.update_moment(updates, state.mu, 0.9, 1)
+        nu = tree.update_moment_per_elem_norm(updates, state.nu, 0.995, 2)
+        decayed = jax.tree.map(lambda p, m: WEIGHT_DECAY * m * p, params, matrices(params))
+        step = jax.tree.map(
+            lambda m, v, d: -found * (m / (jnp.sqrt(v) + 1e-8) + d), mu, nu, decayed
+        )
+        return step, _EmoSensState(mu, nu, short, long, noise, signal, ratio)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def _clipped(rate: Any, steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), _adamw(rate, steps))
 
@@ -169,6 +220,7 @@ PEERS = {
         averaged=optax.contrib.schedule_free_eval_params,
         default=1.0,
     ),
+    "emosens": Optimizer("EmoSens", _emosens, scale=100.0, default=1.0),
     "prodigy": Optimizer("Prodigy", _prodigy, scale=100.0, default=1.0),
     "prodigy-cosine": Optimizer(
         "Prodigy, warm-up and cosine", _scheduled_prodigy, scale=100.0, default=1.0

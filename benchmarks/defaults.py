@@ -26,6 +26,7 @@ OPTIMIZERS = (
     "mechanic",
     "momo",
     "dog",
+    "emosens",
 )
 REFERENCE = "self_driving"
 

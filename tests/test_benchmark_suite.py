@@ -250,6 +250,24 @@ def test_first_step_of_schedule_free_plus_has_polyaks_length_in_the_norm_of_its_
     np.testing.assert_allclose(updates, [-length, length], rtol=1e-5)
 
 
+def test_rate_of_emosens_starts_at_a_tenth_of_a_thousandth_and_follows_the_losses():
+    tx, params = PEERS["emosens"].make(1.0, STEPS), jnp.array([1.0, 2.0])
+    state = tx.init(params)
+    grads = jnp.array([2.0, -1.0])
+    updates, state = tx.update(grads, state, params, value=jnp.float32(2.0))
+    # The averages agree: trust is 1, the ratio (|0.97 - 0.0494| + 0.1)^2 / 1.1^2 does not grow it.
+    assert float(state.ratio) == 1.0
+    direction = 0.1 / math.sqrt(0.005)
+    np.testing.assert_allclose(updates, [-1e-4 * direction, 1e-4 * direction], rtol=1e-5)
+    _, state = tx.update(grads, state, params, value=jnp.float32(1.0))
+    # The short average is 1.7 now, the long one 1.99.
+    scalar = math.tanh(0.29 / 1.99)
+    now = (abs(0.9409 + 0.03 * scalar - 0.97 * 0.0494 - 0.03 * (1 - scalar)) + 0.1) / (
+        abs(2 * scalar - 1) + 0.1
+    )
+    assert float(state.ratio) == pytest.approx(min(now**2, 1.05), rel=1e-4)
+
+
 def test_recovery_is_the_longest_wait():
     clean = (1.0,) * 100
     losses = [1.0] * 100
