@@ -15,6 +15,7 @@ from benchmarks._sweep import entry
 OPTIMIZERS = (
     "self_driving",
     "self_driving-lion",
+    "scheduled",
     "meta3",
     "adamw",
     "adamw-cosine",

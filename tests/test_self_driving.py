@@ -305,6 +305,29 @@ def test_spike_moves_the_rate_by_no_more_than_any_other_step():
     assert 0.8 < float(after["meta_scale"] / before["meta_scale"]) < 1.2
 
 
+@pytest.mark.parametrize("jump", [5.0, -5.0, 50.0])
+def test_rate_rises_at_a_change_of_data_until_it_is_learned(jump):
+    """After 500 steps near one optimum the data have another, far from anything the rate is for."""
+    tx, first, steps, extra = self_driving(weight_decay=0.0), jnp.ones(20), 500, 400
+
+    def step(carry, t):
+        x, state = carry
+        optimum = jnp.where(t < steps, first, jump * first)
+        noise = 0.3 * jax.random.normal(jax.random.fold_in(jax.random.key(0), t), x.shape)
+        updates, state = tx.update(x - optimum + noise, state, x)
+        x = optax.apply_updates(x, updates)
+        return (x, state), (telemetry(state)["learning_rate"], jnp.abs(x - optimum).max())
+
+    start = 2.0 * first, tx.init(first)
+    (x, state), (rates, errors) = jax.lax.scan(step, start, jnp.arange(steps + extra))
+    settled = float(rates[steps - 1])
+    assert float(errors[steps]) > 3.0
+    assert float(rates[steps:].max()) > 2.0 * settled
+    assert float(errors[steps + 150 :].max()) < 1.0
+    average = averaged_params(state, x)
+    np.testing.assert_allclose(average, jump * first, atol=0.2)
+
+
 def test_skipped_step_leaves_average_scale_and_limit_as_they_were():
     tx = self_driving(0.1)
     grads, losses = gradients(4)
