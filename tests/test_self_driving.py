@@ -305,10 +305,9 @@ def test_spike_moves_the_rate_by_no_more_than_any_other_step():
     assert 0.8 < float(after["meta_scale"] / before["meta_scale"]) < 1.2
 
 
-@pytest.mark.parametrize("jump", [5.0, -5.0, 50.0])
-def test_rate_rises_at_a_change_of_data_until_it_is_learned(jump):
-    """After 500 steps near one optimum the data have another, far from anything the rate is for."""
-    tx, first, steps, extra = self_driving(weight_decay=0.0), jnp.ones(20), 500, 400
+def changing_data(tx, jump, steps=500, extra=400):
+    """Noisy gradients around one optimum, then around `jump` times it: rates, errors, average."""
+    first = jnp.ones(20)
 
     def step(carry, t):
         x, state = carry
@@ -320,12 +319,22 @@ def test_rate_rises_at_a_change_of_data_until_it_is_learned(jump):
 
     start = 2.0 * first, tx.init(first)
     (x, state), (rates, errors) = jax.lax.scan(step, start, jnp.arange(steps + extra))
-    settled = float(rates[steps - 1])
-    assert float(errors[steps]) > 3.0
-    assert float(rates[steps:].max()) > 2.0 * settled
-    assert float(errors[steps + 150 :].max()) < 1.0
-    average = averaged_params(state, x)
-    np.testing.assert_allclose(average, jump * first, atol=0.2)
+    return rates, errors, averaged_params(state, x)
+
+
+@pytest.mark.parametrize(("jump", "rise"), [(5.0, 2.0), (-5.0, 2.0), (50.0, 10.0)])
+def test_rate_rises_at_a_change_of_data_until_it_is_learned(jump, rise):
+    rates, errors, average = changing_data(self_driving(weight_decay=0.0), jump)
+    assert float(errors[500]) > 3.0
+    assert float(rates[500:].max()) > rise * float(rates[499])
+    assert float(errors[650:].max()) < 1.0
+    np.testing.assert_allclose(average, jump, atol=0.2)
+
+
+def test_rate_that_is_held_does_not_get_there():
+    settled = float(changing_data(self_driving(weight_decay=0.0), 50.0)[0][499])
+    held = self_driving(settled, weight_decay=0.0, relative_limit=None, law=SelfDriving(gain=0.0))
+    assert float(changing_data(held, 50.0)[1][-1]) > 5.0
 
 
 def test_skipped_step_leaves_average_scale_and_limit_as_they_were():
