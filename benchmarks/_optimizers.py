@@ -1,7 +1,8 @@
 """What an entry of the comparison is, and the optimizers that people use in JAX.
 
-All decay weights by 0.1 and, where they can be told to, of matrices alone. Nothing else is tuned:
-the rate is the one knob, and every optimizer gets the same number of trials of it.
+All decay weights by 0.1 and, where they can be told to, of matrices alone; what does not count its
+decay in units of the rate says so. Nothing else is tuned: the rate is the one knob, and every
+optimizer gets the same number of trials of it.
 """
 
 import math
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+
+from cruxy_optax import average_iterates, averaged_params
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """The grid of Wortsman et al. (2023), for optimizers whose step is about the rate."""
@@ -42,7 +45,8 @@ class Optimizer(NamedTuple):
         averaged: optimizer state and parameters to the parameters to evaluate at.
         skipped: optimizer state to the number of steps a guard skipped.
         grid: the rates to try, before `scale`.
-        default: the rate that it comes with; PyTorch's where optax gives it none.
+        default: the rate that it comes with; where optax gives it none, PyTorch's for Adam and a
+            tenth of that for Lion.
         sources: patterns, from the repository's root, of the files that define it.
     """
 
@@ -68,6 +72,12 @@ def matrices(params: Any) -> Any:
 def warm_up_cosine(rate: Any, steps: int) -> optax.Schedule:
     """Linear warm-up over a tenth of the run, then a cosine to zero."""
     shape = optax.schedules.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10, steps)
+    return lambda count: rate * shape(count)
+
+
+def cosine(rate: Any, steps: int) -> optax.Schedule:
+    """A cosine to zero, for those whose rate warms up by itself while it is looked for."""
+    shape = optax.schedules.cosine_decay_schedule(1.0, steps)
     return lambda count: rate * shape(count)
 
 
@@ -108,40 +118,63 @@ def _prodigy(rate: Any, steps: int) -> optax.GradientTransformation:
     return optax.contrib.prodigy(rate, weight_decay=WEIGHT_DECAY)
 
 
-def _scheduled_prodigy(rate: Any, steps: int) -> optax.GradientTransformation:
-    schedule = warm_up_cosine(rate, steps)
-    return optax.contrib.prodigy(schedule, weight_decay=WEIGHT_DECAY, safeguard_warmup=True)
+def _d_adaptation(rate: Any, steps: int) -> optax.GradientTransformation:
+    return optax.contrib.dadapt_adamw(rate, weight_decay=WEIGHT_DECAY)
+
+
+def _mechanic(rate: Any, steps: int) -> optax.GradientTransformation:
+    return optax.contrib.mechanize(_adamw(rate, steps))
+
+
+def _dog(rate: Any, steps: int) -> optax.GradientTransformation:
+    # Its authors average like this. It does not decay: optax's decay is a penalty, whose gradient
+    # its rate would count.
+    return optax.chain(optax.contrib.dog(rate), average_iterates(8.0))
 
 
 def _schedule_free_plus(rate: Any, steps: int) -> optax.GradientTransformation:
-    """ScheduleFree+, which no package offers yet, from the equations of its paper.
+    """ScheduleFree+, which optax does not have, from the equations of its author.
 
-    Schedule-Free averaging of an Adam whose steps have Polyak's length for a lowest loss of 0, and
-    whose decay goes with the square of that length. The inner product in the numerator carries the
-    loss from the point of the gradient to the iterate: `beta (z - x) = z - y`.
+    Schedule-Free averaging of an Adam whose steps have Polyak's length for a lowest loss of 0. The
+    inner product in the numerator carries the loss from the point of the gradient to the iterate,
+    `beta (z - x) = z - y`; the decay goes with the square of the length, and so do the weights of
+    the average, with the square of the largest so far.
 
     References:
-        Defazio, [ScheduleFree+](https://arxiv.org/abs/2605.19095), 2026, algorithm 1, with the
-        defaults of its author and a decay within the range that he gives, 5 to 50.
+        Defazio, [ScheduleFree+](https://arxiv.org/abs/2605.19095), 2026, and
+        `AdamCScheduleFreePlusPaper` in https://github.com/facebookresearch/schedule_free, with its
+        defaults but for the decay, which is within the range that the paper gives, 5 to 50.
     """
-    decay, adam = 10.0, optax.scale_by_adam(0.9, 0.95)
+    decay, beta, adam = 10.0, 0.9, optax.scale_by_adam(0.9, 0.95)
 
-    def polyak(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        ahead = optax.tree.vdot(updates, jax.tree.map(lambda z, y: z - y, extra["z"], params))
-        size = optax.tree.norm(updates, ord=1) * math.sqrt(math.pi / 2)
-        length = rate * jnp.maximum(extra["value"] + ahead, 0.0) / size
-        direction, state = adam.update(updates, state)
-        decayed = jax.tree.map(lambda y, m: decay * m * y, params, matrices(params))
-        step = jax.tree.map(lambda u, y: -length * u - length**2 * y, direction, decayed)
-        return step, state
-
-    base = optax.GradientTransformationExtraArgs(adam.init, polyak)
-    averaging = optax.contrib.schedule_free(base, learning_rate=1.0)
+    def init(params: Any) -> optax.contrib.ScheduleFreeState:
+        zero, z = jnp.zeros((), jnp.float32), jax.tree.map(jnp.copy, params)
+        one = jnp.ones((), jnp.int32)
+        return optax.contrib.ScheduleFreeState(
+            jnp.float32(beta), zero, one, zero, adam.init(params), z
+        )
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        return averaging.update(updates, state, params, z=state.z, **extra)
+        ahead = optax.tree.vdot(updates, jax.tree.map(lambda z, y: z - y, state.z, params))
+        size = optax.tree.norm(updates, ord=1) * math.sqrt(math.pi / 2)
+        length = jnp.where(size > 0.0, rate * jnp.maximum(extra["value"] + ahead, 0.0) / size, 0.0)
+        direction, inner = adam.update(updates, state.base_optimizer_state)
+        z = jax.tree.map(
+            lambda z, u, y, m: z - length * u - decay * length**2 * m * y,
+            *(state.z, direction, params, matrices(params)),
+        )
+        largest = jnp.maximum(state.max_lr, length)
+        total = state.weight_sum + largest**2
+        share = jnp.where(total > 0.0, largest**2 / total, 0.0)
+        x = optax.contrib.schedule_free_eval_params(state, params)
+        x = jax.tree.map(lambda x, z: x + share * (z - x), x, z)
+        moved = jax.tree.map(lambda x, z, y: beta * x + (1.0 - beta) * z - y, x, z, params)
+        count = optax.safe_increment(state.step_count)
+        return moved, state._replace(
+            weight_sum=total, step_count=count, max_lr=largest, base_optimizer_state=inner, z=z
+        )
 
-    return optax.GradientTransformationExtraArgs(averaging.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class _EmoSensState(NamedTuple):
@@ -155,14 +188,15 @@ class _EmoSensState(NamedTuple):
 
 
 def _emosens(rate: Any, steps: int) -> optax.GradientTransformation:
-    """EmoSens 3.7.6, which no package offers, from the formulas of its author.
+    """EmoSens 3.7.6, which no package offers, from the formulas of its author; newer ones exist.
 
     Adam without debiasing, whose rate follows how the averages of the loss differ and never leaves
     1e-6 to 3e-3. Its choice between averages over 20 and over 100 steps compares products that are
     equal but for rounding; here it is always the latter.
 
     References:
-        muooon, [EmoSens](https://github.com/muooon/EmoSens), 2026, with its defaults.
+        muooon, [EmoSens](https://github.com/muooon/EmoSens), 2026, with its defaults
+        but for the decay.
     """
     tree = optax.tree
 
@@ -220,22 +254,18 @@ PEERS = {
         averaged=optax.contrib.schedule_free_eval_params,
         default=1.0,
     ),
-    "emosens": Optimizer("EmoSens", _emosens, scale=100.0, default=1.0),
+    "emosens": Optimizer("EmoSens 3.7.6", _emosens, scale=100.0, default=1.0),
     "prodigy": Optimizer("Prodigy", _prodigy, scale=100.0, default=1.0),
     "prodigy-cosine": Optimizer(
-        "Prodigy, warm-up and cosine", _scheduled_prodigy, scale=100.0, default=1.0
+        "Prodigy, cosine", _scheduled(_prodigy, cosine), scale=100.0, default=1.0
     ),
-    "d-adaptation": Optimizer(
-        "D-Adaptation AdamW",
-        lambda rate, steps: optax.contrib.dadapt_adamw(rate, weight_decay=WEIGHT_DECAY),
-        scale=100.0,
-        default=1.0,
+    "d-adaptation": Optimizer("D-Adaptation AdamW", _d_adaptation, scale=100.0, default=1.0),
+    "d-adaptation-cosine": Optimizer(
+        "D-Adaptation AdamW, cosine", _scheduled(_d_adaptation, cosine), scale=100.0, default=1.0
     ),
-    "mechanic": Optimizer(
-        "Mechanic with AdamW",
-        lambda rate, steps: optax.contrib.mechanize(_adamw(rate, steps)),
-        scale=100.0,
-        default=1.0,
+    "mechanic": Optimizer("Mechanic with AdamW", _mechanic, scale=100.0, default=1.0),
+    "mechanic-cosine": Optimizer(
+        "Mechanic with AdamW, cosine", _scheduled(_mechanic, cosine), scale=100.0, default=1.0
     ),
     "momo": Optimizer(
         "MoMo-Adam",
@@ -246,9 +276,11 @@ PEERS = {
     "muon-cosine": Optimizer("Muon, warm-up and cosine", _scheduled(_muon, warm_up_cosine)),
     "dog": Optimizer(
         "DoG",
-        lambda rate, steps: optax.contrib.dog(rate, weight_decay=WEIGHT_DECAY, mask=matrices),
+        _dog,
         scale=100.0,
+        averaged=averaged_params,
         default=1.0,
+        sources=("benchmarks/_optimizers.py", "cruxy_optax/_average.py"),
     ),
 }
 """What people use."""

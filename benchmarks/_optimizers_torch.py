@@ -34,6 +34,7 @@ class TorchOptimizer(NamedTuple):
         takes_loss: whether `step` is given the loss.
         averaged: from the optimizer, a context in which the parameters are those to evaluate at.
         grid: the rates to try, before `scale`.
+        default: the rate that it comes with, as in JAX.
         sources: patterns, from the repository's root, of the files that define it.
     """
 
@@ -44,6 +45,7 @@ class TorchOptimizer(NamedTuple):
     takes_loss: bool = False
     averaged: Callable[[Any], AbstractContextManager[Any]] = nullcontext
     grid: tuple[float, ...] = RATES
+    default: float = 1e-3
     sources: tuple[str, ...] = SOURCES
 
     def rates(self) -> tuple[float, ...]:
@@ -113,6 +115,7 @@ ORIGINAL = {
         _imported("cruxy.CruxyOptimizer", use_lion=True, betas=(0.9, 0.99)),
         scale=0.1,
         takes_loss=True,
+        default=1e-4,
     ),
 }
 """The original."""
@@ -123,8 +126,10 @@ PEERS = {
         "AdamW fused, warm-up and cosine", _adamw(fused=True), schedule=warm_up_cosine
     ),
     "adamw-foreach": TorchOptimizer("AdamW foreach, constant", _adamw(foreach=True)),
-    "schedule-free": TorchOptimizer("Schedule-Free AdamW", _schedule_free, averaged=_switched),
-    "prodigy": TorchOptimizer("Prodigy", _imported("prodigyopt.Prodigy"), scale=100.0),
+    "schedule-free": TorchOptimizer(
+        "Schedule-Free AdamW", _schedule_free, averaged=_switched, default=2.5e-3
+    ),
+    "prodigy": TorchOptimizer("Prodigy", _imported("prodigyopt.Prodigy"), scale=100.0, default=1.0),
     "stable-adamw": TorchOptimizer("StableAdamW", _imported("pytorch_optimizer.StableAdamW")),
     "adagc": TorchOptimizer("AdaGC", _imported("pytorch_optimizer.AdaGC")),
 }
@@ -141,7 +146,10 @@ LOW_BIT = {
         "bitsandbytes AdamW8bit", _imported("bitsandbytes.optim.AdamW8bit", "low-bit")
     ),
     "bitsandbytes-lion-8bit": TorchOptimizer(
-        "bitsandbytes Lion8bit", _imported("bitsandbytes.optim.Lion8bit", "low-bit"), scale=0.1
+        "bitsandbytes Lion8bit",
+        _imported("bitsandbytes.optim.Lion8bit", "low-bit"),
+        scale=0.1,
+        default=1e-4,
     ),
 }
 """With states of few bits, in parameters of 4,096 elements or more."""

@@ -22,7 +22,8 @@ def _controlled(
     def make(groups: Groups, rate: float) -> Optimizer:
         return kind(groups, lr=rate, **options)
 
-    return TorchOptimizer(label, make, scale, takes_loss=True, sources=OUR_SOURCES)
+    default = 1e-3 * scale
+    return TorchOptimizer(label, make, scale, takes_loss=True, default=default, sources=OUR_SOURCES)
 
 
 def _lion(label: str, **options: Any) -> TorchOptimizer:
@@ -44,7 +45,7 @@ CONTROLLED = {
 
 SELF_DRIVING = {
     "self_driving": _driving("Self-driving"),
-    "self_driving-lion": _driving("Self-driving Lion", use_lion=True),
+    "self_driving-lion": _driving("Self-driving Lion", use_lion=True)._replace(default=1e-4),
     "self_driving-no-average": _controlled(
         "Self-driving without average", mode="self_driving", averaging=None
     )._replace(grid=STARTS),

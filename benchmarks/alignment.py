@@ -75,15 +75,18 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise ValueError(f"--steps must be above {WATCHED}, got {options.steps}.")
     if min(options.share) <= 0.0:
         raise ValueError(f"--share must be above 0, got {min(options.share)}.")
+    workloads = [
+        (width, load(name) if width is None else _widened(name, width))
+        for name in options.workload
+        for width in options.width or [None]
+    ]
     curves = []
-    for name in options.workload:
-        for width in options.width or [None]:
-            workload = load(name) if width is None else _widened(name, width)
-            for direction in options.direction:
-                for share in options.share:
-                    console.print(f"{name}, width {width}, {direction}, batch times {share:g}")
-                    curve = _curve(workload, direction, share, options.steps)
-                    curves.append(curve | {"width": width})
+    for width, workload in workloads:
+        for direction in options.direction:
+            for share in options.share:
+                console.print(f"{_shown(workload.name, width)}, {direction}, batch times {share:g}")
+                curve = _curve(workload, direction, share, options.steps)
+                curves.append(curve | {"width": width})
     return {
         "part": "widths" if options.width else "constant-rates",
         "steps": options.steps,
@@ -91,6 +94,10 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "seeds": [0],
         "curves": curves,
     }
+
+
+def _shown(name: str, width: int | None) -> str:
+    return name if width is None else f"{name}, width {width}"
 
 
 def _widened(name: str, width: int) -> Workload:
@@ -172,8 +179,7 @@ def _rows(result: dict[str, Any]) -> Rows:
             _cell(aligned[i]) if 0 <= i < len(aligned) else ""
             for i in (best - 2, best - 1, best, best + 1, best + 2)
         ]
-        rate, width = f"{curve['rates'][best]:g}", curve["width"]
-        name = curve["workload"] if width is None else f"{curve['workload']}, width {width}"
+        rate, name = f"{curve['rates'][best]:g}", _shown(curve["workload"], curve["width"])
         rows.append((name, curve["direction"], str(curve["batch"]), rate, *around))
     headers = ("workload", "direction", "batch", "best rate")
     return Rows((*headers, "at a tenth", "at a third", "at the best", "times 3", "times 10"), rows)
@@ -195,7 +201,7 @@ def _draw(result: dict[str, Any]) -> Figure:
         panel, best = axes[row][column], _best(curve)
         aligned = [np.nan if a is None else a for a in curve["alignments"]]
         width = curve["width"]
-        name = f"batch {curve['batch']}" if width is None else f"width {width}"
+        name = f"{'' if width is None else f'width {width}, '}batch {curve['batch']}"
         (line,) = panel.plot(curve["rates"], aligned, label=name, linewidth=1.2)
         panel.plot(curve["rates"][best], aligned[best], "o", color=line.get_color())
     for row, name in enumerate(names):

@@ -24,7 +24,9 @@ OPTIMIZERS = (
     "prodigy",
     "prodigy-cosine",
     "d-adaptation",
+    "d-adaptation-cosine",
     "mechanic",
+    "mechanic-cosine",
     "momo",
     "dog",
     "emosens",
@@ -92,9 +94,9 @@ PROTOCOL = Protocol(
     name="defaults",
     title="Nothing tuned.",
     reading=(
-        "Each optimizer runs once a seed at the rate that it comes with: 1 for those that look for "
-        "their rate themselves, PyTorch's 1e-3 for Adam. Those with a cosine know the number of "
-        "steps, the others do not."
+        "Each optimizer runs once a seed at the rate that it comes with, which for most that look "
+        "for their rate themselves is 1, and for Adam PyTorch's 1e-3. Those with a cosine know the "
+        "number of steps, the others do not."
     ),
     arguments=_arguments,
     measure=_measure,

@@ -21,8 +21,8 @@ INTRODUCTION = """# Evidence
 
 Everything below is made by one command each, written under its table, and this page by
 `python -m benchmarks report`. Losses are means over seeds on data that training does not see, with
-standard errors; every optimizer is tuned with the same number of trials of its rate and nothing
-else. Where ours lose, the table shows it.
+standard errors; where a rate is tuned, every optimizer gets the same number of trials of it and
+nothing else. Where ours lose, the table shows it.
 """
 
 

@@ -24,6 +24,7 @@ from benchmarks._our_optimizers import (
     SELF_DRIVING,
     VARIED,
 )
+from benchmarks._our_optimizers_torch import OPTIMIZERS as TORCH_OPTIMIZERS
 from benchmarks._protocol import run
 from benchmarks._runs import Task
 from benchmarks._statistics import mean, paired, sensitivity
@@ -242,30 +243,92 @@ def test_guard_and_its_counter_are_seen_by_the_stress_run(fault):
     assert not plain.finite
 
 
-def test_first_step_of_schedule_free_plus_has_polyaks_length_in_the_norm_of_its_paper():
-    tx, params = PEERS["schedule-free-plus"].make(1.0, STEPS), jnp.array([1.0, 2.0])
-    grads = jnp.array([2.0, -1.0])
-    updates, _ = tx.update(grads, tx.init(params), params, value=jnp.float32(6.0))
-    length = 6.0 / (3.0 * math.sqrt(math.pi / 2.0))
-    np.testing.assert_allclose(updates, [-length, length], rtol=1e-5)
-
-
-def test_rate_of_emosens_starts_at_a_tenth_of_a_thousandth_and_follows_the_losses():
-    tx, params = PEERS["emosens"].make(1.0, STEPS), jnp.array([1.0, 2.0])
+def driven(name, losses, params, grads):
+    """Parameters of a peer, and those to evaluate at, after a step for every loss and gradient."""
+    peer = PEERS[name]
+    tx = peer.make(1.0, STEPS)
+    params = jax.tree.map(jnp.float32, params)
     state = tx.init(params)
-    grads = jnp.array([2.0, -1.0])
-    updates, state = tx.update(grads, state, params, value=jnp.float32(2.0))
-    # The averages agree: trust is 1, the ratio (|0.97 - 0.0494| + 0.1)^2 / 1.1^2 does not grow it.
-    assert float(state.ratio) == 1.0
-    direction = 0.1 / math.sqrt(0.005)
-    np.testing.assert_allclose(updates, [-1e-4 * direction, 1e-4 * direction], rtol=1e-5)
-    _, state = tx.update(grads, state, params, value=jnp.float32(1.0))
-    # The short average is 1.7 now, the long one 1.99.
-    scalar = math.tanh(0.29 / 1.99)
-    now = (abs(0.9409 + 0.03 * scalar - 0.97 * 0.0494 - 0.03 * (1 - scalar)) + 0.1) / (
-        abs(2 * scalar - 1) + 0.1
-    )
-    assert float(state.ratio) == pytest.approx(min(now**2, 1.05), rel=1e-4)
+    for loss, grad in zip(losses, grads, strict=True):
+        grad = jax.tree.map(jnp.float32, grad)
+        updates, state = tx.update(grad, state, params, value=jnp.float32(loss))
+        params = optax.apply_updates(params, updates)
+    return params, peer.averaged(state, params)
+
+
+def drawn(steps, seed=0):
+    """Losses that fall and rise, a matrix and a vector, and gradients of theirs."""
+    rng = np.random.default_rng(seed)
+    losses = 2.0 + np.sin(np.arange(steps) / 3.0) * np.linspace(0.1, 1.9, steps)
+    shapes = {"w": (3, 2), "b": (4,)}
+    params, *grads = [{k: rng.normal(size=n) for k, n in shapes.items()} for _ in range(steps + 1)]
+    return losses, params, grads
+
+
+def adam_moments(grads, b1, b2):
+    """The moments after each gradient, not debiased."""
+    mu = nu = dict.fromkeys(grads[0], 0.0)
+    for grad in grads:
+        mu = {k: b1 * mu[k] + (1 - b1) * g for k, g in grad.items()}
+        nu = {k: b2 * nu[k] + (1 - b2) * g * g for k, g in grad.items()}
+        yield mu, nu
+
+
+def test_schedule_free_plus_follows_the_equations_of_its_author():
+    losses, start, grads = drawn(12)
+    x, y, z = dict(start), dict(start), dict(start)
+    largest = total = 0.0
+    moments = adam_moments(grads, 0.9, 0.95)
+    for t, (loss, grad, (mu, nu)) in enumerate(zip(losses, grads, moments, strict=True), 1):
+        ahead = 0.9 * sum((grad[k] * (z[k] - x[k])).sum() for k in grad)
+        norm = sum(np.abs(g).sum() for g in grad.values()) * math.sqrt(math.pi / 2)
+        length = max(0.0, loss + ahead) / norm
+        for k in grad:
+            if grad[k].ndim == 2:
+                z[k] = z[k] - 10.0 * length**2 * y[k]
+            unit = mu[k] / (1 - 0.9**t) / (np.sqrt(nu[k] / (1 - 0.95**t)) + 1e-8)
+            z[k] = z[k] - length * unit
+        largest = max(largest, length)
+        total += largest**2
+        x = {k: x[k] + largest**2 / total * (z[k] - x[k]) for k in x}
+        y = {k: 0.9 * x[k] + 0.1 * z[k] for k in x}
+    params, averaged = driven("schedule-free-plus", losses, start, grads)
+    for k in x:
+        np.testing.assert_allclose(params[k], y[k], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(averaged[k], x[k], rtol=1e-4, atol=1e-5)
+
+
+def test_emosens_follows_the_formulas_of_its_author():
+    losses, start, grads = drawn(60)
+    short = long = losses[0]
+    noise, signal, ratio = 1.0, 0.02, 1.0
+    want, branches = dict(start), set()
+    moments = adam_moments(grads, 0.9, 0.995)
+    for loss, (mu, nu) in zip(losses, moments, strict=True):
+        short, long = 0.3 * loss + 0.7 * short, 0.01 * loss + 0.99 * long
+        scalar = math.tanh((long - short) / long)
+        trust = math.copysign(1 - abs(scalar), scalar)
+        noise = 0.97 * noise + 0.03 * abs(scalar)
+        signal = 0.97 * signal + 0.03 * abs(trust)
+        now = ((abs(noise - signal) + 0.1) / (abs(scalar - trust) + 0.1)) ** 2
+        if now >= ratio and trust >= 0.5:
+            branches.add("faster")
+            ratio = min(now, 1.05 * ratio)
+        elif -0.5 <= trust <= 0.5:
+            branches.add("slower")
+            ratio = 0.98 * now
+        else:
+            branches.add("held")
+        rate = min(max(1e-4 * ratio, 1e-6), 3e-3)
+        for k in want:
+            decay = 0.1 if want[k].ndim == 2 else 0.0
+            unit = mu[k] / (np.sqrt(nu[k]) + 1e-8)
+            want[k] = want[k] - rate * (decay * want[k] + unit)
+    assert branches == {"faster", "slower", "held"}
+    params, _ = driven("emosens", losses, start, grads)
+    for k in want:
+        moved = np.abs(want[k] - start[k]).max()
+        np.testing.assert_allclose(params[k], want[k], atol=1e-3 * moved)
 
 
 def test_recovery_is_the_longest_wait():
@@ -315,6 +378,13 @@ def test_parts_are_compared_at_one_rate_where_it_is_given(tmp_path, capsys):
     main(["ablation", "--workers", "0", "--seeds", "2", "--output", str(tmp_path), *arguments])
     result = json.loads(next(tmp_path.glob("ablation-*.json")).read_text())
     assert (result["rates"], result["grid"]) == ([0.02], {})
+
+
+def test_defaults_are_known_in_both_frameworks():
+    for name, ours in OPTIMIZERS.items():
+        theirs = TORCH_OPTIMIZERS.get(name)
+        assert theirs is None or theirs.default == ours.default, name
+    assert OPTIMIZERS["prodigy"].default == TORCH_OPTIMIZERS["prodigy"].default == 1.0
 
 
 def test_other_budget_is_a_part_of_its_own(tmp_path, capsys):
@@ -420,6 +490,17 @@ def test_sensor_on_a_quadratic_agrees_at_small_rates_and_opposes_at_large_ones()
     assert curve["batch"] == 3
 
 
+def test_nothing_is_trained_before_all_widths_are_known_to_fit(monkeypatch, capsys):
+    monkeypatch.setattr(alignment, "_curve", lambda *_: pytest.fail("trained"))
+    for arguments in (
+        ["--width", "64"],
+        ["--width", "64", "66", "--workload", "shakespeare-small"],
+    ):
+        with pytest.raises(SystemExit):
+            run(protocol("alignment"), arguments)
+    assert "--width must be a multiple" in capsys.readouterr().err
+
+
 def test_language_model_is_made_as_wide_as_asked_for():
     widths = [alignment._widened("shakespeare-small", w).settings["width"] for w in (32, 96)]
     assert widths == [32, 96]
@@ -443,6 +524,7 @@ def test_sensor_study_writes_its_table_and_plot(tmp_path, monkeypatch):
         (["--steps", "100"], "--steps must be above 100"),
         (["--share", "0"], "--share must be"),
         (["--width", "66"], "--width must be a multiple of the 4 heads"),
+        (["--width", "0"], "--width must be a multiple of the 4 heads"),
         (["--width", "64", "--workload", "digits-vit"], "--width is for the language models"),
     ],
 )

@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 
 class Workload(NamedTuple):
-    """One thing to train, in JAX. Every function but `batches` can be jitted and vmapped.
+    """One thing to train, in JAX. `loss` and `held_out` can be jitted and vmapped.
 
     Attributes:
         name: as it is given on the command line.
@@ -60,14 +60,17 @@ def load(name: str, data: str | None = None) -> Workload:
 
     Args:
         name: one of `NAMES`.
-        data: a text file for the language models; `None` for the text they come with.
+        data: a text file for those on Shakespeare; `None` for the text they come with.
 
     Raises:
-        ValueError: if there is no such workload, or what it needs is not installed.
+        ValueError: if there is no such workload, it takes no text, or what it needs is not
+            installed.
     """
     if name not in NAMES:
         raise ValueError(f"the workload must be one of {', '.join(NAMES)}, got {name!r}.")
     family, _, size = name.partition("-")
+    if data is not None and family != "shakespeare":
+        raise ValueError(f"--data is a text for the workloads on Shakespeare, got {name}.")
     try:
         module = importlib.import_module(f"benchmarks.workloads.{family}")
     except ModuleNotFoundError as error:

@@ -8,7 +8,6 @@ weights that have learned, here in `init`. What is held out is seen in neither p
 import functools
 import hashlib
 import importlib.resources
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -63,10 +62,7 @@ def corpora() -> tuple[np.ndarray, Corpus]:
 
     Raises:
         ValueError: if the plays are not there.
-        ModuleNotFoundError: if scikit-learn is not installed.
     """
-    if importlib.util.find_spec("sklearn") is None:
-        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
     files = importlib.resources.files("sklearn.datasets.descr").iterdir()
     pages = sorted((file for file in files if file.name.endswith(".rst")), key=lambda f: f.name)
     plays, documentation = shakespeare(), "".join(f.read_text(encoding="utf-8") for f in pages)
