@@ -6,10 +6,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks._comparison import Comparison, add_arguments, final, label, split
-from benchmarks._plots import dots, one_panel
+from benchmarks._comparison import Comparison, add_arguments, final, split
 from benchmarks._protocol import Protocol, Rows
-from benchmarks._statistics import mean, paired
+from benchmarks._standings import cells, draw, ranked, standing
 from benchmarks._sweep import entry
 
 OPTIMIZERS = (
@@ -50,44 +49,26 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     runs = comparison.run(tasks.values())
     records = {name: {seed: runs[tasks[name, seed]] for seed in comparison.seeds} for name in names}
     losses = {name: final(by_seed) for name, by_seed in records.items()}
-    rows = {}
-    for name in names:
-        at_end, difference = mean([*losses[name].values()]), paired(losses[name], losses[REFERENCE])
-        rows[name] = {
-            "label": label(name),
-            "rate": rates[name],
-            "loss": at_end.mean,
-            "error": at_end.error,
-            "difference": difference.mean,
-            "difference_error": difference.error,
-            "state_bytes": records[name][0].state_bytes_per_parameter,
-        }
+    rows = {
+        name: standing(name, rates[name], losses[name], losses[REFERENCE])
+        | {"state_bytes": records[name][0].state_bytes_per_parameter}
+        for name in names
+    }
     return comparison.described() | {"optimizers": rows}
 
 
 def _rows(result: dict[str, Any]) -> Rows:
-    ordered = sorted(result["optimizers"].values(), key=lambda row: row["loss"])
     return Rows(
         ("optimizer", "rate", "held-out loss", "minus self-driving, paired", "bytes a parameter"),
         [
-            (
-                row["label"],
-                f"{row['rate']:g}",
-                f"{row['loss']:.3f} \u00b1 {row['error'] or 0.0:.3f}",
-                f"{row['difference']:+.3f} \u00b1 {row['difference_error'] or 0.0:.3f}",
-                f"{row['state_bytes']:.1f}",
-            )
-            for row in ordered
+            (row["label"], f"{row['rate']:g}", *cells(row), f"{row['state_bytes']:.1f}")
+            for row in ranked(result)
         ],
     )
 
 
 def _draw(result: dict[str, Any]) -> Figure:
-    work = result["workload"]
-    figure, axes = one_panel(f"{work['name']}, {work['steps']:,} steps, nothing tuned")
-    ordered = sorted(result["optimizers"].values(), key=lambda row: row["loss"])
-    dots(axes, [(row["label"], row["loss"], row["error"]) for row in ordered], work["unit"])
-    return figure
+    return draw(result, "nothing tuned")
 
 
 PROTOCOL = Protocol(

@@ -6,10 +6,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks._comparison import Comparison, add_arguments, curve, final, label, rates
-from benchmarks._plots import dots, one_panel
+from benchmarks._comparison import Comparison, add_arguments, curve, final, rates
 from benchmarks._protocol import Protocol, Rows
-from benchmarks._statistics import mean, paired
+from benchmarks._standings import cells, draw, ranked, standing
 
 OPTIMIZERS = (
     "self_driving",
@@ -43,18 +42,11 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
     runs = comparison.run(tasks.values())
     losses = {name: final({seed: runs[tasks[name, seed]] for seed in fresh}) for name in names}
-    rows = {}
-    for name in names:
-        at_end, difference = mean([*losses[name].values()]), paired(losses[name], losses[REFERENCE])
-        rows[name] = {
-            "label": label(name),
-            "rate": best[name].best_rate,
-            "at_edge": best[name].at_edge,
-            "loss": at_end.mean,
-            "error": at_end.error,
-            "difference": difference.mean,
-            "difference_error": difference.error,
-        }
+    rows = {
+        name: standing(name, best[name].best_rate, losses[name], losses[REFERENCE])
+        | {"at_edge": best[name].at_edge}
+        for name in names
+    }
     return comparison.described() | {
         "grid": {name: list(rates(name)) for name in names},
         "fresh_seeds": list(fresh),
@@ -63,27 +55,17 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _rows(result: dict[str, Any]) -> Rows:
-    ordered = sorted(result["optimizers"].values(), key=lambda row: row["loss"])
     return Rows(
         ("optimizer", "tuned rate", "held-out loss", f"minus {REFERENCE}, paired by seed"),
         [
-            (
-                row["label"],
-                f"{row['rate']:g}" + (" (edge)" if row["at_edge"] else ""),
-                f"{row['loss']:.3f} \u00b1 {row['error'] or 0.0:.3f}",
-                f"{row['difference']:+.3f} \u00b1 {row['difference_error'] or 0.0:.3f}",
-            )
-            for row in ordered
+            (row["label"], f"{row['rate']:g}" + (" (edge)" if row["at_edge"] else ""), *cells(row))
+            for row in ranked(result)
         ],
     )
 
 
 def _draw(result: dict[str, Any]) -> Figure:
-    work = result["workload"]
-    figure, axes = one_panel(f"{work['name']}, {work['steps']:,} steps, everybody tuned alike")
-    ordered = sorted(result["optimizers"].values(), key=lambda row: row["loss"])
-    dots(axes, [(row["label"], row["loss"], row["error"]) for row in ordered], work["unit"])
-    return figure
+    return draw(result, "everybody tuned alike")
 
 
 PROTOCOL = Protocol(

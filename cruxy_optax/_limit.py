@@ -26,11 +26,12 @@ def limit_relative_step(
     \frac{\rho \max(\mathrm{rms}(\theta), \text{floor})}{\mathrm{rms}(u)}\right)
     $$
 
-    Put it last in a chain of any optimizer, where updates are what will be added to the parameters.
-    A rate that is far too high then takes steps of the share `limit` instead of diverging; below
-    the limit nothing changes. `self_driving` has the same limit on the rate instead of the update
-    (`scale_by_meta_learning_rate(relative_limit=)`), where it feeds back into the law.
-    `optax.adaptive_grad_clip` in the same place limits every row or column by itself.
+    Put it last in a chain of any optimizer, where updates are what will be added to the parameters,
+    with nothing but `average_iterates` behind it. A rate that is far too high then takes steps of
+    the share `limit` instead of diverging; below the limit nothing changes. `self_driving` has the
+    same limit on the rate instead of the update (`scale_by_meta_learning_rate(relative_limit=)`),
+    where it feeds back into the law. `optax.adaptive_grad_clip` in the same place limits every row
+    or column by itself.
 
     Args:
         limit: the share of its root mean square that a tensor moves at most; above 0.
@@ -39,8 +40,9 @@ def limit_relative_step(
         axis_names: axes of an enclosing `jax.shard_map` over which parameters may be split.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` without state. What is not finite stays so, and
-        an update whose squares overflow (1e19 in float32) becomes 0.
+        An `optax.GradientTransformationExtraArgs` without state. It is no guard: an update with NaN
+        in it passes as it is, one with Inf ends as NaN, and one whose squares overflow (1e19 in
+        float32) as 0.
 
     Raises:
         ValueError: where an argument is outside its range; from `update` without `params`.

@@ -125,6 +125,24 @@ def test_fine_tuned_text_is_held_out_from_both_parts_and_shares_the_characters()
     assert plays.max() < len(documentation.characters)
 
 
+def test_language_model_is_fine_tuned_from_what_it_has_read(monkeypatch):
+    monkeypatch.setitem(finetuning.PRETRAINING["gpt"], "steps", 60)
+    workload = finetuning._gpt()
+    params = workload.init(0)
+    first = next(workload.batches(0))
+    # Guessing costs ln 93 = 4.53 nats; the letters of the plays are most of those of any English.
+    assert float(workload.loss(params, first)) < 4.1
+    assert same(params, workload.init(0))
+    grads = jax.jit(jax.grad(workload.loss))(params, first)
+    nearer = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    assert float(workload.loss(nearer, first)) < float(workload.loss(params, first))
+
+
+def test_text_is_refused_by_workloads_that_read_none():
+    with pytest.raises(ValueError, match=r"--data is a text .*got finetuning-gpt"):
+        load("finetuning-gpt", "speeches.txt")
+
+
 def test_fine_tuning_sees_twenty_turned_training_images_of_every_digit():
     data = digits.split()
     kept = {np.rot90(image).tobytes() for image in data.train[0]}
