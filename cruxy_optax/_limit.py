@@ -52,8 +52,10 @@ def limit_relative_step(
         >>> tx = optax.chain(optax.sgd(100.0), cruxy_optax.limit_relative_step(0.1))
         >>> params = {"w": jnp.array([3.0, -3.0]), "b": jnp.zeros(2)}
         >>> updates, _ = tx.update({"w": jnp.ones(2), "b": jnp.ones(2)}, tx.init(params), params)
-        >>> print(updates["w"], updates["b"])
-        [-0.3 -0.3] [-0.001 -0.001]
+        >>> print(updates["w"])
+        [-0.3 -0.3]
+        >>> print(updates["b"])
+        [-0.001 -0.001]
 
     References:
         The scale is that of Adafactor's relative step, section 8 of Shazeer and Stern,
