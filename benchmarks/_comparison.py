@@ -138,6 +138,20 @@ class Comparison:
             for name in optimizers
         }
 
+    def at_rates(
+        self, rates: Mapping[str, float], seeds: Sequence[int]
+    ) -> dict[str, dict[int, Record]]:
+        """Every optimizer at the one rate given for it, by name and seed."""
+        tasks = {
+            name: {seed: self.task(name, rate, seed) for seed in seeds}
+            for name, rate in rates.items()
+        }
+        runs = self.run(task for by_seed in tasks.values() for task in by_seed.values())
+        return {
+            name: {seed: runs[task] for seed, task in by_seed.items()}
+            for name, by_seed in tasks.items()
+        }
+
     def described(self) -> dict[str, Any]:
         """What was trained, for the figures; another number of steps is another part."""
         name, usual = self.workload.name, self.steps == self.workload.steps

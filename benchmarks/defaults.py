@@ -41,13 +41,7 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     comparison = Comparison(options, console)
     names = list(dict.fromkeys([REFERENCE, *options.optimizer]))
     rates = {name: entry(*split(name)).default for name in names}
-    tasks = {
-        (name, seed): comparison.task(name, rates[name], seed)
-        for name in names
-        for seed in comparison.seeds
-    }
-    runs = comparison.run(tasks.values())
-    records = {name: {seed: runs[tasks[name, seed]] for seed in comparison.seeds} for name in names}
+    records = comparison.at_rates(rates, comparison.seeds)
     losses = {name: final(by_seed) for name, by_seed in records.items()}
     rows = {
         name: standing(name, rates[name], losses[name], losses[REFERENCE])

@@ -35,13 +35,8 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     names = list(dict.fromkeys([REFERENCE, *options.optimizer]))
     best = {name: curve(runs) for name, runs in comparison.over_grid(names).items()}
     fresh = tuple(seed + options.seeds for seed in comparison.seeds)
-    tasks = {
-        (name, seed): comparison.task(name, best[name].best_rate, seed)
-        for name in names
-        for seed in fresh
-    }
-    runs = comparison.run(tasks.values())
-    losses = {name: final({seed: runs[tasks[name, seed]] for seed in fresh}) for name in names}
+    records = comparison.at_rates({name: best[name].best_rate for name in names}, fresh)
+    losses = {name: final(by_seed) for name, by_seed in records.items()}
     rows = {
         name: standing(name, best[name].best_rate, losses[name], losses[REFERENCE])
         | {"at_edge": best[name].at_edge}

@@ -10,7 +10,7 @@ import optax
 
 from cruxy_control.checks import check_range
 from cruxy_control.self_driving import RELATIVE_FLOOR, limit_scale, relative_limit
-from cruxy_optax._sensors import mean_square
+from cruxy_optax._sensors import as_axes, mean_square
 
 
 def limit_relative_step(
@@ -63,31 +63,16 @@ def limit_relative_step(
     """
     limit = check_range("limit", limit, 0.0, lower_open=True, remedy="use 0.1")
     floor = check_range("floor", floor, 0.0, lower_open=True, remedy="keep the default")
-    axis_names = (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)
+    axes = as_axes(axis_names)
 
-    def init_fn(params: optax.Params) -> optax.EmptyState:
-        del params
-        return optax.EmptyState()
-
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.EmptyState]:
-        del extra_args
-        if params is None:
+    def limited(u: Any, p: Any) -> jax.Array:
+        if p is None:
             raise ValueError(
                 "limit_relative_step() measures the parameters, but got params=None; call "
                 "update(grads, state, params)."
             )
+        largest = relative_limit(mean_square(jnp.asarray(p), axes), limit, floor, xp=jnp)
+        size = jnp.sqrt(mean_square(u, axes))
+        return (u * limit_scale(largest, size, xp=jnp)).astype(u.dtype)
 
-        def limited(u: jax.Array, p: Any) -> jax.Array:
-            square = mean_square(jnp.asarray(p), axis_names)
-            largest = relative_limit(square, limit, floor, xp=jnp)
-            size = jnp.sqrt(mean_square(u, axis_names))
-            return (u * limit_scale(largest, size, xp=jnp)).astype(u.dtype)
-
-        return jax.tree.map(limited, updates, params), state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.with_extra_args_support(optax.stateless_with_tree_map(limited))

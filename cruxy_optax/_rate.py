@@ -13,7 +13,7 @@ from cruxy_control.controls import Controls, meta_learning_rate
 from cruxy_control.self_driving import RELATIVE_FLOOR, limit_scale
 from cruxy_control.self_driving import relative_limit as limit_of
 from cruxy_optax._controls import require_controls
-from cruxy_optax._sensors import mean_square
+from cruxy_optax._sensors import as_axes, mean_square
 
 
 class ThrottleByPhaseState(NamedTuple):
@@ -112,7 +112,7 @@ def scale_by_meta_learning_rate(
     relative_floor = check_range(
         "relative_floor", relative_floor, 0.0, lower_open=True, remedy="keep the default"
     )
-    axis_names = (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)
+    axis_names = as_axes(axis_names)
 
     def init_fn(params: optax.Params) -> ScaleByMetaLearningRateState:
         del params

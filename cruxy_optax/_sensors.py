@@ -97,6 +97,11 @@ def alignment(
     return cosine_of(along, norm, length, xp=jnp).astype(jnp.float32)
 
 
+def as_axes(axis_names: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of mesh axes as a tuple; one may come as a string."""
+    return (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)
+
+
 def mean_square(leaf: jax.Array, axis_names: Sequence[str] = ()) -> jax.Array:
     """The mean of the squares of a leaf, over all its shards; float32, 0 of an empty leaf."""
     wide = leaf.astype(accumulator_dtype(leaf))

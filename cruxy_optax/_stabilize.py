@@ -19,7 +19,7 @@ from cruxy_optax._moments import ScaleByControlledAdamState, ScaleByControlledLi
 from cruxy_optax._nodes import find
 from cruxy_optax._rate import ScaleByMetaLearningRateState, ThrottleByPhaseState
 from cruxy_optax._rounding import RoundUpdatesState
-from cruxy_optax._sensors import alignment, check_real, measure
+from cruxy_optax._sensors import alignment, as_axes, check_real, measure
 
 _MOMENTA = {
     ScaleByControlledAdamState: "mu",
@@ -136,7 +136,7 @@ def stabilize(
         )
     inner = optax.with_extra_args_support(inner)
     senses = needs_alignment(law)
-    axis_names = (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)
+    axis_names = as_axes(axis_names)
 
     def init_fn(params: optax.Params) -> StabilizeState:
         check_real(jax.tree.leaves(params))
