@@ -46,7 +46,7 @@ class SelfDriving(V2Sensors):
     with `a_bar` the bias-corrected average of `a`. A gain that falls as `1 / t` never ends: it
     lets the rate move by the same factor in every doubling of the steps. `limit_scale`, what the
     relative limit on the rate (`relative_limit`) left of it in the step before, keeps the integral
-    from winding up: a rate that no tensor follows is taken back at once.
+    from winding up: a rate above what the parameters as a whole may follow is taken back at once.
 
     Clipping, guard and telemetry are those of `Meta3`; the decay rates stay as they are set.
 
@@ -73,7 +73,7 @@ class SelfDriving(V2Sensors):
 
     beta1_gain: float = 0.0
     alignment_decay: float = 0.9
-    set_point: float = -0.2
+    set_point: float = -0.25
     gain: float = 1.0
     gain_time: float = 20.0
     scale_bounds: tuple[float, float] = (1e-9, 1e9)
@@ -83,7 +83,7 @@ class SelfDriving(V2Sensors):
         remedy = "use 0.9"
         decay = self.alignment_decay
         check_range("alignment_decay", decay, 0.0, 1.0, upper_open=True, remedy=remedy)
-        remedy = "use -0.2"
+        remedy = "use -0.25"
         ends = {"lower_open": True, "upper_open": True}
         check_range("set_point", self.set_point, -1.0, 1.0, **ends, remedy=remedy)
         check_range("gain", self.gain, 0.0, remedy="0 holds the rate")
@@ -132,20 +132,26 @@ class SelfDriving(V2Sensors):
         )
 
 
-def relative_limit(mean_square: Any, limit: Any, floor: Any, *, xp: Any) -> Any:
-    """The largest rate for a tensor: `limit * max(rms(theta), floor)`.
+def relative_limit(mean_square: Any, limit: Any, floor: Any, *, xp: Any, whole: Any = None) -> Any:
+    """The largest rate for a tensor: `limit * max(min(rms(theta), rms(whole)), floor)`.
 
     The directions of Adam and Lion have size 1 or less, so that no step moves a tensor by more than
     this share of its own size. The same scale is Adafactor's relative step (Shazeer and Stern 2018,
-    arXiv:1804.04235, section 8), there as a factor, here as a bound.
+    arXiv:1804.04235, section 8), there as a factor, here as a bound. `whole` makes it a bound on
+    one rate for all tensors too: without it the largest tensors, which are the scales of
+    normalizations, let the rate wind up a hundred times above what the matrices follow, and the
+    matrices stay at their limits for as long as it takes to come back.
 
     Args:
         mean_square: of the tensor; float32.
         limit: above 0.
         floor: size below which a tensor counts as this large, above 0, such as `RELATIVE_FLOOR`.
         xp: the array namespace.
+        whole: the mean square of all parameters together, which bounds that of the tensor where it
+            is a number; `None` for no bound.
     """
-    return limit * xp.clip(xp.sqrt(mean_square), floor, float("inf"))
+    square = mean_square if whole is None else xp.fmin(mean_square, whole)
+    return limit * xp.clip(xp.sqrt(square), floor, float("inf"))
 
 
 def alignment(along: Any, grad_norm: Any, moment_square: Any, *, xp: Any) -> Any:

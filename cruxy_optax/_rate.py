@@ -13,7 +13,7 @@ from cruxy_control.controls import Controls, meta_learning_rate
 from cruxy_control.self_driving import RELATIVE_FLOOR, limit_scale
 from cruxy_control.self_driving import relative_limit as limit_of
 from cruxy_optax._controls import require_controls
-from cruxy_optax._sensors import as_axes, mean_square
+from cruxy_optax._sensors import as_axes, mean_square, whole_mean_square
 
 
 class ThrottleByPhaseState(NamedTuple):
@@ -77,10 +77,10 @@ def scale_by_meta_learning_rate(
             skipped step does not advance it.
         bounds: absolute bounds `(lower, upper)` on the product, `None` for none. They change what
             was asked for; `cruxy` 2.1.0 has (1e-7, 1e-2).
-        relative_limit: no tensor gets a rate above this share of its own root mean square, so that
-            no step of a direction of size 1 moves it further; above 0, `None` for no limit. What
-            comes before it in the chain should be a direction of about that size, such as Adam's or
-            Lion's.
+        relative_limit: no tensor gets a rate above this share of its own root mean square, or of
+            that of all parameters where that is smaller, so that no step of a direction of size 1
+            moves it further; above 0, `None` for no limit. What comes before it in the chain should
+            be a direction of about that size, such as Adam's or Lion's.
         relative_floor: the root mean square of a tensor counts as at least this, above 0; 0.01 by
             default.
         axis_names: axes of an enclosing `jax.shard_map` over which parameters may be split.
@@ -127,11 +127,15 @@ def scale_by_meta_learning_rate(
                 "update(grads, state, params)."
             )
 
-        def one(p: Any) -> jax.Array:
-            square = mean_square(jnp.asarray(p), axis_names)
-            return jnp.minimum(rate, limit_of(square, relative_limit, relative_floor, xp=jnp))
+        leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
+        squares = [mean_square(p, axis_names) for p in leaves]
+        whole = whole_mean_square(squares, leaves, axis_names)
 
-        return jax.tree.map(one, params)
+        def one(square: jax.Array) -> jax.Array:
+            limit = limit_of(square, relative_limit, relative_floor, xp=jnp, whole=whole)
+            return jnp.minimum(rate, limit)
+
+        return treedef.unflatten([one(square) for square in squares])
 
     def update_fn(
         updates: optax.Updates,

@@ -35,7 +35,8 @@ def self_driving(
 
     Three parts, each a component of its own. `SelfDriving` steers the rate by how gradient and
     momentum agree. The relative limit keeps each tensor's rate below `relative_limit` times its own
-    root mean square, which is what a start that is far too high leans on. The average of the
+    root mean square and that of all parameters, which is what a start that is far too high leans
+    on. The average of the
     iterates does what the end of a schedule does, at every step: **evaluate, save and deploy
     `averaged_params(opt_state, params)`**, not `params`.
 

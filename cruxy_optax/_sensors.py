@@ -1,5 +1,6 @@
 """The sensors: what is measured of a raw gradient, and two observers for a user's own chain."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -108,6 +109,18 @@ def mean_square(leaf: jax.Array, axis_names: Sequence[str] = ()) -> jax.Array:
     square = jnp.vdot(wide, wide).astype(jnp.float32) / max(1, leaf.size)
     split = [axis for axis in axis_names if axis in _split_axes(leaf)]
     return lax.pmean(square, split) if split else square
+
+
+def whole_mean_square(
+    squares: Sequence[jax.Array], leaves: Sequence[jax.Array], axis_names: Sequence[str] = ()
+) -> jax.Array:
+    """The mean of the squares of all elements of all leaves, from each leaf's `mean_square`."""
+    counts = [
+        leaf.size * math.prod(lax.psum(1, a) for a in axis_names if a in _split_axes(leaf))
+        for leaf in leaves
+    ]
+    total = max(1, sum(counts))
+    return sum((s * (n / total) for s, n in zip(squares, counts, strict=True)), jnp.zeros(()))
 
 
 def check_real(leaves: Sequence[Any]) -> None:

@@ -3,10 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from cruxy_control.self_driving import RELATIVE_FLOOR, relative_limit
 from cruxy_torch import _kernels, _native, _sensors, _state
 from cruxy_torch._kernels import Options, Scalars, Tensors
 from cruxy_torch._step import Group
@@ -22,25 +20,22 @@ class MomentsGroup(Group):
         halved: whether bfloat16 moments are rounded by chance.
         options: what the group fixes.
         stochastic: whether bfloat16 parameters are rounded by chance.
-        relative_limit: no tensor's rate is above this share of its size; `None` for no limit.
     """
 
     columns: _state.Columns
     halved: bool
     options: Options
     stochastic: bool
-    relative_limit: float | None = None
 
     def momenta(self) -> Sequence[Kept]:
         """The first moment that belongs to each gradient, this rank's shards of them."""
         return self._tensors().exp_avgs
 
-    def limits(self, *, native: bool) -> Tensor | None:
-        """The largest rate for each tensor, by its own size; `None` for no limit."""
+    def sizes(self, *, native: bool) -> _sensors.Sizes | None:
+        """Of every tensor with a gradient; `None` without a relative limit."""
         if self.relative_limit is None or not self.grads:
             return None
-        squares = _sensors.mean_squares(self.columns.params, native=native)
-        return relative_limit(squares, self.relative_limit, RELATIVE_FLOOR, xp=torch)
+        return _sensors.sizes(self.columns.params, native=native)
 
     def _tensors(self) -> Tensors:
         return _state.kept(self.columns, halved=self.halved, stochastic=self.stochastic)

@@ -52,7 +52,8 @@ class Pass:
             factor = clip_scale(self._controls.clip_threshold, norm, xp=self._xp)
             scalars = self._scalars(group).guarded(ok, factor, xp=self._xp)
             (count,) = _controller.scalars([self._memory["step"]], self._xp)
-            scalars = _step.completed(group, scalars, count, native=native, xp=self._xp)
+            sizes = group.sizes(native=native)
+            scalars = _step.completed(group, scalars, count, sizes, None, xp=self._xp)
         group.update(scalars, native=native, foreach=False)
 
     def close(self, group: _step.Group, loss: Tensor) -> None:

@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -140,15 +140,27 @@ def products(
     return torch.stack((total[0] * scale, total[1]))
 
 
-def mean_squares(tensors: Sequence[Tensor], *, native: bool) -> Tensor:
-    """The mean of the squares of each tensor, of a `DTensor` over all its shards.
+class Sizes(NamedTuple):
+    """How large tensors are.
+
+    Attributes:
+        mean_squares: the mean of the squares of each tensor, a float32 vector.
+        counts: the elements of each, of a `DTensor` in all its shards.
+    """
+
+    mean_squares: Tensor
+    counts: list[int]
+
+
+def sizes(tensors: Sequence[Tensor], *, native: bool) -> Sizes:
+    """Of each tensor, of a `DTensor` over all its shards.
 
     Args:
         tensors: of any devices and real dtypes.
         native: takes the C library for what it can take.
 
     Returns:
-        A float32 vector on the device of the first tensor.
+        With a vector on the device of the first tensor.
     """
     device = tensors[0].device
     shards = list(map(local, tensors))
@@ -163,7 +175,19 @@ def mean_squares(tensors: Sequence[Tensor], *, native: bool) -> Tensor:
         means[i] = (torch.dot(flat, flat) / counts[i]).to(device, torch.float32)
     total = torch.stack([means[i] for i in range(len(tensors))])
     _add_shards(total, tensors)
-    return total
+    return Sizes(total, [tensor.numel() for tensor in tensors])
+
+
+def whole_mean_square(sizes: Sequence[Sizes]) -> Tensor | None:
+    """The mean of the squares of all elements together; `None` of no tensors."""
+    if not sizes:
+        return None
+    device, total = sizes[0].mean_squares.device, max(1, sum(sum(s.counts) for s in sizes))
+    parts: list[Tensor] = []
+    for squares, counts in sizes:
+        # Not a vector of counts: that would be a copy to the device in every step.
+        parts += torch._foreach_mul(squares.to(device).unbind(), [n / total for n in counts])
+    return torch.stack(parts).sum()
 
 
 def _add_shards(values: Tensor, tensors: Sequence[Tensor]) -> None:

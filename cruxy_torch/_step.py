@@ -11,7 +11,12 @@ from torch import Tensor
 from cruxy_control import Controls, Law, Signals, meta_learning_rate
 from cruxy_control import betas as controlled_betas
 from cruxy_control.law import needs_alignment
-from cruxy_control.self_driving import averaging_weight, limit_scale
+from cruxy_control.self_driving import (
+    RELATIVE_FLOOR,
+    averaging_weight,
+    limit_scale,
+    relative_limit,
+)
 from cruxy_control.stochastic import stream_key
 from cruxy_torch import _controller, _sensors
 from cruxy_torch._kernels import Scalars
@@ -46,6 +51,7 @@ class Group:
         maximize: climbs instead of descending.
         rounds: whether anything of it may be rounded by chance.
         averaging: power of the average of the parameters; `None` for none.
+        relative_limit: no tensor's rate is above this share of its size; `None` for no limit.
     """
 
     index: int
@@ -56,13 +62,14 @@ class Group:
     maximize: bool
     rounds: bool
     averaging: float | None = None
+    relative_limit: float | None = None
 
     def momenta(self) -> Sequence[Kept]:
         """The first moment that belongs to each gradient, this rank's shards of them."""
         raise TypeError(f"{type(self).__name__} keeps no first moments.")
 
-    def limits(self, *, native: bool) -> Tensor | None:
-        """The largest rate for each tensor on the controller's device; `None` for no limit.
+    def sizes(self, *, native: bool) -> _sensors.Sizes | None:
+        """Of every tensor that a relative limit bounds; `None` for no limit.
 
         Args:
             native: takes the C library for what it can take.
@@ -130,9 +137,11 @@ def run(
     applied = [scalars(group, controls, scale, key, settings, xp=xp) for group in groups]
     report(memory, signals, controls, applied[0])
     (count,) = _controller.scalars([memory["step"]], xp)
+    sizes = [group.sizes(native=native) for group in groups]
+    whole = _sensors.whole_mean_square([size for size in sizes if size is not None])
     shares = []
-    for group, decided in zip(groups, applied, strict=True):
-        decided = completed(group, decided, count - 1, native=native, xp=xp)
+    for group, decided, size in zip(groups, applied, sizes, strict=True):
+        decided = completed(group, decided, count - 1, size, whole, xp=xp)
         if momenta is not None and group.grads:
             shares.append(one if decided.limits is None else _share(decided).to(device))
         group.update(decided, native=native, foreach=foreach)
@@ -142,21 +151,34 @@ def run(
         memory["limit_scale"].copy_(torch.where(ok, share, memory["limit_scale"]))
 
 
-def completed(group: Group, scalars: Scalars, count: Any, *, native: bool, xp: Any) -> Scalars:
+def completed(
+    group: Group,
+    scalars: Scalars,
+    count: Any,
+    sizes: _sensors.Sizes | None,
+    whole: Tensor | None,
+    *,
+    xp: Any,
+) -> Scalars:
     """What a group applies, with the limits of its tensors and the weight in their averages.
 
     Args:
         group: see there.
         scalars: from `scalars`.
         count: good steps before this one.
-        native: takes the C library for what it can take.
+        sizes: of the group's tensors, from `Group.sizes`.
+        whole: the mean square of all tensors under a limit; `None` to limit each by itself.
         xp: the controller's namespace.
     """
-    weight = scalars.average_weight
+    weight, limits = scalars.average_weight, None
     if group.averaging is not None:
         weight = averaging_weight(count * 1.0, group.averaging, xp=xp)
         weight = xp.where(scalars.ok, weight, 0.0)
-    return scalars._replace(limits=group.limits(native=native), average_weight=weight)
+    if sizes is not None:
+        squares, limit = sizes.mean_squares, group.relative_limit
+        whole = None if whole is None else whole.to(squares.device)
+        limits = relative_limit(squares, limit, RELATIVE_FLOOR, xp=torch, whole=whole)
+    return scalars._replace(limits=limits, average_weight=weight)
 
 
 def _share(scalars: Scalars) -> Tensor:

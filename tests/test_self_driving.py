@@ -63,7 +63,7 @@ def test_rate_grows_by_the_gain_while_gradients_agree_and_falls_while_they_oppos
     state, controls = stepped(law, state, 1.0)
     assert controls.meta_scale == pytest.approx(np.exp(20 / 22), rel=1e-6)
     _, controls = stepped(law, started(law), -1.0)
-    assert controls.meta_scale == pytest.approx(np.exp(-0.8 * 20 / 21), rel=1e-6)
+    assert controls.meta_scale == pytest.approx(np.exp(-0.75 * 20 / 21), rel=1e-6)
 
 
 def test_rate_stands_still_at_the_set_point():
@@ -131,6 +131,8 @@ def test_average_of_power_zero_is_the_mean_and_a_larger_power_forgets_the_start(
 def test_relative_limit_is_a_share_of_the_size_and_of_the_floor():
     sizes = relative_limit(np.array([4.0, 0.0], np.float32), 0.1, 0.01, xp=np)
     np.testing.assert_allclose(sizes, [0.2, 0.001], rtol=1e-6)
+    sizes = relative_limit(np.array([4.0, 0.0]), 0.1, 0.01, xp=np, whole=np.float32(1.0))
+    np.testing.assert_allclose(sizes, [0.1, 0.001], rtol=1e-6)
 
 
 def test_alignment_is_the_cosine_with_the_moment_before_the_step():
@@ -206,15 +208,24 @@ def test_every_start_over_seven_decades_ends_near_the_best_solution(make, steps)
     assert max(ends) - min(ends) < 0.05
 
 
-def test_relative_limit_bounds_every_tensor_by_its_own_size_and_reports_the_largest_share():
+def test_relative_limit_bounds_tensors_by_their_own_size_and_the_rate_by_that_of_all():
     tx = self_driving(100.0, weight_decay=0.0, relative_limit=0.1, law=SelfDriving(gain=0.0))
-    params = {"large": jnp.full(4, 2.0), "small": jnp.full(4, 0.5), "zero": jnp.zeros(4)}
+    params = {"large": jnp.full(4, 2.0), "small": jnp.full(12, 0.5), "zero": jnp.zeros(4)}
     grads = jax.tree.map(jnp.ones_like, params)
     updates, state = tx.update(grads, tx.init(params), params)
-    for name, size in (("large", 0.2), ("small", 0.05), ("zero", 0.001)):
+    whole = np.sqrt((4 * 4.0 + 12 * 0.25) / 20)
+    for name, size in (("large", 0.1 * whole), ("small", 0.05), ("zero", 0.001)):
         np.testing.assert_allclose(updates[name], -size, rtol=1e-5)
     _, state = tx.update(grads, state, params)
-    assert float(telemetry(state)["meta_scale"]) == pytest.approx(0.002)
+    assert float(telemetry(state)["meta_scale"]) == pytest.approx(0.001 * whole)
+
+
+def test_relative_limit_of_a_tensor_survives_another_that_is_not_finite():
+    tx = self_driving(100.0, weight_decay=0.0, relative_limit=0.1, law=SelfDriving(gain=0.0))
+    for bad in (np.nan, 1e30):  # the square of the second is infinite
+        params = {"fine": jnp.full(4, 2.0), "bad": jnp.full(4, bad)}
+        updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        np.testing.assert_allclose(updates["fine"], -0.2, rtol=1e-5)
 
 
 def rms(x):

@@ -94,8 +94,19 @@ def test_start_that_is_far_too_high_is_taken_back_after_one_step():
             size = max(b.square().mean().sqrt().item(), 0.01)
             assert (a - b).abs().max().item() <= 0.1 * size * 1.05
     models.train(net, optimizer, 1, start=1)
-    largest = max(p.square().mean().sqrt() for p in before if p.numel())
-    assert optimizer.telemetry()["learning_rate"] <= 0.1 * largest * math.e
+    whole = torch.cat([p.reshape(-1) for p in before]).square().mean().sqrt()
+    assert optimizer.telemetry()["learning_rate"] <= 0.1 * whole * math.e
+
+
+def test_limit_looks_at_the_parameters_of_all_groups_together():
+    nets = [models.model() for _ in range(2)]
+    first, *rest = nets[0].parameters()
+    split = CruxyOptimizer([{"params": [first]}, {"params": rest}], mode="self_driving", lr=1e3)
+    together = CruxyOptimizer(nets[1].parameters(), mode="self_driving", lr=1e3)
+    for net, optimizer in zip(nets, (split, together), strict=True):
+        models.train(net, optimizer, 3)
+    for a, b in zip(values(nets[0]), values(nets[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_defaults_follow_the_mode():
