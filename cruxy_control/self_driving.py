@@ -139,8 +139,8 @@ def relative_limit(mean_square: Any, limit: Any, floor: Any, *, xp: Any, whole: 
     this share of its own size. The same scale is Adafactor's relative step (Shazeer and Stern 2018,
     arXiv:1804.04235, section 8), there as a factor, here as a bound. `whole` makes it a bound on
     one rate for all tensors too: without it the largest tensors, which are the scales of
-    normalizations, let the rate wind up a hundred times above what the matrices follow, and the
-    matrices stay at their limits for as long as it takes to come back.
+    normalizations, let the rate wind up far above what the matrices follow, and the matrices stay
+    at their limits for as long as it takes to come back.
 
     Args:
         mean_square: of the tensor; float32.

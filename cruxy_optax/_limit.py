@@ -28,10 +28,10 @@ def limit_relative_step(
 
     Put it last in a chain of any optimizer, where updates are what will be added to the parameters,
     with nothing but `average_iterates` behind it. A rate that is far too high then takes steps of
-    the share `limit` instead of diverging; below the limit nothing changes. `self_driving` has the
-    same limit on the rate instead of the update (`scale_by_meta_learning_rate(relative_limit=)`),
-    where it feeds back into the law. `optax.adaptive_grad_clip` in the same place limits every row
-    or column by itself.
+    the share `limit` instead of diverging; below the limit nothing changes. `self_driving` limits
+    the rate instead of the update (`scale_by_meta_learning_rate(relative_limit=)`), by the size of
+    all parameters as well, and what that leaves of the rate feeds back into the law.
+    `optax.adaptive_grad_clip` in the same place limits every row or column by itself.
 
     Args:
         limit: the share of its root mean square that a tensor moves at most; above 0.

@@ -78,9 +78,9 @@ def scale_by_meta_learning_rate(
         bounds: absolute bounds `(lower, upper)` on the product, `None` for none. They change what
             was asked for; `cruxy` 2.1.0 has (1e-7, 1e-2).
         relative_limit: no tensor gets a rate above this share of its own root mean square, or of
-            that of all parameters where that is smaller, so that no step of a direction of size 1
-            moves it further; above 0, `None` for no limit. What comes before it in the chain should
-            be a direction of about that size, such as Adam's or Lion's.
+            that of all parameters in the tree where that is smaller, so that no step of a direction
+            of size 1 moves it further; above 0, `None` for no limit. What comes before it in the
+            chain should be a direction of about that size, such as Adam's or Lion's.
         relative_floor: the root mean square of a tensor counts as at least this, above 0; 0.01 by
             default.
         axis_names: axes of an enclosing `jax.shard_map` over which parameters may be split.

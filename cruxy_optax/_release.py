@@ -72,7 +72,7 @@ def release_gradients(
     step to rounding. The random bits of `round_updates` are those of the ordinary step; those of
     a coded state are each part's own.
 
-    Under a controller (`meta3`, `meta_lion`, `stabilize`) three things differ, since a layer is
+    Under a controller (`meta3`, `meta_lion`, `stabilize`) four things differ, since a layer is
     gone before the norm of the whole gradient is known:
 
     - what the law ordered after one step holds for the next; for the first, nothing is ordered.
@@ -81,6 +81,7 @@ def release_gradients(
     - the guard is weaker: a part whose gradient is not finite is left as it was, with its moments
       and its place in the schedule; others may have moved. The law passes over such a step, which
       counts as skipped
+    - a relative limit knows the size of a part's parameters, not of all
 
     A mask or a label of `tx` has to be a function of the parameters, which are a part's.
 

@@ -35,10 +35,9 @@ def self_driving(
 
     Three parts, each a component of its own. `SelfDriving` steers the rate by how gradient and
     momentum agree. The relative limit keeps each tensor's rate below `relative_limit` times its own
-    root mean square and that of all parameters, which is what a start that is far too high leans
-    on. The average of the
-    iterates does what the end of a schedule does, at every step: **evaluate, save and deploy
-    `averaged_params(opt_state, params)`**, not `params`.
+    root mean square, or that of all parameters where that is smaller, which is what a start that is
+    far too high leans on. The average of the iterates does what the end of a schedule does, at
+    every step: **evaluate, save and deploy `averaged_params(opt_state, params)`**, not `params`.
 
     `python -m benchmarks rate-sensitivity --optimizer self_driving adamw-cosine` compares starts
     from 1e-6 to 10 with AdamW under a tuned cosine; "Self-driving" in the documentation has the

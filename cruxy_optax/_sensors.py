@@ -120,7 +120,8 @@ def whole_mean_square(
         for leaf in leaves
     ]
     total = max(1, sum(counts))
-    return sum((s * (n / total) for s, n in zip(squares, counts, strict=True)), jnp.zeros(()))
+    shares = [square * (n / total) for square, n in zip(squares, counts, strict=True)]
+    return sum(shares, jnp.zeros((), jnp.float32))
 
 
 def check_real(leaves: Sequence[Any]) -> None:

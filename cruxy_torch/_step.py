@@ -51,7 +51,8 @@ class Group:
         maximize: climbs instead of descending.
         rounds: whether anything of it may be rounded by chance.
         averaging: power of the average of the parameters; `None` for none.
-        relative_limit: no tensor's rate is above this share of its size; `None` for no limit.
+        relative_limit: no tensor's rate is above this share of its size, or of that of all tensors;
+            `None` for no limit.
     """
 
     index: int

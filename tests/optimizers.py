@@ -66,14 +66,23 @@ OPTIMIZERS = {
 }
 """Every alias, its main options, a chain of the user's own, and one with optax's own states."""
 
+RELATED = (
+    "meta3_plain",
+    "meta_lion_bfloat16",
+    "self_driving_lion",
+    "axiom",
+    "schedule",
+)
+"""They have a near relative in the table and tests of their own."""
+
 every_optimizer = pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ("axiom", "self_driving_lion")))
+        pytest.param(name, marks=[pytest.mark.slow] if name in RELATED else [])
         for name in OPTIMIZERS
     ],
 )
-"""Those that have a near relative in the table and tests of their own are for `make test-all`."""
+"""The related ones are for `make test-all`."""
 
 
 def tree(dtype=jnp.float32, seed=0):

@@ -244,6 +244,7 @@ def test_resume_writes_what_it_prints(known_workload, monkeypatch, tmp_path, cap
     assert "NO" in shown
 
 
+@pytest.mark.slow  # importing every peer takes a quarter of a minute
 def test_a_peer_that_is_not_installed_is_left_out_unless_asked_for(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     options = argparse.Namespace(framework=["torch"], optimizer=None, ours_alone=False)

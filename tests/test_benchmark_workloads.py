@@ -315,10 +315,14 @@ STATE = {
 }
 
 
+LONG_IMPORTS = ("stable-adamw", "adagc")
+"""Their package takes a quarter of a minute to import."""
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in COMPACT else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name in (*COMPACT, *LONG_IMPORTS) else [])
         for name in OPTIMIZERS
         if name not in LOW_BIT
     ],

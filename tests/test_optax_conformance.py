@@ -158,6 +158,16 @@ def test_numpy_hyperparameters_do_not_widen_the_state():
         assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, before)
 
 
+@every_optimizer
+def test_float64_elsewhere_does_not_widen_the_state_of_float32_parameters(name):
+    with jax.enable_x64(True):
+        tx, params = OPTIMIZERS[name](), tree()
+        before = tx.init(params)
+        updates, after = tx.update(params, before, params, value=jnp.float32(1.0))
+        assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, before)
+        assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.float32)}
+
+
 def test_weight_decay_may_be_a_schedule_of_good_steps():
     params = {"w": jnp.ones(3)}
     zero = {"w": jnp.zeros(3)}

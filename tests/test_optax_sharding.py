@@ -113,15 +113,18 @@ def test_shard_map_over_the_batch(name, devices):
 
 
 @every_mesh
-@pytest.mark.parametrize("make", [*OPTIMIZERS.values(), limit_relative_step])
-def test_shard_map_over_the_parameters(make, devices):
-    """Norms are taken over all shards, and over a copy only once."""
-    tx, mesh = make(0.01, axis_names="data"), mesh_of(devices)
+@pytest.mark.parametrize(
+    ("make", "rate"),
+    [(make, 0.01) for make in (*OPTIMIZERS.values(), limit_relative_step)] + [(self_driving, 1e3)],
+)
+def test_shard_map_over_the_parameters(make, rate, devices):
+    """Norms and sizes are taken over all shards, and over a copy only once."""
+    tx, mesh = make(rate, axis_names="data"), mesh_of(devices)
     params, _ = problem()
     grads = jax.tree.map(lambda p: 0.3 * p, params)
     specs = {"w": P("data"), "b": P()}
 
-    alone = make(0.01)
+    alone = make(rate)
     state = alone.init(params)
     state_specs = jax.tree_util.tree_map_with_path(
         lambda path, _: P("data") if "'w'" in jax.tree_util.keystr(path) else P(), state

@@ -26,7 +26,7 @@ STEPS = 6
 OPTIONS = {
     "adam": {},
     "lion": {"use_lion": True, "lr": 1e-3, "use_gc": True},
-    "self_driving": {"mode": "self_driving"},
+    "self_driving": {"mode": "self_driving", "lr": 10.0},
 }
 LOW_BIT = {
     "adam8": {"state_bits": 8},
