@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from cruxy_control import Law
 from cruxy_control.law import check_law, needs_alignment
-from cruxy_torch import _checks, _controller, _metrics, _native, _state, _step
+from cruxy_torch import _checks, _controller, _metrics, _native, _sensors, _state, _step
 from cruxy_torch._pass import Pass
 from cruxy_torch._release import ReleasingOptimizer
 
@@ -146,13 +146,20 @@ class ControlledOptimizer(ReleasingOptimizer):
 
     def _update_one(self, param: Tensor) -> None:
         """Updates one parameter in the midst of a backward pass."""
+        native, _ = self._path(param.device)
         if self._pass is None:
-            self._pass = Pass(self._settings, self._memory(param.grad))
+            whole = _sensors.whole_mean_square(self._limited(native=native))
+            self._pass = Pass(self._settings, self._memory(param.grad), whole)
             self._indices = {
                 p: i for i, group in enumerate(self.param_groups) for p in group["params"]
             }
-        native, _ = self._path(param.device)
         self._pass.update(self._group(self._indices[param], param), native=native)
+
+    def _limited(self, *, native: bool) -> list[_sensors.Sizes]:
+        """The sizes of what may get a gradient under a relative limit, by group."""
+        groups = [g for g in self.param_groups if g.get("relative_limit") is not None]
+        trained = [[p for p in group["params"] if p.requires_grad] for group in groups]
+        return [_sensors.sizes(params, native=native) for params in trained if params]
 
     def _end_pass(self, losses: list[float | Tensor]) -> dict[str, Tensor] | None:
         """Ends a pass whose gradients were released, as `_step_all`."""

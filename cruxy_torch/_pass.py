@@ -19,10 +19,13 @@ class Pass:
     Args:
         settings: see there.
         memory: the controller's.
+        whole: the mean square of all tensors under a limit, see `_step.completed`.
     """
 
-    def __init__(self, settings: _step.Settings, memory: dict[str, Tensor]) -> None:
-        self._settings, self._memory = settings, memory
+    def __init__(
+        self, settings: _step.Settings, memory: dict[str, Tensor], whole: Tensor | None
+    ) -> None:
+        self._settings, self._memory, self._whole = settings, memory, whole
         self._xp = _controller.namespace(memory)
         held = _controller.held(memory)
         self._controls = held._replace(clip_scale=self._xp.ones_like(held.clip_scale))
@@ -53,7 +56,7 @@ class Pass:
             scalars = self._scalars(group).guarded(ok, factor, xp=self._xp)
             (count,) = _controller.scalars([self._memory["step"]], self._xp)
             sizes = group.sizes(native=native)
-            scalars = _step.completed(group, scalars, count, sizes, None, xp=self._xp)
+            scalars = _step.completed(group, scalars, count, sizes, self._whole, xp=self._xp)
         group.update(scalars, native=native, foreach=False)
 
     def close(self, group: _step.Group, loss: Tensor) -> None:

@@ -168,7 +168,7 @@ def completed(
         scalars: from `scalars`.
         count: good steps before this one.
         sizes: of the group's tensors, from `Group.sizes`.
-        whole: the mean square of all tensors under a limit; `None` to limit each by itself.
+        whole: the mean square of all tensors under a limit; `None` where there is none.
         xp: the controller's namespace.
     """
     weight, limits = scalars.average_weight, None
