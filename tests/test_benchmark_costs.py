@@ -200,7 +200,7 @@ def figures(folder, name, *arguments):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("framework", ["jax", "torch"])
+@pytest.mark.parametrize("framework", [pytest.param("jax", marks=pytest.mark.slow), "torch"])
 def test_step_time_writes_what_it_prints(framework, tmp_path, capsys):
     names = ("meta3", "meta_lion", "meta_lion-bfloat16")
     found = figures(

@@ -77,7 +77,10 @@ def test_twin_has_the_same_loss_gradients_and_held_out_figure(name):
 
 @pytest.mark.parametrize(
     ("name", "optimizer", "steps"),
-    [("digits-conv", "meta3", 20), ("digits-vit", "adamw-cosine", 40)],
+    [
+        ("digits-conv", "meta3", 20),
+        pytest.param("digits-vit", "adamw-cosine", 40, marks=pytest.mark.slow),
+    ],
 )
 def test_runs_in_both_frameworks_learn_alike(name, optimizer, steps):
     run = task(name, optimizer, steps=steps)
@@ -95,6 +98,7 @@ def test_runs_in_both_frameworks_learn_alike(name, optimizer, steps):
     assert theirs.skipped == ours.skipped
 
 
+@pytest.mark.slow
 def test_adamw_learns_to_balance_the_pole():
     records = _training.train([task("cartpole", seed=seed, steps=100) for seed in range(3)])
     # An untrained policy falls within about 20 of the 500 steps.
@@ -125,6 +129,7 @@ def test_fine_tuned_text_is_held_out_from_both_parts_and_shares_the_characters()
     assert plays.max() < len(documentation.characters)
 
 
+@pytest.mark.slow
 def test_language_model_is_fine_tuned_from_what_it_has_read(monkeypatch):
     monkeypatch.setitem(finetuning.PRETRAINING["gpt"], "steps", 60)
     workload = finetuning._gpt()
@@ -151,7 +156,7 @@ def test_fine_tuning_sees_twenty_turned_training_images_of_every_digit():
     np.testing.assert_array_equal(np.bincount(labels), [finetuning.EACH] * digits.CLASSES)
 
 
-@pytest.mark.parametrize("name", ["digits-conv", "cartpole"])
+@pytest.mark.parametrize("name", ["digits-conv", pytest.param("cartpole", marks=pytest.mark.slow)])
 def test_two_at_once_are_as_each_alone(name):
     workload = load(name)
     params = [workload.init(seed) for seed in (0, 1)]

@@ -25,7 +25,17 @@ def held(tree):
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+every_model = pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("mlp", "llama") else pytest.param(name, marks=pytest.mark.slow)
+        for name in MODELS
+    ],
+)
+"""Two of the five are run always."""
+
+
+@every_model
 def test_parameters_gradients_and_state_are_counted_to_the_byte(name):
     model, tx = MODELS[name](), cruxy_optax.meta3(1e-3)
     estimate = estimate_memory(tx, jax.eval_shape(lambda: model.params))
@@ -35,14 +45,7 @@ def test_parameters_gradients_and_state_are_counted_to_the_byte(name):
     assert estimate.state == held(tx.init(model.params))
 
 
-# Each is a process of its own; two of the five are run always.
-SEEN_BY_THE_KERNEL = [
-    name if name in ("mlp", "llama") else pytest.param(name, marks=pytest.mark.slow)
-    for name in MODELS
-]
-
-
-@pytest.mark.parametrize("name", SEEN_BY_THE_KERNEL)
+@every_model
 def test_the_peak_is_what_the_kernel_sees_the_process_take(name):
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("only Linux says how much memory a process came to hold")

@@ -247,7 +247,7 @@ def test_a_subclass_of_the_trainer_is_extended_by_naming_this_class_first(tmp_pa
     assert halved.rows[0]["loss"] == pytest.approx(0.5 * seen.rows[0]["loss"], rel=8 * ULP)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_ranks_hold_one_controller_train_as_one_and_resume(tmp_path, sharded):
     torch.multiprocessing.spawn(models.train_on_rank, (str(tmp_path), sharded), nprocs=2)
     ours, other, *resumed = (
