@@ -175,9 +175,9 @@ def completed(
     if group.averaging is not None:
         weight = averaging_weight(count * 1.0, group.averaging, xp=xp)
         weight = xp.where(scalars.ok, weight, 0.0)
-    if sizes is not None:
+    if sizes is not None and whole is not None:
         squares, limit = sizes.mean_squares, group.relative_limit
-        whole = None if whole is None else whole.to(squares.device)
+        whole = whole.to(squares.device)
         limits = relative_limit(squares, limit, RELATIVE_FLOOR, xp=torch, whole=whole)
     return scalars._replace(limits=limits, average_weight=weight)
 
