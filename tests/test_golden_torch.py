@@ -1,0 +1,59 @@
+"""Today's PyTorch optimizers give the numbers, and load the checkpoints, of the commit before."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import golden_torch as golden  # noqa: E402
+from golden_runs import SAVED, STEPS, digest  # noqa: E402
+
+KEPT = torch.load(Path(__file__).parent / "golden" / "torch.pt", weights_only=True)
+SAME = KEPT["basis"] == golden.basis()
+"""Whether this machine and torch are those that the fixture was written with: then bits count."""
+
+
+def finish(name, params, optimizer, begin):
+    golden.train(name, params, optimizer, range(begin, STEPS))
+    return digest(golden.bits(params, optimizer))
+
+
+def close(name, params):
+    """On another machine sums round otherwise, and a code may be the next one."""
+    wanted = KEPT["saved"][name]["after"].double()
+    error = (params["w"].detach()[:4].double() - wanted).square().mean().sqrt()
+    return error < 0.02 * wanted.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("name", list(golden.RUNS))
+def test_a_run_gives_the_bits_it_gave(name):
+    params, optimizer = golden.make(name)
+    got = finish(name, params, optimizer, 0)
+    if SAME:
+        assert got == KEPT["digests"][name]
+    else:
+        assert name not in KEPT["saved"] or close(name, params)
+
+
+@pytest.mark.parametrize("name", list(KEPT["saved"]))
+def test_a_checkpoint_of_the_commit_before_continues_as_it_did(name):
+    params, optimizer = golden.make(name)
+    saved = KEPT["saved"][name]
+    with torch.no_grad():
+        for key, p in params.items():
+            p.copy_(saved["params"][key])
+    optimizer.load_state_dict(saved["state"])
+    got = finish(name, params, optimizer, SAVED)
+    if SAME:
+        assert got == KEPT["digests"][name]
+    else:
+        assert close(name, params)
+
+
+def test_a_fixture_tells_a_changed_run():
+    params, optimizer = golden.make("meta3/native")
+    optimizer.param_groups[0]["lr"] *= 1.0 + 2.0**-20
+    assert finish("meta3/native", params, optimizer, 0) != KEPT["digests"]["meta3/native"]
+    assert np.isfinite(params["w"].detach().numpy()).all()
