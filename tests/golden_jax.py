@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from golden_runs import SAVED, STEPS, digest, machine, start, stream
 
 import cruxy_optax as cruxy
+from golden_runs import SAVED, STEPS, digest, machine, start, stream
 
 RUNS: dict[str, tuple[Any, str]] = {}
 """By name: what makes the optimizer, and the dtype of the parameters."""

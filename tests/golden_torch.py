@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from golden_runs import SAVED, STEPS, digest, machine, start, stream
 
 import cruxy_torch
-from cruxy_control import SelfDriving
+from golden_runs import SAVED, STEPS, digest, machine, start, stream
 
 DRIVING: dict[str, Any] = {"mode": "self_driving"}
 LION: dict[str, Any] = {"use_lion": True, "lr": 1e-3, "betas": (0.9, 0.99)}

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-import golden_jax as golden
 import jax
 import numpy as np
 import pytest
+
+import golden_jax as golden
 from golden_runs import SAVED, STEPS, digest
 
 KEPT = np.load(Path(__file__).parent / "golden" / "jax.npz")
