@@ -1,32 +1,39 @@
 """The Cruxy Stability Engine for JAX: optimizers and composable gradient transformations."""
 
 from cruxy_control import Meta3, SelfDriving, StabilityV1, StabilityV2
-from cruxy_optax._alias import meta3, meta_lion, stability_v1, stability_v2
-from cruxy_optax._average import AverageIteratesState, average_iterates, averaged_params
-from cruxy_optax._axiom import axiom
-from cruxy_optax._centralize import centralize_kernels
-from cruxy_optax._clip import clip_by_predicted_norm
-from cruxy_optax._cosmic import cosmic
-from cruxy_optax._limit import limit_relative_step
-from cruxy_optax._low_bit import BlockLayout, LowBitArray
-from cruxy_optax._memory import MemoryEstimate, estimate_memory
-from cruxy_optax._moments import (
+from cruxy_optax._actuators.average import AverageIteratesState, average_iterates, averaged_params
+from cruxy_optax._actuators.centralize import centralize_kernels
+from cruxy_optax._actuators.clip import clip_by_predicted_norm
+from cruxy_optax._actuators.limit import limit_relative_step
+from cruxy_optax._actuators.moments import (
     ScaleByControlledAdamState,
     ScaleByControlledLionState,
     scale_by_controlled_adam,
     scale_by_controlled_lion,
 )
-from cruxy_optax._quantize import QuantizeState, quantize_state
-from cruxy_optax._rate import (
+from cruxy_optax._actuators.rate import (
     ScaleByMetaLearningRateState,
     ThrottleByPhaseState,
     scale_by_meta_learning_rate,
     throttle_by_phase,
 )
+from cruxy_optax._actuators.tiers import (
+    ScaleByTiersState,
+    TierPlan,
+    retier,
+    scale_by_tiers,
+    tier_plan,
+)
+from cruxy_optax._low_bit import BlockLayout, LowBitArray
+from cruxy_optax._memory.estimate import MemoryEstimate, estimate_memory
+from cruxy_optax._memory.quantize import QuantizeState, quantize_state
+from cruxy_optax._memory.rounding import RoundUpdatesState, round_updates
+from cruxy_optax._optimizers.axiom import axiom
+from cruxy_optax._optimizers.cosmic import cosmic
+from cruxy_optax._optimizers.meta3 import meta3, meta_lion, stability_v1, stability_v2
+from cruxy_optax._optimizers.self_driving import self_driving, self_driving_lion
 from cruxy_optax._release import LayerStack, ReleasedStep, release_gradients
-from cruxy_optax._rounding import RoundUpdatesState, round_updates
-from cruxy_optax._self_driving import self_driving, self_driving_lion
-from cruxy_optax._sensors import (
+from cruxy_optax._sensors.measure import (
     TrackCurvatureState,
     TrackGammaNormState,
     track_curvature,
@@ -35,13 +42,6 @@ from cruxy_optax._sensors import (
 from cruxy_optax._stabilize import StabilizeState, stabilize
 from cruxy_optax._telemetry import telemetry
 from cruxy_optax._telemetry_log import ScalarWriter, TelemetryLog
-from cruxy_optax._tiers import (
-    ScaleByTiersState,
-    TierPlan,
-    retier,
-    scale_by_tiers,
-    tier_plan,
-)
 
 __all__ = [
     "AverageIteratesState",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cruxy_control.controls import Controls
-from cruxy_optax._nodes import find
+from cruxy_optax._tree import find
 
 
 def require_controls(controls: Controls | None, name: str) -> Controls:

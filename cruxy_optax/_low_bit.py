@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from cruxy_control.codes import BlockCode, lifted, nibble
-from cruxy_control.stochastic import random_bits
+from cruxy_exact.codes import BlockCode, lifted, nibble
+from cruxy_exact.random_bits import random_bits
 
 LANES = 32
 """Elements of a block along the last axis, where other axes can hold the rest: enough for whole

@@ -19,9 +19,9 @@ from cruxy_control.filters import select
 from cruxy_control.law import needs_alignment
 from cruxy_optax._controls import materialize_controls
 from cruxy_optax._low_bit import WHOLE, Place
-from cruxy_optax._nodes import find
-from cruxy_optax._sensors import RawSums, raw_sums, signals_of
+from cruxy_optax._sensors.measure import RawSums, raw_sums, signals_of
 from cruxy_optax._stabilize import Stabilized, StabilizeState, controlled_update, counted, unshared
+from cruxy_optax._tree import find
 
 
 class LayerStack(NamedTuple):

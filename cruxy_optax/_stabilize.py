@@ -12,14 +12,14 @@ from cruxy_control.controls import Controls
 from cruxy_control.law import Law, check_law, needs_alignment
 from cruxy_control.meta3 import Meta3
 from cruxy_control.signals import Signals
-from cruxy_optax._average import AverageIteratesState
+from cruxy_optax._actuators.average import AverageIteratesState
+from cruxy_optax._actuators.moments import ScaleByControlledAdamState, ScaleByControlledLionState
+from cruxy_optax._actuators.rate import ScaleByMetaLearningRateState, ThrottleByPhaseState
 from cruxy_optax._controls import materialize_controls
 from cruxy_optax._low_bit import is_low_bit, where
-from cruxy_optax._moments import ScaleByControlledAdamState, ScaleByControlledLionState
-from cruxy_optax._nodes import find
-from cruxy_optax._rate import ScaleByMetaLearningRateState, ThrottleByPhaseState
-from cruxy_optax._rounding import RoundUpdatesState
-from cruxy_optax._sensors import alignment, as_axes, check_real, measure
+from cruxy_optax._memory.rounding import RoundUpdatesState
+from cruxy_optax._sensors.measure import alignment, as_axes, check_real, measure
+from cruxy_optax._tree import find
 
 _MOMENTA = {
     ScaleByControlledAdamState: "mu",

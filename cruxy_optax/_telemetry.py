@@ -4,10 +4,10 @@ from typing import Any
 
 import jax
 
-from cruxy_optax._moments import ScaleByControlledAdamState, ScaleByControlledLionState
-from cruxy_optax._nodes import find_with_paths
-from cruxy_optax._rate import ScaleByMetaLearningRateState, ThrottleByPhaseState
+from cruxy_optax._actuators.moments import ScaleByControlledAdamState, ScaleByControlledLionState
+from cruxy_optax._actuators.rate import ScaleByMetaLearningRateState, ThrottleByPhaseState
 from cruxy_optax._stabilize import StabilizeState
+from cruxy_optax._tree import find_with_paths
 
 
 def telemetry(opt_state: Any) -> dict[str, Any]:

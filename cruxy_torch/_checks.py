@@ -8,7 +8,8 @@ from torch import Tensor
 
 from cruxy_control import Law, Meta3, SelfDriving, StabilityV1, StabilityV2
 from cruxy_control.checks import check_bounds, check_range
-from cruxy_torch import _native, _sensors
+from cruxy_torch._native import library as _native
+from cruxy_torch._sensors import measure as _sensors
 
 BITS = (32, 16, 8, 4)
 """Bits an element in which moments can be kept."""

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cruxy_torch import _controller, _state
-from cruxy_torch._optimizer import CruxyOptimizer
+from cruxy_torch import _law_state as _controller
+from cruxy_torch._memory import state as _state
+from cruxy_torch._optimizers.cruxy import CruxyOptimizer
 
 _MOMENTS = ("ScaleByControlledAdamState", "ScaleByControlledLionState")
 

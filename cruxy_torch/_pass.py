@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from cruxy_control.controls import clip_scale
-from cruxy_torch import _controller, _sensors, _step
-from cruxy_torch._kernels import Scalars
+from cruxy_torch import _law_state as _controller
+from cruxy_torch import _step
+from cruxy_torch._actuators.apply import Scalars
+from cruxy_torch._sensors import measure as _sensors
 
 
 class Pass:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from cruxy_torch._sensors import is_sharded
+from cruxy_torch._sensors.measure import is_sharded
 
 
 class ReleasingOptimizer(Optimizer):

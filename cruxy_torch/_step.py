@@ -17,10 +17,11 @@ from cruxy_control.self_driving import (
     limit_scale,
     relative_limit,
 )
-from cruxy_control.stochastic import stream_key
-from cruxy_torch import _controller, _sensors
-from cruxy_torch._kernels import Scalars
-from cruxy_torch._storage import Kept
+from cruxy_exact.random_bits import stream_key
+from cruxy_torch import _law_state as _controller
+from cruxy_torch._actuators.apply import Scalars
+from cruxy_torch._kept import Kept
+from cruxy_torch._sensors import measure as _sensors
 
 
 @dataclasses.dataclass(frozen=True)

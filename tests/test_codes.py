@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from cruxy_control.codes import TINY, BlockCode, pack, unpack
-from cruxy_control.stochastic import random_bits, round_to_bfloat16, stream_key
+from cruxy_exact.codes import TINY, BlockCode, pack, unpack
+from cruxy_exact.random_bits import random_bits, round_to_bfloat16, stream_key
 
 CODES = {
     f"{bits} bits {'signed' if signed else 'non-negative'}": BlockCode(bits, signed)

@@ -9,7 +9,7 @@ import pytest
 import cruxy_optax
 from cruxy_control import Meta3
 from cruxy_optax import axiom, estimate_memory
-from cruxy_optax._memory import tree_bytes
+from cruxy_optax._memory.estimate import tree_bytes
 from optimizers import assert_close, assert_same, at, gradients, train, tree
 
 PASSIVE = Meta3(

@@ -12,7 +12,7 @@ import pytest
 import cruxy_optax
 from cruxy_control import Meta3
 from cruxy_optax import cosmic, estimate_memory, meta3, retier, tier_plan
-from cruxy_optax._memory import tree_bytes
+from cruxy_optax._memory.estimate import tree_bytes
 from optimizers import assert_close, assert_same
 
 PASSIVE = Meta3(

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cruxy_control.codes import BlockCode
-from cruxy_control.stochastic import stream_key
+from cruxy_exact.codes import BlockCode
+from cruxy_exact.random_bits import stream_key
 from cruxy_optax import BlockLayout, LowBitArray
 from low_bit import heavy_tailed, low_bit
 from optimizers import assert_same

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from cruxy_control.codes import BlockCode
+from cruxy_exact.codes import BlockCode
 from cruxy_optax import meta3, meta_lion, quantize_state, stability_v1, stability_v2
 from low_bit import coded, large_tree
 

@@ -11,8 +11,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from cruxy_control.codes import BlockCode
-from cruxy_control.stochastic import stream_key
+from cruxy_exact.codes import BlockCode
+from cruxy_exact.random_bits import stream_key
 from cruxy_optax import (
     clip_by_predicted_norm,
     meta3,

@@ -14,7 +14,7 @@ from cruxy_control import Meta3
 from cruxy_control.controls import clip_scale, neutral
 from cruxy_control.filters import select
 from cruxy_optax import LayerStack, release_gradients
-from cruxy_optax._sensors import raw_sums, signals_of
+from cruxy_optax._sensors.measure import raw_sums, signals_of
 from low_bit import coded
 from optimizers import assert_same
 

@@ -12,7 +12,8 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 from cruxy_control import Meta3  # noqa: E402
-from cruxy_torch import AXIOM, _kernels, estimate_memory, state_bytes  # noqa: E402
+from cruxy_torch import AXIOM, estimate_memory, state_bytes  # noqa: E402
+from cruxy_torch._actuators import apply as _kernels  # noqa: E402
 from torch_models import trained_with_and_without_scaler  # noqa: E402
 
 STILL = Meta3(

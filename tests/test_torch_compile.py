@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch_models as models  # noqa: E402
-from cruxy_torch import _native  # noqa: E402
+from cruxy_torch._native import library as _native  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,

@@ -7,7 +7,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch_models as models  # noqa: E402
-from cruxy_torch import CruxyOptimizer, _native  # noqa: E402
+from cruxy_torch import CruxyOptimizer  # noqa: E402
+from cruxy_torch._native import library as _native  # noqa: E402
 from torch_models import OPTIONS  # noqa: E402
 
 COUNTERS = ("controller.skipped_total", "controller.skipped_in_a_row")

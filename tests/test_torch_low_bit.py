@@ -10,9 +10,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from cruxy_control import Meta3  # noqa: E402
-from cruxy_control.codes import BlockCode, pack  # noqa: E402
-from cruxy_control.stochastic import random_bits, stream_key  # noqa: E402
-from cruxy_torch import CruxyOptimizer, _kernels, _native, _state  # noqa: E402
+from cruxy_exact.codes import BlockCode, pack  # noqa: E402
+from cruxy_exact.random_bits import random_bits, stream_key  # noqa: E402
+from cruxy_torch import CruxyOptimizer  # noqa: E402
+from cruxy_torch._actuators import apply as _kernels  # noqa: E402
+from cruxy_torch._memory import state as _state  # noqa: E402
+from cruxy_torch._native import library as _native  # noqa: E402
 from torch_low_bit import PATHS, assert_same, gradients, parameters, state_of, train  # noqa: E402
 
 FAST = [path for path in PATHS if path != "single"]

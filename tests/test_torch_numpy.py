@@ -15,7 +15,8 @@ from cruxy_control import (
     betas,
     meta_learning_rate,
 )
-from cruxy_torch import _controller, _numpy
+from cruxy_torch import _law_state as _controller
+from cruxy_torch import _scalar_numpy as _numpy
 
 VALUES = [np.float32(x) for x in (0.0, 1.0, -2.5, np.inf, -np.inf, np.nan)]
 

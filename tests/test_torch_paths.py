@@ -9,7 +9,10 @@ torch = pytest.importorskip("torch")
 
 import torch_models as models  # noqa: E402
 from cruxy_control import SelfDriving  # noqa: E402
-from cruxy_torch import CruxyOptimizer, _kernels, _native, _sensors  # noqa: E402
+from cruxy_torch import CruxyOptimizer  # noqa: E402
+from cruxy_torch._actuators import apply as _kernels  # noqa: E402
+from cruxy_torch._native import library as _native  # noqa: E402
+from cruxy_torch._sensors import measure as _sensors  # noqa: E402
 from torch_low_bit import parameters  # noqa: E402
 from torch_models import OPTIONS  # noqa: E402
 

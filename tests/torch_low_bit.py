@@ -2,7 +2,7 @@
 
 import torch
 
-from cruxy_torch import _native
+from cruxy_torch._native import library as _native
 
 PATHS = {"single": {"fused": False}, "foreach": {"foreach": True}}
 if _native.available():

@@ -2,7 +2,7 @@
 
 import torch_models as models
 from cruxy_control import Meta3
-from cruxy_torch import _native
+from cruxy_torch._native import library as _native
 from torch_models import OPTIONS
 
 OFF = Meta3(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from cruxy_torch._optimizer import CruxyOptimizer
+from cruxy_torch._optimizers.cruxy import CruxyOptimizer
 
 _REPLACED = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 _LOGGED = (

@@ -1,0 +1,1 @@
+"""The formulas that both frameworks share, written over an array namespace `xp`."""

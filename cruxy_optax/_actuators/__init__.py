@@ -1,0 +1,1 @@
+"""What obeys the controls: gradient transformations for use inside `stabilize`."""

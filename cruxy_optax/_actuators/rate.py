@@ -1,0 +1,163 @@
+"""The two factors of the learning rate: the phase throttle and the meta learning rate."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from cruxy_control.checks import check_bounds, check_range
+from cruxy_control.controls import Controls, meta_learning_rate
+from cruxy_control.self_driving import RELATIVE_FLOOR, limit_scale
+from cruxy_control.self_driving import relative_limit as limit_of
+from cruxy_optax._controls import require_controls
+from cruxy_optax._sensors.measure import as_axes, mean_square, whole_mean_square
+
+
+class ThrottleByPhaseState(NamedTuple):
+    """The factor last applied, for telemetry."""
+
+    phase_scale: jax.Array  # shape=(), dtype=float32
+
+
+def throttle_by_phase() -> optax.GradientTransformationExtraArgs:
+    """Slows the step while the gradient norm rises: the fast factor of the rate (WP 7).
+
+    Under `Meta3` the factor is `1 - phase_strength * phi`, 0.75 on a steady gradient; under
+    `StabilityV1` it follows v2.0 9; `StabilityV2` leaves it at 1.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`, for use inside `stabilize`.
+
+    Raises:
+        ValueError: from `update` outside `stabilize`.
+    """
+
+    def init_fn(params: optax.Params) -> ThrottleByPhaseState:
+        del params
+        return ThrottleByPhaseState(jnp.ones((), jnp.float32))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        controls: Controls | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ThrottleByPhaseState]:
+        del state, params, extra_args
+        scale = require_controls(controls, "throttle_by_phase").phase_scale
+        return jax.tree.map(lambda u: u * scale, updates), ThrottleByPhaseState(scale)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class ScaleByMetaLearningRateState(NamedTuple):
+    """The schedule's position and the rate last applied."""
+
+    count: jax.Array  # good steps so far; shape=(), dtype=int32
+    learning_rate: jax.Array  # 0 on a skipped step; shape=(), dtype=float32
+    limit_scale: jax.Array  # largest share of it that a tensor got; shape=(), dtype=float32
+
+
+def scale_by_meta_learning_rate(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    bounds: tuple[float, float] | None = None,
+    relative_limit: chex.Numeric | None = None,
+    relative_floor: chex.Numeric = RELATIVE_FLOOR,
+    axis_names: str | Sequence[str] = (),
+) -> optax.GradientTransformationExtraArgs:
+    """Multiplies by minus the user's rate times the controller's slow factor (WP 9, 13).
+
+    Args:
+        learning_rate: a constant of at least 0, or a schedule of the number of good steps: a
+            skipped step does not advance it.
+        bounds: absolute bounds `(lower, upper)` on the product, `None` for none. They change what
+            was asked for; `cruxy` 2.1.0 has (1e-7, 1e-2).
+        relative_limit: no tensor gets a rate above this share of its own root mean square, or of
+            that of all parameters in the tree where that is smaller, so that no step of a direction
+            of size 1 moves it further; above 0, `None` for no limit. What comes before it in the
+            chain should be a direction of about that size, such as Adam's or Lion's.
+        relative_floor: the root mean square of a tensor counts as at least this, above 0; 0.01 by
+            default.
+        axis_names: axes of an enclosing `jax.shard_map` over which parameters may be split.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`, for use inside `stabilize`.
+
+    Raises:
+        ValueError: where an argument is outside its range; from `update` outside `stabilize`, or
+            where a relative limit finds no `params`.
+
+    References:
+        The scale of `relative_limit` is that of Adafactor's relative step, section 8 of Shazeer and
+        Stern, [Adafactor](https://arxiv.org/abs/1804.04235), 2018.
+    """
+    if not callable(learning_rate):
+        remedy = "use about 1e-3 for Adam, 1e-4 for Lion, or a schedule"
+        learning_rate = check_range("learning_rate", learning_rate, 0.0, remedy=remedy)
+    if bounds is not None:
+        bounds = check_bounds(
+            "bounds", bounds, 0.0, float("inf"), remedy="use (1e-7, 1e-2) or None"
+        )
+
+    if relative_limit is not None:
+        remedy = "use 0.1 for Adam, 0.01 for Lion, or None for no limit"
+        relative_limit = check_range(
+            "relative_limit", relative_limit, 0.0, lower_open=True, remedy=remedy
+        )
+    relative_floor = check_range(
+        "relative_floor", relative_floor, 0.0, lower_open=True, remedy="keep the default"
+    )
+    axis_names = as_axes(axis_names)
+
+    def init_fn(params: optax.Params) -> ScaleByMetaLearningRateState:
+        del params
+        zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
+        return ScaleByMetaLearningRateState(jnp.zeros((), jnp.int32), zero, one)
+
+    def limited(rate: jax.Array, params: optax.Params | None) -> optax.Params:
+        """The rate of every leaf."""
+        if params is None:
+            raise ValueError(
+                "a relative limit measures the parameters, but got params=None; call "
+                "update(grads, state, params)."
+            )
+
+        leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
+        squares = [mean_square(p, axis_names) for p in leaves]
+        whole = whole_mean_square(squares, leaves, axis_names)
+
+        def one(square: jax.Array) -> jax.Array:
+            limit = limit_of(square, relative_limit, relative_floor, xp=jnp, whole=whole)
+            return jnp.minimum(rate, limit)
+
+        return treedef.unflatten([one(square) for square in squares])
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        controls: Controls | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByMetaLearningRateState]:
+        del extra_args
+        controls = require_controls(controls, "scale_by_meta_learning_rate")
+        base = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = meta_learning_rate(controls, jnp.asarray(base, jnp.float32), bounds, xp=jnp)
+        counted = jnp.where(controls.ok, optax.safe_increment(state.count), state.count)
+        if relative_limit is None:
+            state = ScaleByMetaLearningRateState(counted, rate, jnp.ones_like(rate))
+            return jax.tree.map(lambda u: -rate * u, updates), state
+        rates = limited(rate, params)
+        largest = jnp.stack([jnp.zeros_like(rate), *jax.tree.leaves(rates)]).max()
+        scale = limit_scale(largest, rate, xp=jnp)
+        scale = jnp.where(controls.ok, scale, state.limit_scale)
+        state = ScaleByMetaLearningRateState(counted, rate, scale)
+        return jax.tree.map(lambda u, r: -r * u, updates, rates), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

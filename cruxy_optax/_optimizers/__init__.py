@@ -1,0 +1,1 @@
+"""The optimizers: each a chain of parts under a law."""

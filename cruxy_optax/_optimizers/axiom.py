@@ -1,0 +1,196 @@
+"""`axiom`: memory first. A factored second moment, no momentum or one of four bits."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cruxy_control.checks import check_count, check_range
+from cruxy_control.formulas.factored import (
+    BOOST_LIMIT,
+    second_moment_decay,
+    snr_factor,
+    streak_factor,
+)
+from cruxy_control.law import Law
+from cruxy_control.meta3 import Meta3
+from cruxy_optax._actuators.clip import clip_by_predicted_norm
+from cruxy_optax._actuators.rate import scale_by_meta_learning_rate, throttle_by_phase
+from cruxy_optax._optimizers.meta3 import Mask, decayed, in_bits
+from cruxy_optax._sensors.power_sums import accumulator_dtype
+from cruxy_optax._stabilize import stabilize
+
+
+def axiom(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: float | None = None,
+    decay_rate: float = 0.8,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Mask = None,
+    *,
+    momentum_bits: int = 4,
+    clip_rms: float | None = 1.0,
+    relative_step: bool = False,
+    streak_boost: float = 1.0,
+    snr_floor: float = 0.0,
+    min_dim_size_to_factor: int = 32,
+    law: Law = Meta3(clip_threshold=None),
+    bounds: tuple[float, float] | None = None,
+    axis_names: str | Sequence[str] = (),
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adafactor's second moment under the Meta3 controller: next to no state on matrices.
+
+    A matrix of `n` rows and `m` columns keeps `n + m` numbers, 0.004 bytes a parameter at 2048 by
+    2048. The direction is the gradient over the root of what they stand for:
+
+    $$
+    R_t = \beta_t R_{t-1} + (1 - \beta_t)\, \mathrm{mean}_j\, g_t^2, \quad
+    C_t = \beta_t C_{t-1} + (1 - \beta_t)\, \mathrm{mean}_i\, g_t^2, \quad
+    u_t = g_t \Big/ \sqrt{R_t C_t / \mathrm{mean}\, R_t}, \quad
+    \beta_t = 1 - t^{-0.8}
+    $$
+
+    A tensor whose `u` has a root mean square above `clip_rms` is scaled down to it, so that the
+    gradient's norm needs no clip: `law` has none by default. What is said at `meta3` of the
+    throttle and the guard holds here too; `beta1` and `beta2` are not the law's.
+
+    Without momentum each step is as noisy as its gradient: end with a small rate, or give `b1`. A
+    momentum is an average of `u`, in four bits 0.51 bytes a parameter. Two options read it, since
+    $\hat{m}^2$ is then the signal-to-noise ratio $m^2 / v$ of a coordinate: `streak_boost` and
+    `snr_floor`. Both are off by default.
+
+    Args:
+        learning_rate: a constant of at least 0, or a schedule of the number of good steps.
+        b1: decay of the momentum, in `(0, 1)`; `None` for none.
+        decay_rate: the 0.8 in the decay of the second moment, in `(0, 1]`; smaller forgets faster.
+        weight_decay: decoupled weight decay, at least 0, or a schedule; multiplied by the rate.
+        mask: where weight decay applies; see `meta3`.
+        momentum_bits: bits an element of the momentum, 4 or 8 (`quantize_state`), 16 or 32.
+        clip_rms: largest root mean square of a tensor's `u`, above 0; `None` for no limit.
+        relative_step: multiplies each tensor's step by `max(rms(parameter), 1e-3)`, as Adafactor
+            does. The rate is then a share of the parameter: about 1e-2.
+        streak_boost: up to this factor, in `[1, 1.5]`, on coordinates whose sign has persisted.
+        snr_floor: in `[0, 1)`. A row (the last axis) whose signal-to-noise ratio is below it is
+            damped by `snr / snr_floor`; noise alone has 0.05 at `b1=0.9`.
+        min_dim_size_to_factor: a tensor is factored over its two largest axes where both are at
+            least this long; others keep a whole second moment.
+        law: the controller with its constants.
+        bounds: absolute bounds on the meta learning rate; see `scale_by_meta_learning_rate`.
+        axis_names: axes of an enclosing `jax.shard_map` or `jax.pmap` over which parameters are
+            copies, not split; see `stabilize`. Split ones belong under `jax.jit`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`; see `meta3`. Its state is float32 or coded,
+        whatever the parameters are.
+
+    Raises:
+        ValueError: where an argument is outside its range, or `streak_boost` or `snr_floor` is
+            given without a momentum to read.
+        TypeError: where a parameter is complex or `law` is none.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, cruxy_optax
+        >>> params = {"w": jnp.ones((512, 512)), "b": jnp.ones(512)}
+        >>> tx = cruxy_optax.axiom(learning_rate=1e-2, weight_decay=0.0)
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> jax.tree.map(lambda u: round(float(u.min()), 4), updates)
+        {'b': -0.0075, 'w': -0.0075}
+        >>> matrix = {"w": jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16)}
+        >>> print(cruxy_optax.estimate_memory(tx, matrix).state)
+        16801
+
+    References:
+        Shazeer and Stern, [Adafactor](https://arxiv.org/abs/1804.04235), 2018.
+    """
+    return stabilize(
+        optax.chain(
+            clip_by_predicted_norm(),
+            _scale_by_factored_rms(decay_rate, min_dim_size_to_factor),
+            *_clipped(clip_rms),
+            *_momentum(b1, momentum_bits, streak_boost, snr_floor),
+            *([optax.scale_by_param_block_rms()] if relative_step else []),
+            *decayed(weight_decay, mask),
+            throttle_by_phase(),
+            scale_by_meta_learning_rate(learning_rate, bounds=bounds),
+        ),
+        law=law,
+        axis_names=axis_names,
+    )
+
+
+def _scale_by_factored_rms(decay_rate: Any, min_dim: int) -> optax.GradientTransformation:
+    """optax's, with float32 means whatever the parameters: in bfloat16 they would stop moving."""
+    decay_rate = check_range(
+        "decay_rate", decay_rate, 0.0, 1.0, lower_open=True, remedy="0.8 is Adafactor's"
+    )
+    check_count("min_dim_size_to_factor", min_dim, 2, remedy="32 factors nearly every matrix")
+    factored = optax.scale_by_factored_rms(
+        decay_rate=decay_rate,
+        min_dim_size_to_factor=min_dim,
+        decay_rate_fn=lambda step, exponent: second_moment_decay(step, exponent, xp=jnp),
+    )
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        return factored.init(jax.tree.map(_accumulator_like, params))
+
+    def update_fn(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params  # of which only shapes would be read
+        grads = jax.tree.map(lambda g: g.astype(accumulator_dtype(g)), updates)
+        return factored.update(grads, state, grads)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _accumulator_like(p: Any) -> Any:
+    """A parameter itself, so that its sharding is kept, or its shape in the accumulator's dtype."""
+    dtype = accumulator_dtype(p)
+    return p if jnp.result_type(p) == dtype else jax.ShapeDtypeStruct(jnp.shape(p), dtype)
+
+
+def _clipped(clip_rms: float | None) -> list[optax.GradientTransformation]:
+    if clip_rms is None:
+        return []
+    remedy = "1 is Adafactor's, None switches it off"
+    return [
+        optax.clip_by_block_rms(
+            check_range("clip_rms", clip_rms, 0.0, lower_open=True, remedy=remedy)
+        )
+    ]
+
+
+def _momentum(
+    b1: float | None, bits: int, streak_boost: float, snr_floor: float
+) -> list[optax.GradientTransformation]:
+    remedy = "1 switches it off, 1.5 is the most"
+    boost = check_range("streak_boost", streak_boost, 1.0, BOOST_LIMIT, remedy=remedy)
+    remedy = "0 switches it off, 0.1 is twice what noise has at b1=0.9"
+    floor = check_range("snr_floor", snr_floor, 0.0, 1.0, upper_open=True, remedy=remedy)
+    if b1 is None:
+        for name, value, off in (("streak_boost", boost, 1.0), ("snr_floor", floor, 0.0)):
+            if value != off:
+                raise ValueError(
+                    f"{name} needs a momentum to read, got {name}={value:g} without b1; give "
+                    f"b1=0.9, or {name}={off:g}."
+                )
+        return []
+    remedy = "0.9 is a usual value, None is no momentum"
+    decay: Any = check_range("b1", b1, 0.0, 1.0, lower_open=True, upper_open=True, remedy=remedy)
+    average = in_bits(bits, None, lambda dtype: optax.ema(decay, True, dtype), "momentum_bits")
+
+    def weighed(m: Any, _: Any) -> jax.Array:
+        factor = streak_factor(m, boost, xp=jnp) if boost != 1.0 else 1.0
+        if floor != 0.0:
+            factor = factor * snr_factor(_row_means(m * m), floor, xp=jnp)
+        return m * factor
+
+    if boost == 1.0 and floor == 0.0:
+        return [average]
+    return [average, optax.stateless_with_tree_map(weighed)]
+
+
+def _row_means(x: jax.Array) -> jax.Array:
+    return jnp.mean(x, axis=-1, keepdims=True) if x.ndim else x

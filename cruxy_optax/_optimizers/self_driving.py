@@ -1,0 +1,184 @@
+"""Optimizers that find their learning rate: Adam and Lion under the self-driving law."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import optax
+
+from cruxy_control.self_driving import SelfDriving
+from cruxy_optax._actuators.average import average_iterates
+from cruxy_optax._actuators.clip import clip_by_predicted_norm
+from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_controlled_lion
+from cruxy_optax._actuators.rate import scale_by_meta_learning_rate
+from cruxy_optax._optimizers.meta3 import Mask, decayed, in_bits
+from cruxy_optax._stabilize import stabilize
+
+
+def self_driving(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: chex.Numeric = 0.9,
+    b2: chex.Numeric = 0.99,
+    eps: chex.Numeric = 1e-8,
+    mu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Mask = None,
+    *,
+    nesterov: bool = True,
+    relative_limit: chex.Numeric | None = 0.1,
+    averaging: float | None = 16.0,
+    law: SelfDriving = SelfDriving(),
+    axis_names: str | Sequence[str] = (),
+    state_bits: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdamW without a learning rate, a warm-up, a schedule or a horizon.
+
+    Three parts, each a component of its own. `SelfDriving` steers the rate by how gradient and
+    momentum agree. The relative limit keeps each tensor's rate below `relative_limit` times its own
+    root mean square, or that of all parameters where that is smaller, which is what a start that is
+    far too high leans on. The average of the iterates does what the end of a schedule does, at
+    every step: **evaluate, save and deploy `averaged_params(opt_state, params)`**, not `params`.
+
+    `python -m benchmarks rate-sensitivity --optimizer self_driving adamw-cosine` compares starts
+    from 1e-6 to 10 with AdamW under a tuned cosine; "Self-driving" in the documentation has the
+    figures, what the sensor measures, and where it is not good.
+
+    Args:
+        learning_rate: where the search starts; above 0. Leave it out. A schedule multiplies
+            what is found, and 0 in it stands still.
+        b1: decay rate of the first moment, in `[0, 1)`; the sensor needs one above 0.
+        b2: decay rate of the second moment, in `[0, 1)`.
+        eps: added to the root of the second moment.
+        mu_dtype: dtype of the first moment.
+        weight_decay: decoupled weight decay, multiplied by the rate that is found.
+        mask: where weight decay applies; see `meta3`.
+        nesterov: looks one step ahead.
+        relative_limit: see `scale_by_meta_learning_rate`; `None` for no limit, and then a start
+            far above the best rate is not recovered from.
+        averaging: the power of `average_iterates`; `None` keeps no average and saves its buffer:
+            then the parameters themselves are what there is to evaluate, as noisy as the rate.
+        law: the controller with its constants.
+        axis_names: axes of an enclosing `jax.shard_map` or `jax.pmap`; see `stabilize`.
+        state_bits: bits an element of the moments, 32, 16, 8 or 4; see `meta3`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`; see `meta3`. State: two moments and the average,
+        12 bytes a float32 parameter, plus under 1 KB; 8 without the average.
+
+    Raises:
+        ValueError: where an argument is outside its range, or both `state_bits` and `mu_dtype` are
+            given; from `update` without `params`.
+        TypeError: where a parameter is complex or `law` is none.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, cruxy_optax
+        >>> def loss_fn(x): return jnp.sum((x - 5.0) ** 2)
+        >>> tx = cruxy_optax.self_driving()
+        >>> params = jnp.array([1.0, 2.0, 3.0])
+        >>> opt_state = tx.init(params)
+        >>> for _ in range(200):
+        ...     loss, grads = jax.value_and_grad(loss_fn)(params)
+        ...     updates, opt_state = tx.update(grads, opt_state, params, value=loss)
+        ...     params = optax.apply_updates(params, updates)
+        >>> print(cruxy_optax.averaged_params(opt_state, params).round(1))
+        [5. 5. 5.]
+
+    References:
+        Shamir and Zhang, [Stochastic Gradient Descent for Non-smooth
+        Optimization](https://arxiv.org/abs/1212.1824), 2013; Shazeer and Stern,
+        [Adafactor](https://arxiv.org/abs/1804.04235), 2018; Loshchilov and Hutter, [Decoupled
+        Weight Decay Regularization](https://arxiv.org/abs/1711.05101), 2019.
+    """
+    moments = in_bits(
+        state_bits,
+        mu_dtype,
+        lambda mu_dtype: scale_by_controlled_adam(b1, b2, eps, mu_dtype, nesterov=nesterov),
+    )
+    return _steered(
+        moments, learning_rate, weight_decay, mask, relative_limit, averaging, law, axis_names
+    )
+
+
+def self_driving_lion(
+    learning_rate: optax.ScalarOrSchedule = 1e-4,
+    b1: chex.Numeric = 0.9,
+    b2: chex.Numeric = 0.95,
+    mu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-3,
+    mask: Mask = None,
+    *,
+    relative_limit: chex.Numeric | None = 0.01,
+    averaging: float | None = 16.0,
+    law: SelfDriving = SelfDriving(),
+    axis_names: str | Sequence[str] = (),
+    state_bits: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Lion without a learning rate: `self_driving` with one moment instead of two.
+
+    The momentum is shorter than Lion's own, 0.95 instead of 0.99: a sensor that looks back a
+    hundred steps is too slow for the controller, which then overshoots.
+
+    Args:
+        learning_rate: where the search starts; see `self_driving`, as all that follow.
+        b1: decay rate inside the sign, in `[0, 1)`.
+        b2: decay rate of the momentum, in `(0, 1)`.
+        mu_dtype: dtype of the momentum.
+        weight_decay: decoupled weight decay.
+        mask: where weight decay applies.
+        relative_limit: a sign has size 1 where Adam's direction has a quarter of it or less, and
+            never shrinks: on a small convolutional net 0.02 ended in divergence.
+        averaging: the power of `average_iterates`; `None` keeps no average.
+        law: the controller with its constants.
+        axis_names: axes of an enclosing `jax.shard_map` or `jax.pmap`.
+        state_bits: bits an element of the momentum, 32, 16, 8 or 4.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`; see `self_driving`. State: 8 bytes a float32
+        parameter, plus under 1 KB; 4 without the average.
+
+    Raises:
+        ValueError: where an argument is outside its range, or both `state_bits` and `mu_dtype` are
+            given; from `update` without `params`.
+        TypeError: where a parameter is complex or `law` is none.
+
+    Example:
+        >>> import jax.numpy as jnp, cruxy_optax
+        >>> tx = cruxy_optax.self_driving_lion(weight_decay=0.0)
+        >>> params = jnp.array([1.0, 2.0])
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> print(updates)
+        [-0.0001 -0.0001]
+
+    References:
+        Chen et al., [Symbolic Discovery of Optimization
+        Algorithms](https://arxiv.org/abs/2302.06675), 2023; those of `self_driving`.
+    """
+    moments = in_bits(
+        state_bits, mu_dtype, lambda mu_dtype: scale_by_controlled_lion(b1, b2, mu_dtype)
+    )
+    return _steered(
+        moments, learning_rate, weight_decay, mask, relative_limit, averaging, law, axis_names
+    )
+
+
+def _steered(
+    moments: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Mask,
+    relative_limit: chex.Numeric | None,
+    averaging: float | None,
+    law: SelfDriving,
+    axis_names: str | Sequence[str],
+) -> optax.GradientTransformationExtraArgs:
+    rate = scale_by_meta_learning_rate(
+        learning_rate, relative_limit=relative_limit, axis_names=axis_names
+    )
+    averages = [] if averaging is None else [average_iterates(averaging)]
+    return stabilize(
+        optax.chain(
+            clip_by_predicted_norm(), moments, *decayed(weight_decay, mask), rate, *averages
+        ),
+        law=law,
+        axis_names=axis_names,
+    )

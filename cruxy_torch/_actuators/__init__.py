@@ -1,0 +1,1 @@
+"""What obeys the controls: directions, and the one frame of an update."""

@@ -1,0 +1,180 @@
+"""The second moment of a matrix as one row and one column of means, and the gradient over its root.
+
+Adafactor's (Shazeer and Stern, [arXiv 1804.04235](https://arxiv.org/abs/1804.04235)), in the form
+of `optax.scale_by_factored_rms`. A tensor is treated in blocks, so that temporaries stay small, and
+a sharded gradient gives what the whole one would: sums over a sharded axis are reduced over the
+mesh.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cruxy_torch._kept import compute_dtype
+from cruxy_torch._sensors.measure import is_sharded, local
+
+EPS = 1e-30
+"""Added to every mean square (optax's `epsilon`), so that zeros are not divided by zero."""
+
+NAMES = ("row_var", "col_var", "variance")
+"""What a second moment is kept under in a parameter's state."""
+
+
+class Normalised(NamedTuple):
+    """This rank's part of a gradient over the root of its second moment: `u`.
+
+    Attributes:
+        block: gives `u` of a block by its number, in the dtype of the arithmetic; not to be written
+            to.
+        squares: the sum of all squares of `u` on this rank; 0-d.
+    """
+
+    block: Callable[[int], Tensor]
+    squares: Tensor
+
+
+def factored_axes(shape: torch.Size, min_dim: int) -> tuple[int, int] | None:
+    """The second largest and the largest axis; `None` where the second is below `min_dim`.
+
+    Of equal ones the later counts as the larger, as in optax.
+    """
+    if len(shape) < 2:
+        return None
+    second, first = sorted(range(len(shape)), key=lambda axis: shape[axis])[-2:]
+    return None if shape[second] < min_dim else (second, first)
+
+
+def start(param: Tensor, min_dim: int) -> dict[str, Tensor]:
+    """The second moment before the first step, by name.
+
+    `row_var` and `col_var`, means over the largest and over the second largest axis, each of which
+    is kept with one element; or `variance`, of the shape of the parameter, where it has no two axes
+    of at least `min_dim`.
+    """
+    axes = factored_axes(param.shape, min_dim)
+    if axes is None:
+        return {"variance": torch.zeros_like(param, dtype=compute_dtype(param))}
+    second, first = axes
+    return {"row_var": _zeros_without(param, first), "col_var": _zeros_without(param, second)}
+
+
+def normalise(
+    grad: Tensor,
+    blocks: Sequence[Tensor],
+    state: dict[str, Tensor],
+    decay: Tensor,
+    scale: Tensor,
+    ok: Tensor,
+) -> Normalised:
+    """Takes a gradient into its second moment and divides it by the root of that.
+
+    Args:
+        grad: the raw gradient, read alone; plain or a `DTensor`.
+        blocks: this rank's part of it, taken apart along the first axis.
+        state: from `start`; changed in place.
+        decay: of the second moment; 1 on a skipped step.
+        scale: factor on the gradient.
+        ok: whether the step counts; where false `u` is 0, whatever the gradient.
+    """
+    dtype = compute_dtype(next(iter(state.values())))
+    read = _Blocks(len(blocks), lambda i: torch.where(ok, blocks[i], 0).to(dtype) * scale)
+    where = _places(blocks)
+    if "variance" in state:
+        variance = local(state["variance"])
+        for i, place in enumerate(where):
+            variance[place].mul_(decay).add_((read(i).square() + EPS) * (1.0 - decay))
+        # A skipped first step leaves zeros, whose inverse times a gradient of 0 is NaN.
+        unit = _Blocks(
+            len(blocks), lambda i: read(i) * torch.where(ok, variance[where[i]].rsqrt(), 0)
+        )
+    else:
+        rows, columns = _factors(grad, read, state, decay, ok)
+        unit = _Blocks(
+            len(blocks), lambda i: read(i) * _at(rows, where[i]) * _at(columns, where[i])
+        )
+    squares = torch.stack([unit(i).square().sum() for i in range(len(blocks))]).sum()
+    return Normalised(unit, squares)
+
+
+def _factors(
+    grad: Tensor, read: "_Blocks", state: dict[str, Tensor], decay: Tensor, ok: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Advances both means; the two factors whose product is one over the root of the moment."""
+    second, first = factored_axes(grad.shape, 0) or (0, 0)
+    row, column = local(state["row_var"]), local(state["col_var"])
+    found: dict[int, list[Tensor]] = {first: [], second: []}
+    for i in range(read.count):
+        square = read(i).square()
+        for axis, sums in found.items():
+            sums.append(square.sum(axis, keepdim=True))
+    for kept, axis in ((row, first), (column, second)):
+        sums = found[axis]
+        total = torch.stack(sums).sum(0) if axis == 0 else torch.cat(sums)
+        mean = over_ranks(total, grad, axis) / grad.shape[axis] + EPS
+        kept.mul_(decay).add_(mean * (1.0 - decay))
+    mean = over_ranks(row.sum(second, keepdim=True), grad, second) / grad.shape[second]
+    # A skipped first step leaves zeros, whose inverse times a gradient of 0 is NaN.
+    return torch.where(ok, (row / mean).rsqrt(), 0), torch.where(ok, column.rsqrt(), 0)
+
+
+def over_ranks(total: Tensor, whole: Tensor, axis: int | None = None) -> Tensor:
+    """A sum over this rank's part of `whole`, added up over the ranks that split it.
+
+    Args:
+        total: the sum.
+        whole: a `DTensor`, or a plain tensor, which nobody splits.
+        axis: the axis that was summed over, the others kept; `None` for all.
+    """
+    if not is_sharded(whole):
+        return total
+    for dimension, placement in enumerate(whole.placements):
+        if placement.is_shard() and (axis is None or placement.is_shard(axis)):
+            total = total.contiguous()
+            dist.all_reduce(total, group=whole.device_mesh.get_group(dimension))
+    return total
+
+
+class _Blocks:
+    """Computes blocks by their number, anew each time but where there is only one."""
+
+    def __init__(self, count: int, compute: Callable[[int], Tensor]) -> None:
+        self.count = count
+        self._compute = compute
+        self._only: Tensor | None = None
+
+    def __call__(self, number: int) -> Tensor:
+        if self.count > 1:
+            return self._compute(number)
+        if self._only is None:
+            self._only = self._compute(number)
+        return self._only
+
+
+def _places(blocks: Sequence[Tensor]) -> list[Any]:
+    """Where along the first axis each block is."""
+    if len(blocks) == 1:
+        return [...]
+    places, start = [], 0
+    for block in blocks:
+        places.append(slice(start, start + len(block)))
+        start += len(block)
+    return places
+
+
+def _at(factor: Tensor, place: Any) -> Tensor:
+    """A block of a factor, which may be the same for all rows."""
+    return factor if len(factor) == 1 else factor[place]
+
+
+def _zeros_without(param: Tensor, axis: int) -> Tensor:
+    shape = [1 if index == axis else size for index, size in enumerate(param.shape)]
+    dtype = compute_dtype(param)
+    if not is_sharded(param):
+        return torch.zeros(shape, dtype=dtype, device=param.device)
+    from torch.distributed.tensor import Replicate, zeros
+
+    placements = [Replicate() if p.is_shard(axis) else p for p in param.placements]
+    return zeros(shape, dtype=dtype, device_mesh=param.device_mesh, placements=placements)

@@ -1,0 +1,408 @@
+"""What our optimizers share: one controller over all groups, its step, its telemetry, its state."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from cruxy_control import Law
+from cruxy_control.law import check_law, needs_alignment
+from cruxy_torch import _checks, _step
+from cruxy_torch import _law_state as _controller
+from cruxy_torch import _telemetry_log as _metrics
+from cruxy_torch._memory import state as _state
+from cruxy_torch._native import library as _native
+from cruxy_torch._pass import Pass
+from cruxy_torch._release import ReleasingOptimizer
+from cruxy_torch._sensors import measure as _sensors
+
+_MEMORY = "controller"
+
+
+class ControlledOptimizer(ReleasingOptimizer):
+    """An optimizer under a control law. A subclass says what a group updates, and how.
+
+    It writes `_group` and `_check_group`. The law's memory lies in `param_groups[0]["controller"]`.
+    What is to be pickled beside groups and state stands in `_kept`.
+
+    Args:
+        params: parameters or groups.
+        defaults: options of a group.
+        law: the control law.
+        lr_bounds: absolute bounds on each rate before the phase factor; `None` for none.
+        process_group: ranks that hold the same gradients but a loss of their own.
+        metrics: where a line a step is logged; `None` for nowhere.
+    """
+
+    _kept: tuple[str, ...] = ("_settings", "_metrics")
+    _compile = False
+    _keeps_first_moments = False
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        law: Law,
+        lr_bounds: tuple[float, float] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        metrics: str | Path | None = None,
+    ) -> None:
+        check_law(law)
+        if needs_alignment(law) and not self._keeps_first_moments:
+            raise ValueError(
+                f"law must not steer by the first moment, of which {type(self).__name__} keeps "
+                f"none to compare with, got {type(law).__name__}; use Meta3() or CruxyOptimizer."
+            )
+        _checks.check_lr_bounds(lr_bounds)
+        names = _controller.names_of(law.init(torch.zeros(()), xp=torch))
+        self._settings = _step.Settings(law, names, lr_bounds)
+        self._metrics = None if metrics is None else _metrics.MetricsLog(metrics)
+        self._process_group = process_group
+        self._observed: list[float | Tensor] = []
+        self._pass: Pass | None = None
+        self._averaged = False
+        self._numbers: dict[Tensor, int] = {}
+        super().__init__(params, defaults)
+        self._step_supports_amp_scaling = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group with options of its own; the one controller sees its gradients too."""
+        param_group = {key: value for key, value in param_group.items() if key != _MEMORY}
+        self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        self._numbers = {}
+        group = self.param_groups[-1]
+        for param in group["params"]:
+            _checks.check_param(param)
+        if len(self.param_groups) == 1:
+            device = group["params"][0].device if group["params"] else torch.device("cpu")
+            device = torch.device("cpu") if device.type == "meta" else device
+            group[_MEMORY] = _controller.start(self._settings.law, device)
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        loss: float | Tensor | None = None,
+    ) -> Any:
+        """Measures, asks the law, and updates every parameter that has a gradient.
+
+        Under `torch.amp.GradScaler` call `scaler.step(optimizer, loss=loss)` with the loss before
+        scaling: gradients are unscaled on the way, without writing to them, and a step on which the
+        scaler found an infinity is skipped.
+
+        Args:
+            closure: clears gradients, computes the loss, calls `backward` and returns the loss.
+            loss: this step's loss: a tensor of one element, which is not waited for, or a number.
+                Without it what `observe` was given counts, else what the closure returned, else
+                the curvature is held. A loss that is not finite counts as none.
+
+        Returns:
+            What the closure returned; without one, `loss`.
+
+        Raises:
+            ValueError: where the loss is not one real number.
+            RuntimeError: where a gradient is sparse.
+        """
+        if self._averaged:
+            raise RuntimeError(
+                "step() must not be called inside averaged(), whose end would undo it; leave the "
+                "block first."
+            )
+        result = loss
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+            loss = result if loss is None and not self._observed else loss
+        losses = self._observed if loss is None else [_checks.scalar_loss(loss)]
+        self._observed = []
+        memory = self._end_pass(losses) if self._releasing else self._step_all(losses)
+        if memory is not None and self._metrics is not None:
+            self._metrics.log(_controller.everything(memory))
+        return result
+
+    def _step_all(self, losses: list[float | Tensor]) -> dict[str, Tensor] | None:
+        """An ordinary step; returns the controller's memory, `None` where there was nothing."""
+        groups = [self._group(index) for index in range(len(self.param_groups))]
+        grad = next((g for group in groups for g in group.grads), None)
+        if grad is None and self._process_group is None:
+            return None
+        memory = self._memory(grad)
+        device = memory["step"].device
+        native, foreach = self._path(device)
+        self._run()(
+            self._settings,
+            memory,
+            groups,
+            _checks.mean_loss(losses, device),
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+            self._process_group,
+            native,
+            foreach,
+        )
+        return memory
+
+    def _update_one(self, param: Tensor) -> None:
+        """Updates one parameter in the midst of a backward pass."""
+        native, _ = self._path(param.device)
+        if self._pass is None:
+            whole = _sensors.whole_mean_square(self._limited(native=native))
+            self._pass = Pass(self._settings, self._memory(param.grad), whole)
+            self._indices = {
+                p: i for i, group in enumerate(self.param_groups) for p in group["params"]
+            }
+        self._pass.update(self._group(self._indices[param], param), native=native)
+
+    def _limited(self, *, native: bool) -> list[_sensors.Sizes]:
+        """The sizes of what may get a gradient under a relative limit, by group."""
+        groups = [g for g in self.param_groups if g.get("relative_limit") is not None]
+        trained = [[p for p in group["params"] if p.requires_grad] for group in groups]
+        return [_sensors.sizes(params, native=native) for params in trained if params]
+
+    def _end_pass(self, losses: list[float | Tensor]) -> dict[str, Tensor] | None:
+        """Ends a pass whose gradients were released, as `_step_all`."""
+        try:
+            moved = self._close_pass()
+        finally:
+            open_pass, self._pass = self._pass, None
+        if not moved or open_pass is None:
+            return None
+        memory = self.param_groups[0][_MEMORY]
+        loss = _checks.mean_loss(losses, memory["step"].device)
+        open_pass.close(self._group(0), loss)
+        return memory
+
+    def register_hooks(self) -> None:
+        """From now on `backward` updates each parameter and frees its gradient as soon as it can.
+
+        What remains alive is the largest gradient instead of all of them. `step(loss=loss)` is
+        called after every `backward` as before: it steps the law with what was measured on the way.
+        Three things differ from ordinary steps, since a gradient is gone before the norm of all of
+        them is known:
+
+        - Rate, betas and clipping threshold are those the law ordered at the end of the last good
+          step; at the first nothing is ordered.
+        - Each tensor is clipped by its own norm.
+        - The guard is weaker: a tensor whose gradient is not finite is left as it was, with its
+          moments; others may have moved. The law passes over such a step, which counts as skipped.
+
+        With a law that orders nothing the result is that of ordinary steps. A gradient that no hook
+        has seen, such as one that was assigned, is used by `step`. A closure is called once. A
+        second call hooks parameters that are trained since the first. Hooks are not pickled; what
+        was measured between `backward` and `step` is not saved.
+
+        Raises:
+            ValueError: under `compile=True`; where several processes train plain parameters, as
+                under `DistributedDataParallel`, which averages gradients only after the hooks.
+                `fully_shard` averages before.
+
+        While hooks are registered `backward` raises `RuntimeError` where a parameter gets a second
+        gradient before `step` (gradient accumulation), and `step` does so under a `GradScaler`.
+        `torch.nn.utils.clip_grad_norm_` finds no gradients and does nothing.
+        """
+        if self._process_group is not None:
+            raise ValueError(
+                "process_group must be None to release gradients, got one: DistributedDataParallel "
+                "averages a gradient after it would have been used; use "
+                "torch.distributed.fsdp.fully_shard, which averages it before."
+            )
+        if needs_alignment(self._settings.law):
+            raise ValueError(
+                'mode must not be "self_driving" to release gradients: its law compares all '
+                'gradients with all moments before any of them moves; use mode="meta3".'
+            )
+        if self._compile:
+            raise ValueError(
+                "compile must be False to release gradients, got True; a step that is spread over "
+                "the backward pass cannot be compiled as a whole."
+            )
+        super().register_hooks()
+
+    def remove_hooks(self) -> None:
+        """Returns to ordinary steps; what `backward` has already updated since the last stays."""
+        super().remove_hooks()
+        self._pass = None
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the block the parameters are their averages over the run, for evaluating, saving.
+
+        They are copied in place, and always copied back, whatever happens in the block; one more
+        copy of the parameters lives as long. A parameter without an average (`averaging=None`, or
+        no step taken yet) stays as it is.
+
+        Raises:
+            ValueError: where no parameter group keeps an average.
+            RuntimeError: from `step` inside the block, where it would be undone; where blocks are
+                nested.
+
+        Example:
+            >>> import torch
+            >>> from cruxy_torch import CruxyOptimizer
+            >>> x = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+            >>> optimizer = CruxyOptimizer([x], mode="self_driving")
+            >>> for _ in range(300):
+            ...     loss = ((x - 5.0) ** 2).sum()
+            ...     optimizer.zero_grad()
+            ...     loss.backward()
+            ...     _ = optimizer.step(loss=loss)
+            >>> with optimizer.averaged():
+            ...     print(x.detach().round(decimals=1))
+            tensor([5., 5.])
+        """
+        if not any(group.get("averaging") is not None for group in self.param_groups):
+            raise ValueError(
+                "averaged() needs averages, but every group has averaging=None; use averaging=16 "
+                'or mode="self_driving".'
+            )
+        if self._averaged:
+            raise RuntimeError("averaged() blocks must not be nested; leave the outer one first.")
+        kept: list[tuple[Tensor, Tensor]] = []
+        self._averaged = True
+        try:
+            with torch.no_grad():
+                for param, state in self.state.items():
+                    if "average" in state:
+                        kept.append((param, param.detach().clone()))
+                        param.copy_(state["average"])
+            yield
+        finally:
+            with torch.no_grad():
+                for param, value in kept:
+                    param.copy_(value)
+            self._averaged = False
+
+    def observe(self, loss: float | Tensor) -> None:
+        """Hands over the loss of the coming step where `step` itself cannot take it.
+
+        For loops that call `optimizer.step()` for you. Called several times before a step, as with
+        gradient accumulation, the mean counts. It is not waited for.
+
+        Args:
+            loss: a tensor of one element or a number.
+
+        Raises:
+            ValueError: where it is not one real number.
+        """
+        self._observed.append(_checks.scalar_loss(loss))
+
+    def telemetry(self) -> dict[str, float | int | bool]:
+        """What the last step measured and decided; waits for the device once.
+
+        Returns:
+            By name: `learning_rate`, `beta1` and `beta2` as the first group applied them (0, 1
+            and 1 on a skipped step), `phase`, `curvature`, `warning`, `meta_scale`, `phase_scale`,
+            `clip_threshold`, `clip_scale`, `alignment` (smoothed; 0 but under `self_driving`), the
+            signals `grad_norm`, `gamma_norm` and `loss` (NaN
+            where there was none), `ok`, and the counters `step` (good steps), `skipped_total` and
+            `skipped_in_a_row`. Before the first step all but the counters are NaN and `ok` is
+            true. It is part of the state and so survives a resume.
+        """
+        memory = self.param_groups[0][_MEMORY]
+        return _controller.named(_controller.everything(memory).tolist())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave, into the tensors that are here where there are any.
+
+        Unlike the base class it keeps float32 moments of half-precision parameters in float32 and
+        codes as codes, shares no memory with the dictionary and leaves it as it was. Moments have
+        the bits they were saved with.
+
+        Args:
+            state_dict: what `state_dict` gave, of an optimizer with the same groups and law.
+
+        Raises:
+            ValueError: where the groups, the law or the format differ, or codes were saved under a
+                sharding whose blocks do not fit.
+        """
+        memory = self.param_groups[0][_MEMORY]
+        old = {param: dict(state) for param, state in self.state.items()}
+        final: dict[str, Any] = {}
+
+        def capture(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            final.update(state_dict)
+            _controller.check(memory, state_dict["param_groups"][0].get(_MEMORY))
+
+        def restore(_: Optimizer) -> None:
+            _controller.load(memory, self.param_groups[0][_MEMORY])
+            self.param_groups[0][_MEMORY] = memory
+            self._restore(old, final)
+
+        # Hooks of the user may change the dictionary before us and look at the result after us.
+        before = self.register_load_state_dict_pre_hook(capture)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+        self._observed = []
+
+    def _group(self, index: int, only: Tensor | None = None) -> _step.Group:
+        """What of a group has a gradient, or one parameter of it; a subclass has to say."""
+        raise TypeError(f"{type(self).__name__} must say what it updates.")
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raises where an option of a group, defaults filled in, is outside its range."""
+        raise TypeError(f"{type(self).__name__} must say what it takes.")
+
+    def _saved_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype | None:
+        """The dtype of a loaded first moment that is not coded; `None` for that which was saved."""
+        return None
+
+    def _path(self, device: torch.device) -> tuple[bool, bool]:
+        """Whether to take the C library and whether to take foreach calls."""
+        return device.type == "cpu" and _native.available(), device.type != "cpu"
+
+    def _run(self) -> Callable[..., None]:
+        """What takes an ordinary step: `_step.run`, as it is or compiled."""
+        return _step.run
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {name: self.__dict__[name] for name in self._kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._step_supports_amp_scaling = True
+        self.__dict__.setdefault("_process_group", None)
+        self._observed, self._pass, self._numbers = [], None, {}
+        self._averaged = False
+
+    def __repr__(self) -> str:
+        memory = self.param_groups[0].pop(_MEMORY)
+        try:
+            return super().__repr__()
+        finally:
+            self.param_groups[0][_MEMORY] = memory
+
+    def _memory(self, grad: Tensor | None) -> dict[str, Tensor]:
+        """The controller's memory, moved to where a gradient is."""
+        memory = self.param_groups[0][_MEMORY]
+        if grad is not None and memory["step"].device != grad.device:
+            for name, value in memory.items():
+                memory[name] = value.to(grad.device)
+        return memory
+
+    def _number(self, param: Tensor) -> int:
+        """The number of a parameter's first element, from which its random bits follow."""
+        if not self._numbers:
+            everything = (p for group in self.param_groups for p in group["params"])
+            self._numbers = _state.numbered(everything)
+        return self._numbers[param]
+
+    def _restore(self, old: dict[Tensor, dict[str, Any]], final: dict[str, Any]) -> None:
+        """Undoes the casts of the base class, and keeps tensors that are there already."""
+        saved_ids = (i for group in final["param_groups"] for i in group["params"])
+        for group in self.param_groups:
+            for param in group["params"]:
+                saved = final["state"].get(next(saved_ids))
+                if saved is not None:
+                    dtype = self._saved_dtype(param, group)
+                    self.state[param] = _state.restored(param, old.get(param, {}), saved, dtype)

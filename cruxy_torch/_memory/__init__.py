@@ -1,0 +1,1 @@
+"""What is kept beside parameters, and what it comes to."""

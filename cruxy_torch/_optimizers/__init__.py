@@ -1,0 +1,1 @@
+"""The optimizers, on `torch.optim`."""

@@ -1,0 +1,255 @@
+"""`AXIOM`: memory first. A factored second moment, momentum in 4 bits or none, relative steps."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cruxy_control import Law
+from cruxy_control.checks import check_count, check_range
+from cruxy_control.formulas.factored import BOOST_LIMIT
+from cruxy_control.meta3 import Meta3
+from cruxy_torch import _checks
+from cruxy_torch._actuators import factored as _factored
+from cruxy_torch._actuators.axiom import AxiomGroup, Options, Tensors
+from cruxy_torch._controlled_optimizer import ControlledOptimizer
+from cruxy_torch._kept import compute_dtype
+from cruxy_torch._memory import state as _state
+from cruxy_torch._memory.estimate import nbytes, state_bytes
+
+
+class AXIOM(ControlledOptimizer):
+    r"""The least state an optimizer needs: under 0.03 bytes a parameter on matrices.
+
+    The second moment of a matrix is kept as one row and one column of means (Adafactor), and
+    momentum in 4 bits or, by default, not at all. With `register_hooks()` gradients cost the
+    largest of them instead of all. Together with parameters in bfloat16, whose updates are rounded
+    up or down by chance so that small ones still count, a model trains in little more than
+    its own weights.
+
+    The controller is `CruxyOptimizer`'s, but for its clip: a tensor's step is limited by
+    `clip_rms` instead, unless `law` has a threshold. On a steady gradient it runs at 0.75 of the
+    rate that was set, and `beta1` and `beta2` are not the law's. Without momentum each step is as
+    noisy as its gradient: end with a small rate, or give `momentum`.
+
+    $$
+    \begin{aligned}
+    v_t &= \beta_t v_{t-1} + (1 - \beta_t) g_t^2, \qquad \beta_t = 1 - t^{-0.8}, \qquad
+    u_t = g_t / \sqrt{\tilde v_t} \\
+    u_t &\leftarrow u_t / \max(1, \mathrm{rms}(u_t) / d), \qquad
+    m_t = \beta_1 m_{t-1} + (1 - \beta_1) u_t \\
+    \theta_t &= \theta_{t-1} - \eta_t (\rho \, \hat m_t + \lambda \theta_{t-1}), \qquad
+    \rho = \max(10^{-3}, \mathrm{rms}(\theta_{t-1}))
+    \end{aligned}
+    $$
+
+    with $\tilde v$ the outer product of row and column over the mean of either, $d$ `clip_rms`,
+    $\hat m = m_t / (1 - \beta_1^t)$ (`u` itself without momentum), and $\rho = 1$ without
+    `relative_step`.
+
+    A step whose gradient is not finite is skipped. No step waits for the device. Parameters sharded
+    as `DTensor` give what whole ones would.
+
+    Args:
+        params: parameters, or parameter groups, as for every `torch.optim` optimizer. Groups may
+            set every argument up to `maximize` of their own.
+        lr: learning rate, at least 0; a number or a tensor of one element.
+        momentum: decay rate of the average of the normalised gradient, in `[0, 1)`; 0 keeps none.
+            0.9 costs 0.51 bytes a parameter in 4 bits.
+        momentum_bits: 4, 8, 16 (bfloat16) or 32. Parameters of fewer than 4,096 elements keep it in
+            float32. What is below 32 bits is rounded up or down by chance.
+        weight_decay: decoupled weight decay, at least 0; multiplied by the rate.
+        relative_step: multiplies each tensor's step by the root mean square of the tensor, so that
+            the rate is a share of the weights: about 1e-2.
+        decay_rate: exponent of the second moment's decay, in `(0, 1]`.
+        clip_rms: the largest root mean square of a tensor's normalised gradient, above 0; `None`
+            for no limit.
+        min_dim_size_to_factor: a tensor is factored over its two largest axes where both are at
+            least this long; others keep a whole second moment, at 4 bytes a parameter.
+        streak_boost: up to this factor, in `[1, 1.5]`, for coordinates whose sign persists; needs
+            momentum. 1 is none.
+        snr_floor: rows (along the last axis) whose signal-to-noise ratio `m^2 / v` is below this,
+            in `[0, 1)`, are damped in proportion; needs momentum. Noise alone has
+            `(1 - momentum) / (1 + momentum)`, 0.053 at 0.9. 0 is none.
+        maximize: climbs instead of descending.
+        stochastic_rounding: rounds updates of bfloat16 parameters up or down by chance, with the
+            right odds; otherwise an update below half a step of bfloat16 is lost.
+        law: the control law with its constants.
+        lr_bounds: absolute bounds on the rate times its slow factor; `None` for none.
+        process_group: see `CruxyOptimizer`.
+
+    Raises:
+        ValueError: where an argument is outside its range, or `streak_boost` or `snr_floor` finds
+            no momentum.
+
+    Example:
+        >>> import torch
+        >>> import cruxy_torch
+        >>> layer = torch.nn.Linear(512, 512)
+        >>> optimizer = cruxy_torch.AXIOM(layer.parameters(), lr=1e-3)
+        >>> optimizer.register_hooks()
+        >>> for _ in range(3):
+        ...     loss = layer(torch.ones(8, 512)).square().mean()
+        ...     loss.backward()  # updates, and frees each gradient
+        ...     _ = optimizer.step(loss=loss)
+        >>> layer.weight.grad is None
+        True
+        >>> usage = optimizer.memory_usage()
+        >>> usage["parameters"], usage["gradients"], usage["state"] < 0.04 * 512 * 513
+        (1050624, 0, True)
+
+    References:
+        Shazeer and Stern, [Adafactor: Adaptive Learning Rates with Sublinear Memory
+        Cost](https://arxiv.org/abs/1804.04235), 2018; Lv et al., [Full Parameter Fine-tuning for
+        Large Language Models with Limited Resources](https://arxiv.org/abs/2306.09782), 2023, for
+        updates inside the backward pass.
+    """
+
+    _kept = (*ControlledOptimizer._kept, "_stochastic")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        *,
+        momentum: float = 0.0,
+        momentum_bits: int = 4,
+        weight_decay: float = 0.01,
+        relative_step: bool = False,
+        decay_rate: float = 0.8,
+        clip_rms: float | None = 1.0,
+        min_dim_size_to_factor: int = 32,
+        streak_boost: float = 1.0,
+        snr_floor: float = 0.0,
+        maximize: bool = False,
+        stochastic_rounding: bool = True,
+        law: Law = Meta3(clip_threshold=None),
+        lr_bounds: tuple[float, float] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._stochastic = stochastic_rounding
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "momentum_bits": momentum_bits,
+            "weight_decay": weight_decay,
+            "relative_step": relative_step,
+            "decay_rate": decay_rate,
+            "clip_rms": clip_rms,
+            "min_dim_size_to_factor": min_dim_size_to_factor,
+            "streak_boost": streak_boost,
+            "snr_floor": snr_floor,
+            "maximize": maximize,
+        }
+        super().__init__(
+            params, defaults, law=law, lr_bounds=lr_bounds, process_group=process_group
+        )
+
+    def get_lr(self) -> float:
+        """The learning rate of the first group, as the user or a scheduler set it.
+
+        What the controller makes of it is `telemetry()["learning_rate"]`.
+        """
+        return float(self.param_groups[0]["lr"])
+
+    def set_lr(self, lr: float) -> None:
+        """Sets the learning rate of every group.
+
+        Args:
+            lr: at least 0.
+
+        Raises:
+            ValueError: where it is not.
+        """
+        _checks.check_lr(lr)
+        for group in self.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def memory_usage(self) -> dict[str, int]:
+        """Bytes held on this rank now.
+
+        Returns:
+            `parameters`, `gradients` (those alive), `state` (the controller included), and `total`.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        usage = {
+            "parameters": sum(map(nbytes, params)),
+            "gradients": sum(nbytes(p.grad) for p in params if p.grad is not None),
+            "state": state_bytes(self),
+        }
+        return usage | {"total": sum(usage.values())}
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        _checks.check_lr(group["lr"])
+        remedy = "0.9 is usual, 0 is none"
+        check_range("momentum", group["momentum"], 0.0, 1.0, upper_open=True, remedy=remedy)
+        _checks.check_bits("momentum_bits", group["momentum_bits"])
+        check_range("weight_decay", group["weight_decay"], 0.0, remedy="0 switches it off")
+        remedy = "0.8 is the default"
+        check_range("decay_rate", group["decay_rate"], 0.0, 1.0, lower_open=True, remedy=remedy)
+        if group["clip_rms"] is not None:
+            remedy = "1 is Adafactor's, None switches it off"
+            check_range("clip_rms", group["clip_rms"], 0.0, lower_open=True, remedy=remedy)
+        smallest = group["min_dim_size_to_factor"]
+        check_count("min_dim_size_to_factor", smallest, 2, remedy="32 factors nearly every matrix")
+        boost, floor = group["streak_boost"], group["snr_floor"]
+        check_range("streak_boost", boost, 1.0, BOOST_LIMIT, remedy="1 switches it off")
+        check_range("snr_floor", floor, 0.0, 1.0, upper_open=True, remedy="0 switches it off")
+        for name, used in (("streak_boost", boost > 1.0), ("snr_floor", floor > 0.0)):
+            if used and not group["momentum"]:
+                raise ValueError(
+                    f"{name} needs momentum, got momentum={group['momentum']!r}; set momentum=0.9."
+                )
+
+    def _group(self, index: int, only: Tensor | None = None) -> AxiomGroup:
+        group = self.param_groups[index]
+        tensors = Tensors([], [], [], [], [], [])
+        for param in group["params"] if only is None else (only,):
+            if param.grad is not None:
+                self._add(param, group, tensors)
+        lr = group["lr"]
+        return AxiomGroup(
+            index=index,
+            grads=tensors.grads,
+            lr=lr.detach().reshape(()) if isinstance(lr, Tensor) else lr,
+            b1=0.0,
+            b2=0.0,
+            maximize=group["maximize"],
+            rounds=self._stochastic or bool(tensors.exp_avgs),
+            tensors=tensors,
+            options=Options(
+                momentum=group["momentum"],
+                decay_rate=group["decay_rate"],
+                clip_rms=group["clip_rms"],
+                relative_step=group["relative_step"],
+                weight_decay=group["weight_decay"],
+                streak_boost=group["streak_boost"],
+                snr_floor=group["snr_floor"],
+            ),
+        )
+
+    def _add(self, param: Tensor, group: dict[str, Any], tensors: Tensors) -> None:
+        """Adds a parameter that has a gradient, and makes the state that is missing."""
+        tensors.grads.append(_checks.dense_grad(param))
+        state = self.state[param]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.int32, device=param.device)
+            state |= _factored.start(param, group["min_dim_size_to_factor"])
+        number = self._number(param)
+        tensors.params.append(_state.kept_param(param, number, stochastic=self._stochastic))
+        tensors.seconds.append({k: v for k, v in state.items() if k in _factored.NAMES})
+        tensors.steps.append(state["step"])
+        if not group["momentum"]:
+            return
+        if not _state.has_moment(state, "exp_avg"):
+            small = param.numel() < _state.SMALLEST
+            bits = 32 if small else group["momentum_bits"]
+            _state.add_moment(state, "exp_avg", param, compute_dtype(param), bits)
+            state["beta1_product"] = torch.ones((), device=param.device)
+        tensors.exp_avgs.append(_state.kept_moment(state, "exp_avg", param, number))
+        tensors.products.append(state["beta1_product"])

@@ -1,0 +1,377 @@
+"""`Cosmic`: as much of Adam's state as a budget of bytes allows, where it serves most."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cruxy_control import Law, filters, tiers
+from cruxy_control.checks import check_count, check_range
+from cruxy_control.meta3 import Meta3
+from cruxy_control.tiers import MOMENTS, SCALAR, SIGN, Candidate, parse_bytes
+from cruxy_torch import _checks
+from cruxy_torch._actuators.apply import Options, Tensors
+from cruxy_torch._actuators.tiers import CosmicGroup, windows
+from cruxy_torch._controlled_optimizer import ControlledOptimizer
+from cruxy_torch._kept import compute_dtype
+from cruxy_torch._memory import state as _state
+from cruxy_torch._memory.estimate import option_bytes, tensor_bytes
+from cruxy_torch._sensors.measure import local
+
+_AVERAGES = ("step", "grad_fast", "grad_slow")
+"""What every tensor has."""
+
+
+class Cosmic(ControlledOptimizer):
+    r"""As much of Adam as fits a budget of bytes, under the Meta3 controller.
+
+    Each tensor is at one of three tiers:
+
+    | tier | update | state of its own |
+    |---|---|---|
+    | 0 | $0.2\,\mathrm{sign}(g)$ | none |
+    | 1 | $0.2\,\mathrm{sign}(g)$ over the tensor's relative size | 4 bytes |
+    | 2 | Adam's, as in `CruxyOptimizer` | two moments: 8 bytes a parameter, less in few bits |
+
+    The relative size is that of the tensor's gradient among the tensors of tier 1 in its parameter
+    group, from 0.5 to 2. Beside that every tensor has two averages of its gradient's size and a
+    counter (12 bytes), from which the plan is made: promotions go where they gain most per byte
+    (`cruxy_control.tiers.fill`). The bytes of everything that is kept, the controller and all
+    counters included, never exceed the budget. The first plan knows no gradients; after every
+    `retier_every` steps the tiers are planned anew. A tensor that keeps its
+    tier keeps its state; one that comes to tier 2 starts with empty moments and a bias correction
+    of its own.
+
+    The averages also gate each tensor's step: while its gradient is larger than it used to be, the
+    step shrinks by that factor, to a tenth at most; a gradient that becomes smaller changes
+    nothing. A sign has the size of about an Adam update whatever its gradient, so that one rate
+    serves all tiers.
+
+    No step waits for the device but one after which tiers are planned, which reads three numbers a
+    tensor.
+
+    Args:
+        params: parameters, or parameter groups, as for every `torch.optim` optimizer; names given
+            with `model.named_parameters()` (torch 2.6) stand in the log. Groups may set `lr`,
+            `betas`, `eps`, `weight_decay`, `maximize` and `state_bits` of their own.
+        lr: learning rate, at least 0; a number or a tensor of one element.
+        state_budget: bytes for all of the state on each rank: a number, or a text such as `"64MB"`
+            (a million bytes each) or `"0.5 GiB"`.
+        betas: bases of Adam's two decay rates, each in `[0, 1)`, which the controller moves.
+        eps: added to the root of the second moment, at least 0.
+        weight_decay: decoupled weight decay, at least 0; multiplied by the rate.
+        maximize: climbs instead of descending.
+        state_bits: 32, 16, 8 or 4 bits an element of the moments; parameters of fewer than 4,096
+            elements have 32.
+        retier_every: steps between two plans, at least 1; `None` leaves it to calls of `retier()`.
+        hysteresis: at least 0. What a tensor holds already counts `1 + hysteresis` times, which
+            keeps two tensors from taking turns.
+        log_path: a file to which each new plan is appended as one line of JSON, see `retier`;
+            `None` for none.
+        stochastic_rounding: rounds updates of bfloat16 parameters up or down by chance.
+        law: the control law with its constants.
+        lr_bounds: absolute bounds on the rate times its slow factor; `None` for none.
+        process_group: see `CruxyOptimizer`.
+
+    Raises:
+        ValueError: where an argument is outside its range; from `step` where the budget is below
+            what the lowest tier of every tensor takes (the message says how much that is).
+        TypeError: where `state_budget` is no size.
+
+    Example:
+        >>> import torch
+        >>> import cruxy_torch
+        >>> layer = torch.nn.Linear(64, 64)
+        >>> optimizer = cruxy_torch.Cosmic(layer.named_parameters(), lr=1e-3, state_budget="2KB")
+        >>> loss = layer(torch.ones(8, 64)).square().mean()
+        >>> loss.backward()
+        >>> _ = optimizer.step(loss=loss)
+        >>> optimizer.tiers()
+        {'weight': 1, 'bias': 2}
+        >>> cruxy_torch.state_bytes(optimizer) <= 2000
+        True
+    """
+
+    _kept = (
+        *ControlledOptimizer._kept,
+        *("_budget", "_every", "_hysteresis", "_stochastic", "_log_path"),
+    )
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        state_budget: int | str = "64MB",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        maximize: bool = False,
+        state_bits: int = 32,
+        retier_every: int | None = 100,
+        hysteresis: float = 0.2,
+        log_path: str | Path | None = None,
+        stochastic_rounding: bool = True,
+        law: Law = Meta3(),
+        lr_bounds: tuple[float, float] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._budget = parse_bytes("state_budget", state_budget)
+        if retier_every is not None:
+            check_count("retier_every", retier_every, 1, remedy="None leaves it to retier()")
+        check_range("hysteresis", hysteresis, 0.0, remedy="0.2 keeps what is nearly as good")
+        self._every, self._hysteresis = retier_every, hysteresis
+        self._stochastic = stochastic_rounding
+        self._log_path = None if log_path is None else Path(log_path)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "state_bits": state_bits,
+            "steps": 0,
+        }
+        super().__init__(
+            params, defaults, law=law, lr_bounds=lr_bounds, process_group=process_group
+        )
+
+    def step(
+        self, closure: Callable[[], Any] | None = None, loss: float | Tensor | None = None
+    ) -> Any:
+        """Updates, as `CruxyOptimizer.step` does; every `retier_every` steps also plans the tiers.
+
+        Args:
+            closure: clears gradients, computes the loss, calls `backward` and returns the loss.
+            loss: this step's loss, a tensor of one element or a number.
+
+        Returns:
+            What the closure returned; without one, `loss`.
+
+        Raises:
+            ValueError: where the loss is not one real number, or the budget is too small.
+            RuntimeError: where a gradient is sparse.
+        """
+        result = super().step(closure, loss)
+        first = self.param_groups[0]
+        first["steps"] += 1
+        due = self._every is not None and first["steps"] % self._every == 0
+        if due and not self._unreal():
+            self.retier()
+        return result
+
+    def tiers(self) -> dict[str, int]:
+        """The tier of every tensor that is trained, by name; empty before the first step."""
+        return {name: _tier(self.state[p]) for name, p in self._named() if p in self.state}
+
+    @torch.no_grad()
+    def retier(self) -> dict[str, Any]:
+        """Plans the tiers anew from what the averages have seen; waits for the device once.
+
+        `step` calls it every `retier_every` steps; call it between steps for a time of your own.
+
+        Returns:
+            What was done, which is also what is logged: `step`, `budget`, `bytes` (of state, after
+            it), `tensors` (how many at each tier), `transitions` (a list of `name`, `from`, `to`,
+            `rms`, `bytes`) and `gates` (those below 1, by name). The first plan, made before the
+            first step, is logged too, with step 0.
+
+        Raises:
+            ValueError: where the budget is below what the lowest tier of every tensor takes.
+        """
+        return self._plan({name: p for name, p in self._named() if p in self.state})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave, with the tiers it was saved at.
+
+        Args:
+            state_dict: what `state_dict` gave, of an optimizer with the same groups and law.
+
+        Raises:
+            ValueError: where the groups, the law or the format differ, or what was saved does not
+                fit the budget.
+        """
+        saved = tensor_bytes(state_dict["state"]) + self._fixed(0)
+        if saved > self._budget:
+            raise ValueError(
+                f"state_budget must be at least {saved:,} bytes for the state that was saved, got "
+                f"{self._budget:,}; give that much, and retier() under a smaller one."
+            )
+        super().load_state_dict(state_dict)
+
+    def _plan_new(self, params: list[Tensor]) -> None:
+        """Plans where one of the parameters has its first gradient."""
+        if any(p.grad is not None and p not in self.state for p in params):
+            self._plan({name: p for name, p in self._named() if p.requires_grad})
+
+    def _plan(self, named: dict[str, Tensor]) -> dict[str, Any]:
+        """Plans, moves the tensors to their tiers and logs it; tensors without state get theirs."""
+        known = [name for name, p in named.items() if p in self.state]
+        seen = self._averages([named[name] for name in known])
+        averages = zip(known, seen.slow.value.tolist(), seen.slow.weight.tolist(), strict=True)
+        slow = {name: value for name, value, weight in averages if weight > 0.0}
+        rms = {name: slow.get(name, 1.0) for name in named}
+        squares = {name: slow.get(name, 0.0) ** 2 for name in named}
+        before = {
+            name: _tier(self.state[p]) if p in self.state else SIGN for name, p in named.items()
+        }
+        bits = {p: group["state_bits"] for group in self.param_groups for p in group["params"]}
+        candidates = [_candidate(name, p, bits[p], rms[name]) for name, p in named.items()]
+        fixed = self._fixed(len(named))
+        after = tiers.fill(
+            candidates, self._budget, fixed=fixed, current=before, hysteresis=self._hysteresis
+        )
+        # What falls makes room for what rises, so that the budget holds at every moment.
+        for name in sorted(named, key=lambda name: after[name] - before[name]):
+            p = named[name]
+            if p not in self.state:
+                self.state[p] = _no_averages(p)
+            if after[name] != before[name]:
+                self.state[p] = _moved(self.state[p], p, after[name], bits[p], squares[name])
+        gates = dict(zip(known, tiers.noise_gate(seen, xp=torch).tolist(), strict=True))
+        step = self.param_groups[0]["steps"]
+        done = tiers.report(
+            candidates, before, after, gates, step=step, budget=self._budget, fixed=fixed
+        )
+        self._log(done)
+        return done
+
+    def _log(self, done: dict[str, Any]) -> None:
+        several = dist.is_available() and dist.is_initialized()
+        if self._log_path is None or (several and dist.get_rank() != 0) or self._unreal():
+            return
+        with self._log_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(done, allow_nan=False) + "\n")
+
+    def _unreal(self) -> bool:
+        """Whether parameters have no values, as when `estimate_memory` asks."""
+        return any(param.is_meta for _, param in self._named())
+
+    def _averages(self, params: list[Tensor]) -> filters.Windows:
+        """The averages of some tensors, on the host."""
+        if not params:
+            nothing = torch.zeros(0, device="cpu")
+            return windows(nothing, nothing, nothing)
+        device = params[0].device
+        columns = [
+            torch.stack([self.state[p][name].to(device, torch.float32) for p in params])
+            for name in ("grad_fast", "grad_slow", "step")
+        ]
+        return windows(*torch.stack(columns).cpu())
+
+    def _fixed(self, count: int) -> int:
+        """Bytes that no plan changes, of so many tensors."""
+        return option_bytes(self) + 4 * len(_AVERAGES) * count
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        _checks.check_group(group)
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        """All parameters with their names; group and place where they were given without."""
+        for index, group in enumerate(self.param_groups):
+            names = group.get("param_names")
+            for place, param in enumerate(group["params"]):
+                yield names[place] if names else f"{index}.{place}", param
+
+    def _group(self, index: int, only: Tensor | None = None) -> CosmicGroup:
+        group = self.param_groups[index]
+        params = [p for p in (group["params"] if only is None else [only]) if p.grad is not None]
+        if index == 0 or only is not None:
+            # Before any group is put together: a plan may take from tensors of every group.
+            self._plan_new([only] if only is not None else [p for _, p in self._named()])
+        states = [self.state[p] for p in params]
+        grads = [_checks.dense_grad(p) for p in params]
+        kept = [_state.kept_param(p, self._number(p), stochastic=self._stochastic) for p in params]
+        at_moments = [place for place, state in enumerate(states) if _tier(state) == MOMENTS]
+        moments = Tensors([], [], [], [], [], [])
+        for place in at_moments:
+            state, number = states[place], self._number(params[place])
+            moments.params.append(kept[place])
+            moments.grads.append(local(grads[place]))
+            for name, column in (
+                ("exp_avg", moments.exp_avgs),
+                ("exp_avg_sq", moments.exp_avg_sqs),
+            ):
+                column.append(_state.kept_moment(state, name, params[place], number))
+            moments.clocks1.append(state["beta1_product"])
+            moments.clocks2.append(state["beta2_product"])
+        updated = set(params)
+        others = (self.state[p] for p in group["params"] if p in self.state and p not in updated)
+        lr, (b1, b2) = group["lr"], group["betas"]
+        scale = getattr(self, "grad_scale", None)
+        return CosmicGroup(
+            index=index,
+            grads=grads,
+            lr=lr.detach().reshape(()) if isinstance(lr, Tensor) else lr,
+            b1=b1,
+            b2=b2,
+            maximize=group["maximize"],
+            rounds=self._stochastic or group["state_bits"] < 32,
+            params=kept,
+            fasts=[state["grad_fast"] for state in states],
+            slows=[state["grad_slow"] for state in states],
+            steps=[state["step"] for state in states],
+            scalars=[state.get("mean_square") for state in states],
+            peers=[state["mean_square"] for state in others if "mean_square" in state],
+            moments=moments,
+            at_moments=at_moments,
+            options=Options(
+                lion=False,
+                weight_decay=group["weight_decay"],
+                coupled=False,
+                eps=group["eps"],
+                nesterov=True,
+                centralize=False,
+                power=False,
+            ),
+            unscale=None if scale is None else scale.double().reciprocal().float(),
+        )
+
+
+def _tier(state: dict[str, Any]) -> int:
+    """What a tensor has says at which tier it is."""
+    if "beta1_product" in state:
+        return MOMENTS
+    return SCALAR if "mean_square" in state else SIGN
+
+
+def _moved(
+    state: dict[str, Any], param: Tensor, tier: int, bits: int, square: float
+) -> dict[str, Any]:
+    """What a tensor has on its first step at a tier, in place of what it had."""
+    state = {name: state[name] for name in _AVERAGES}
+    if tier == SCALAR:
+        state["mean_square"] = torch.full((), square, device=param.device)
+    elif tier == MOMENTS:
+        _add_moments(state, param, _bits(param, bits))
+    return state
+
+
+def _add_moments(state: dict[str, Any], param: Tensor, bits: int) -> None:
+    for name in ("exp_avg", "exp_avg_sq"):
+        _state.add_moment(state, name, param, compute_dtype(param), bits)
+    for name in ("beta1_product", "beta2_product"):
+        state[name] = torch.ones((), device=param.device)
+
+
+def _candidate(name: str, param: Tensor, bits: int, rms: float) -> Candidate:
+    """A tensor with what each tier of it takes on a rank."""
+    shard = torch.empty(_state.shard_elements(param), dtype=param.dtype, device="meta")
+    moments: dict[str, Any] = {}
+    _add_moments(moments, shard, _bits(param, bits))
+    return Candidate(name, param.numel(), (0, 4, tensor_bytes(moments)), rms)
+
+
+def _bits(param: Tensor, bits: int) -> int:
+    """Bits an element of a parameter's moments, where its group asks for so many."""
+    return 32 if param.numel() < _state.SMALLEST else bits
+
+
+def _no_averages(param: Tensor) -> dict[str, Tensor]:
+    """What every tensor has, before the first step."""
+    zeros = {name: torch.zeros((), device=param.device) for name in ("grad_fast", "grad_slow")}
+    return {"step": torch.zeros((), dtype=torch.int32, device=param.device), **zeros}

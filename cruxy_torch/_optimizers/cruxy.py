@@ -1,0 +1,367 @@
+"""`CruxyOptimizer`: the control law around Adam and Lion, called like `torch.optim.AdamW`."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cruxy_control import Law
+from cruxy_control.law import needs_alignment
+from cruxy_torch import _checks, _step
+from cruxy_torch._actuators.apply import Options
+from cruxy_torch._actuators.moments import MomentsGroup
+from cruxy_torch._controlled_optimizer import ControlledOptimizer
+from cruxy_torch._kept import compute_dtype
+from cruxy_torch._memory import state as _state
+from cruxy_torch._native import library as _native
+
+Mode = Literal["meta3", "self_driving", "stability_v2", "stability_v1"]
+
+
+class CruxyOptimizer(ControlledOptimizer):
+    r"""AdamW or Lion under the Cruxy controller, called like `torch.optim.AdamW`.
+
+    **What it does differently from AdamW.** On a steady gradient `mode="meta3"` runs at 0.75 of
+    the rate that was set (the phase throttle), `beta1` is about 0.873 where 0.9 is set, `beta2` is
+    at its lower bound 0.9 whatever is set, the gradient norm is clipped at about 1.5, and momentum
+    is Nesterov's. A step whose gradient is not finite is skipped. Each can be switched off:
+    `law=Meta3(phase_strength=0)`, `Meta3(beta1_gain=0)`, `Meta3(beta2_phase_strength=0)`,
+    `Meta3(clip_threshold=None)`, `use_nesterov=False`.
+
+    Each step takes both norms of the raw gradient over all groups, asks the law what to do, and
+    updates: Adam as
+
+    $$
+    m_t = \beta_{1,t} m_{t-1} + (1 - \beta_{1,t}) g_t, \qquad
+    v_t = \beta_{2,t} v_{t-1} + (1 - \beta_{2,t}) g_t^2, \qquad
+    \theta_t = \theta_{t-1} - \eta_t \Big(\frac{\hat m_t}{\sqrt{\hat v_t} + \varepsilon}
+    + \lambda \theta_{t-1}\Big)
+    $$
+
+    and Lion (WP 11-13) with the sign of `beta1 m + (1 - beta1) g` in place of the quotient and one
+    moment. The moments are normalised by what they really weigh, one minus the product of all
+    their decay rates. `.grad` is read and never written to.
+
+    The learning rate in `param_groups` is the user's: schedulers move it, and the controller
+    multiplies it. Groups may set `lr`, `betas`, `eps`, `weight_decay`, `decoupled_weight_decay`,
+    `use_nesterov`, `use_lion`, `use_gc`, `maximize`, `state_bits`, `relative_limit` and `averaging`
+    of their own; one controller sees them all.
+
+    `mode="self_driving"` needs no learning rate: `lr` is only where the search for one starts.
+    Evaluate and save under `with optimizer.averaged():`; see `cruxy_optax.self_driving`.
+
+    Three options save memory: `state_bits` keeps moments in fewer bits, `register_hooks` releases
+    each gradient inside `backward`, `stochastic_rounding` lets bfloat16 parameters learn.
+
+    On CPU, float32 tensors take a small C library that is built on the first step where there is
+    a C compiler (about a second, once per machine); everything else takes torch's own operations.
+    No step waits for the device. Under `torch.compile` give `lr` as a tensor.
+
+    Args:
+        params: parameters, or parameter groups, as for every `torch.optim` optimizer.
+        lr: learning rate, at least 0; a number or a tensor of one element. About 1e-3 for Adam and
+            1e-4 for Lion.
+        mode: `"meta3"`, `"self_driving"`, `"stability_v2"` or `"stability_v1"`.
+        betas: bases of the two decay rates, each in `[0, 1)`, which the controller moves. The
+            default is (0.9, 0.999), that of `cruxy` 2.1.0, with `use_lion` too; Lion's authors use
+            (0.9, 0.99). Under `mode="self_driving"`, which leaves them alone, it is (0.9, 0.99),
+            with `use_lion` (0.9, 0.95).
+        eps: added to the root of the second moment, at least 0.
+        weight_decay: its coefficient, at least 0.
+        decoupled_weight_decay: decays as AdamW does; otherwise the decay is added to the clipped
+            gradient (L2). Lion always decouples.
+        use_nesterov: looks one step ahead. Adam only.
+        use_lion: Lion instead of Adam: 4 bytes of state a float32 parameter instead of 8.
+        use_gc: gradient centralization: subtracts from a gradient of two or more axes its mean over
+            all but the first, after measuring and clipping.
+        meta_lr_eta: gain of the slow loop on the rate (WP 9); `meta3` only, as the next two.
+        meta_lr_beta2: gain of the slow loop on `beta2` (WP 10).
+        meta_interval: steps between two moves of the slow loop.
+        gamma_norm: exponent of the norm the sensors take (WP 1), at least 1; not `stability_v1`.
+        log_metrics: appends one JSON line a step to `metrics_path`: the telemetry, with the
+            learning rate as `lr`. Written every 100 steps and at the end; `null` where a number is
+            not finite; under `torch.distributed` by rank 0 alone.
+        metrics_path: that file.
+        compile: compiles the whole step with `torch.compile`; the first step then takes seconds.
+        law: a law with constants of one's own, in place of `mode` and its four constants.
+        lr_bounds: absolute bounds on the rate times its slow factor; `None` for none. They change
+            what was asked for; `cruxy` 2.1.0 has (1e-7, 1e-2).
+        momentum_dtype: dtype of the first moment. `None` is the parameter's, but float32 for
+            float16; `torch.bfloat16` halves Lion's state. The second moment is float32 always
+            (float64 for float64 parameters).
+        bias_correction: `"exact"`, or `"cruxy_2_1_0"` for that package's, which raises today's
+            decay rate to the power of the step.
+        maximize: climbs instead of descending.
+        foreach: torch's foreach operations; by default on every device but the CPU.
+        fused: the C library on CPU. `None` takes it where it can be built and the tensors fit,
+            `True` insists on it, `False` does without.
+        capturable: kept for code that looks for it: a step can always be captured in a CUDA graph.
+        differentiable: must be false.
+        state_bits: bits an element in which moments are kept between steps: 32; 16 for bfloat16; 8
+            or 4 for codes with a scale for every 256 elements (`cruxy_exact.codes.BlockCode`),
+            1.01 or 0.51 bytes an element and moment. Each step is computed in float32, and what is
+            kept of it is rounded up or down by chance, so that what is less than a step of the code
+            counts on average. Parameters of fewer than 4,096 elements keep float32. Loading brings
+            the bits that were saved.
+        select: tells by a parameter whether its moments may be kept in fewer bits; `None` for all.
+            Embeddings and output layers are what is most often left in full precision.
+        stochastic_rounding: rounds bfloat16 parameters up or down by chance, so that steps smaller
+            than half of their last place count on average: at a rate of 1e-3 the nearest bfloat16
+            to a weight of 1 is the same weight again. All random bits follow from the number of the
+            step in the state, so that a run can be repeated.
+        relative_limit: no tensor gets a rate above this share of its own root mean square (which
+            counts as at least 0.01), or of that of all parameters (those that have a gradient and
+            a limit, of all groups) where that is smaller; above 0, `None` for no limit. The default
+            is none, but 0.1 under `mode="self_driving"`, with `use_lion` 0.01.
+        averaging: keeps the average of the parameters over the run, for `averaged`, with this
+            power: step `t` has the weight `(averaging + 1) / (t + averaging)`, so that about the
+            last `1 / (averaging + 1)` of the run counts. At least 0; `None` keeps none and saves
+            its buffer. The default is none, but 16 under `mode="self_driving"`.
+        process_group: ranks that hold the same gradients, as under `DistributedDataParallel`, but
+            pass a loss of their own: one all-reduce a step keeps their controllers alike, and a
+            rank may have no loss. `fully_shard` needs none: its mesh is used. Not pickled.
+
+    Raises:
+        ValueError: where an argument is outside its range or two exclude each other.
+        TypeError: where an argument has the wrong type, such as a law's class for an instance.
+        RuntimeError: where `fused=True` and the library cannot be built; from `step` where a
+            gradient is sparse.
+
+    Example:
+        >>> import torch
+        >>> from cruxy_torch import CruxyOptimizer
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+        >>> optimizer = CruxyOptimizer([x], lr=0.003)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     loss = (x**2).sum()
+        ...     loss.backward()
+        ...     _ = optimizer.step(loss=loss)
+        ...     print(f"{loss.item():.3f}")
+        14.000
+        13.972
+        13.945
+        >>> round(optimizer.telemetry()["phase"], 3)
+        0.5
+
+    References:
+        Cruxy Stability Engine White Paper v2.1 (WP); Loshchilov and Hutter, [Decoupled Weight Decay
+        Regularization](https://arxiv.org/abs/1711.05101), 2019; Chen et al., [Symbolic Discovery of
+        Optimization Algorithms](https://arxiv.org/abs/2302.06675), 2023.
+    """
+
+    _kept = (
+        *ControlledOptimizer._kept,
+        *("_momentum_dtype", "_power", "_select", "_stochastic", "_foreach", "_fused", "_compile"),
+    )
+
+    _keeps_first_moments = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        mode: Mode = "meta3",
+        betas: tuple[float, float] | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        decoupled_weight_decay: bool = True,
+        use_nesterov: bool = True,
+        use_lion: bool = False,
+        use_gc: bool = False,
+        meta_lr_eta: float = 0.05,
+        meta_lr_beta2: float = 0.03,
+        meta_interval: int = 10,
+        gamma_norm: float = 1.5,
+        log_metrics: bool = False,
+        metrics_path: str | Path = "./cruxy_metrics.jsonl",
+        compile: bool = False,
+        *,
+        law: Law | None = None,
+        lr_bounds: tuple[float, float] | None = None,
+        momentum_dtype: torch.dtype | None = None,
+        bias_correction: Literal["exact", "cruxy_2_1_0"] = "exact",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = True,
+        differentiable: bool = False,
+        state_bits: int = 32,
+        select: Callable[[Tensor], bool] | None = None,
+        stochastic_rounding: bool = False,
+        relative_limit: float | Literal["mode"] | None = "mode",
+        averaging: float | Literal["mode"] | None = "mode",
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if law is None:
+            law = _checks.law_of(mode, gamma_norm, meta_lr_eta, meta_lr_beta2, meta_interval)
+        _checks.check_choices(
+            momentum_dtype,
+            state_bits,
+            select,
+            bias_correction,
+            foreach,
+            fused,
+            compile,
+            differentiable,
+        )
+        driving = needs_alignment(law)
+        if betas is None:
+            betas = (0.9, (0.95 if use_lion else 0.99) if driving else 0.999)
+        if relative_limit == "mode":
+            relative_limit = (0.01 if use_lion else 0.1) if driving else None
+        if averaging == "mode":
+            averaging = 16.0 if driving else None
+        self._momentum_dtype, self._power = momentum_dtype, bias_correction == "cruxy_2_1_0"
+        self._select, self._stochastic = select, stochastic_rounding
+        self._foreach, self._fused, self._compile = foreach, fused, compile
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "use_nesterov": use_nesterov,
+            "use_lion": use_lion,
+            "use_gc": use_gc,
+            "maximize": maximize,
+            "state_bits": state_bits,
+            "relative_limit": relative_limit,
+            "averaging": averaging,
+            "capturable": capturable,
+        }
+        super().__init__(
+            params,
+            defaults,
+            law=law,
+            lr_bounds=lr_bounds,
+            process_group=process_group,
+            metrics=metrics_path if log_metrics else None,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("state_bits", 32)
+            group.setdefault("relative_limit", None)
+            group.setdefault("averaging", None)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        _checks.check_group(group)
+        _checks.check_limit_and_average(group)
+
+    def _group(self, index: int, only: Tensor | None = None) -> MomentsGroup:
+        """A group with what has a gradient, or with one parameter of it."""
+        group = self.param_groups[index]
+        columns = _state.empty_columns()
+        if only is None:
+            self._init_group(group, *columns)
+        else:
+            self._add([only], group, columns)
+        lion, decoupled = group["use_lion"], group["decoupled_weight_decay"]
+        options = Options(
+            lion=lion,
+            weight_decay=group["weight_decay"],
+            coupled=not (lion or decoupled),
+            eps=group["eps"],
+            nesterov=group["use_nesterov"],
+            centralize=group["use_gc"],
+            power=self._power,
+        )
+        lr, (b1, b2) = group["lr"], group["betas"]
+        if isinstance(lr, Tensor):
+            lr = lr.detach().reshape(())
+        elif self._compile and columns.params:
+            # A number would become part of the compiled code, and a schedule compile anew.
+            lr = torch.full((), lr, device=columns.params[0].device)
+        halved = group["state_bits"] == 16
+        coded = any(scales is not None for scales in columns.first_scales)
+        return MomentsGroup(
+            index=index,
+            grads=columns.grads,
+            columns=columns,
+            halved=halved,
+            options=options,
+            lr=lr,
+            b1=b1,
+            b2=b2,
+            maximize=group["maximize"],
+            stochastic=self._stochastic,
+            relative_limit=group["relative_limit"],
+            averaging=group["averaging"],
+            rounds=self._stochastic or halved or coded,
+        )
+
+    def _init_group(self, group: dict[str, Any], *columns: list[Any]) -> None:
+        """Fills the lists of `_state.Columns` with what has a gradient.
+
+        The name and the form are torch's: `torch.compile` runs a method of this name eagerly.
+        """
+        self._add([p for p in group["params"] if p.grad is not None], group, columns)
+
+    def _add(
+        self, params: list[Tensor], group: dict[str, Any], columns: Sequence[list[Any]]
+    ) -> None:
+        """Fills `columns` with parameters that have a gradient, and makes missing state."""
+        adam, power = not group["use_lion"], self._power
+        out = _state.Columns(*columns)
+        for param in params:
+            grad = _checks.dense_grad(param)
+            state = self.state[param]
+            if not _state.has_moment(state, "exp_avg"):
+                dtype = self._first_dtype(param)
+                _state.add_moment(state, "exp_avg", param, dtype, self._bits(param, group))
+            if adam and not _state.has_moment(state, "exp_avg_sq"):
+                dtype = compute_dtype(param)
+                _state.add_moment(state, "exp_avg_sq", param, dtype, self._bits(param, group))
+                for name in ("step",) if power else ("beta1_product", "beta2_product"):
+                    start = 0.0 if power else 1.0
+                    state[name] = torch.full((), start, device=param.device)
+            out.params.append(param)
+            out.grads.append(grad)
+            out.numbers.append(self._number(param))
+            if group["averaging"] is not None:
+                if "average" not in state:
+                    dtype = compute_dtype(param)
+                    state["average"] = param.detach().to(dtype, copy=True)
+                out.averages.append(state["average"])
+            _state.append(out.firsts, out.first_scales, state, "exp_avg")
+            if not adam:
+                continue
+            _state.append(out.seconds, out.second_scales, state, "exp_avg_sq")
+            out.clocks1.append(state["step" if power else "beta1_product"])
+            if not power:
+                out.clocks2.append(state["beta2_product"])
+
+    def _bits(self, param: Tensor, group: dict[str, Any]) -> int:
+        """Bits an element of the moments of a parameter that has none yet."""
+        select = self._select
+        small = param.numel() < _state.SMALLEST
+        return 32 if small or not (select is None or select(param)) else group["state_bits"]
+
+    def _first_dtype(self, param: Tensor) -> torch.dtype:
+        if self._momentum_dtype is not None:
+            return self._momentum_dtype
+        return torch.float32 if param.dtype == torch.float16 else param.dtype
+
+    def _saved_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype | None:
+        return None if group["state_bits"] == 16 else self._first_dtype(param)
+
+    def _path(self, device: torch.device) -> tuple[bool, bool]:
+        """Whether to take the C library and whether to take foreach calls."""
+        foreach = device.type != "cpu" if self._foreach is None else self._foreach
+        tracing = torch.compiler.is_compiling() or self._compile
+        native = not tracing and self._fused is not False and not self._foreach
+        return native and device.type == "cpu" and _native.available(), foreach
+
+    def _run(self) -> Callable[..., None]:
+        return _compiled_run() if self._compile else _step.run
+
+
+@functools.cache
+def _compiled_run() -> Callable[..., None]:
+    return torch.compile(_step.run, dynamic=False)

@@ -1,0 +1,351 @@
+"""From the raw gradients of all parameters to the two norms and the loss that a law sees."""
+
+# torch's foreach calls are what torch.optim itself is built on, underscore and all.
+# pyright: reportPrivateImportUsage=false
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cruxy_control import Signals
+from cruxy_control.self_driving import alignment
+from cruxy_torch import _kept as _storage
+from cruxy_torch._actuators import apply as _kernels
+from cruxy_torch._kept import Kept
+from cruxy_torch._native import library as _native
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def sums(
+    grads: list[Tensor],
+    gamma: float,
+    scale: Tensor,
+    momenta: Sequence[tuple[Kept, float]] | None = None,
+    *,
+    native: bool,
+    foreach: bool,
+) -> Tensor:
+    """`sum g^2` and `sum |g|^gamma` over plain tensors, multiplied by `scale` first (WP 1).
+
+    Args:
+        grads: raw gradients, on any devices and of any real dtypes.
+        gamma: the exponent.
+        scale: factor on every gradient (one over the loss scale); 0-d.
+        momenta: see `products`, whose sums are appended; `None` for none.
+        native: takes the C library for what it can take.
+        foreach: takes torch's foreach calls for the rest.
+
+    Returns:
+        All as one float32 vector on the device of `scale`. Each tensor's sum is taken in float32,
+        or in float64 for a float64 gradient.
+    """
+    totals = []
+    if native:
+        moments = [] if momenta is None else [[kept for kept, _ in momenta]]
+        fast, slow = _native.parts([grads], moments)
+        for part in fast:
+            totals.append(_native.sums(_at(grads, part), gamma, scale, _at(momenta, part)))
+        grads, momenta = _at(grads, slow), _at(momenta, slow)
+    if grads or not totals:
+        totals.append(_sums(grads, gamma, scale, momenta, foreach=foreach))
+    return _added(totals)
+
+
+def _added(vectors: list[Tensor]) -> Tensor:
+    return vectors[0] if len(vectors) == 1 else torch.stack(vectors).sum(0)
+
+
+def _at(column: Any, indices: list[int]) -> Any:
+    return None if column is None else [column[i] for i in indices]
+
+
+def _sums(
+    grads: list[Tensor],
+    gamma: float,
+    scale: Tensor,
+    momenta: Sequence[tuple[Kept, float]] | None,
+    *,
+    foreach: bool,
+) -> Tensor:
+    """`sums` without the C library."""
+    parts = _foreach_parts if foreach else _single_parts
+    norms = [
+        torch.stack(pair).to(scale.device, torch.float32, non_blocking=True)
+        for pair in parts(grads, gamma, scale)
+    ]
+    total = _added(norms or [torch.zeros(2, device=scale.device)])
+    return total if momenta is None else torch.cat((total, products(grads, momenta, scale)))
+
+
+def _single_parts(grads: list[Tensor], gamma: float, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
+    parts = []
+    for grad in grads:
+        for (g,) in _kernels.blocks(grad):
+            a = (g.to(_kernels.compute_dtype(g)) * scale.to(g.device)).abs_()
+            parts.append((a.square().sum(), _power(a, gamma).sum()))
+    return parts
+
+
+def _power(a: Tensor, gamma: float) -> Tensor:
+    """`a^gamma` of non-negative `a`; `pow` costs several times a root."""
+    if gamma == 2.0:
+        return a.square()
+    return a * a.sqrt() if gamma == 1.5 else a**gamma
+
+
+def _foreach_parts(grads: list[Tensor], gamma: float, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
+    parts = []
+    for indices in _kernels.buckets(grads):
+        bucket = _kernels.widened([grads[i] for i in indices])
+        sizes = torch._foreach_abs(bucket)
+        torch._foreach_mul_(sizes, scale.to(bucket[0].device))
+        squares = torch._foreach_norm(torch._foreach_mul(sizes, sizes), 1)
+        if gamma == 2.0:
+            powers = squares
+        elif gamma == 1.5:
+            powers = torch._foreach_norm(torch._foreach_mul(sizes, torch._foreach_sqrt(sizes)), 1)
+        else:
+            powers = torch._foreach_norm(torch._foreach_pow(sizes, gamma), 1)
+        parts.append((torch.stack(squares).sum(), torch.stack(powers).sum()))
+    return parts
+
+
+def products(
+    grads: Sequence[Tensor], momenta: Sequence[tuple[Kept, float]], scale: Tensor
+) -> Tensor:
+    """`sum g m` and `sum m^2` over plain tensors, the gradients multiplied by `scale` first.
+
+    Args:
+        grads: raw gradients.
+        momenta: their first moments before the step, as they are kept, each with its sign: -1
+            where it is that of the negative gradient, else 1.
+        scale: factor on every gradient; 0-d.
+
+    Returns:
+        Both as one float32 vector on the device of `scale`.
+    """
+    totals = [torch.zeros(2, device=scale.device)]
+    for grad, (kept, sign) in zip(grads, momenta, strict=True):
+        dtype = _kernels.compute_dtype(grad)
+        (moment,) = _storage.read([kept], [dtype])
+        moment = moment.reshape(-1)
+        along = torch.dot(grad.to(dtype).reshape(-1), moment) * sign
+        pair = torch.stack((along, torch.dot(moment, moment)))
+        totals.append(pair.to(scale.device, torch.float32, non_blocking=True))
+    total = torch.stack(totals).sum(0)
+    return torch.stack((total[0] * scale, total[1]))
+
+
+class Sizes(NamedTuple):
+    """How large tensors are.
+
+    Attributes:
+        mean_squares: the mean of the squares of each tensor, a float32 vector.
+        counts: the elements of each, of a `DTensor` in all its shards.
+    """
+
+    mean_squares: Tensor
+    counts: list[int]
+
+
+def sizes(tensors: Sequence[Tensor], *, native: bool) -> Sizes:
+    """Of each tensor, of a `DTensor` over all its shards.
+
+    Args:
+        tensors: of any devices and real dtypes.
+        native: takes the C library for what it can take.
+
+    Returns:
+        With a vector on the device of the first tensor.
+    """
+    device = tensors[0].device
+    shards = list(map(local, tensors))
+    counts = [max(1, tensor.numel()) for tensor in tensors]
+    fast, slow = _native.parts([shards]) if native else ([], list(range(len(shards))))
+    means: dict[int, Tensor] = {}
+    for part in fast:
+        values = _native.mean_squares(_at(shards, part), _at(counts, part))
+        means |= zip(part, values.to(device).unbind(), strict=True)
+    for i in slow:
+        flat = shards[i].detach().reshape(-1).to(_kernels.compute_dtype(shards[i]))
+        means[i] = (torch.dot(flat, flat) / counts[i]).to(device, torch.float32)
+    total = torch.stack([means[i] for i in range(len(tensors))])
+    _add_shards(total, tensors)
+    return Sizes(total, [tensor.numel() for tensor in tensors])
+
+
+def whole_mean_square(sizes: Sequence[Sizes]) -> Tensor | None:
+    """The mean of the squares of all elements together; `None` of no tensors."""
+    if not sizes:
+        return None
+    device, total = sizes[0].mean_squares.device, max(1, sum(sum(s.counts) for s in sizes))
+    parts: list[Tensor] = []
+    for squares, counts in sizes:
+        # Not a vector of counts: that would be a copy to the device in every step.
+        parts += torch._foreach_mul(squares.to(device).unbind(), [n / total for n in counts])
+    return torch.stack(parts).sum()
+
+
+def _add_shards(values: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Adds up each value over the ranks that split its tensor, one all-reduce a mesh axis."""
+    split: dict[tuple[Any, int], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if is_sharded(tensor):
+            for axis, placement in enumerate(tensor.placements):
+                if placement.is_shard():
+                    split.setdefault((tensor.device_mesh, axis), []).append(index)
+    for (mesh, axis), indices in split.items():
+        part = values[indices]
+        dist.all_reduce(part, group=mesh.get_group(axis))
+        values[indices] = part
+
+
+def measure(
+    grads: list[Tensor],
+    loss: Tensor,
+    gamma: float,
+    *,
+    momenta: Sequence[tuple[Kept, float]] | None = None,
+    scale: Tensor,
+    found_inf: Tensor | None,
+    process_group: dist.ProcessGroup | None,
+    native: bool,
+    foreach: bool,
+) -> Signals:
+    """What the law sees, the same on every rank that shares the parameters.
+
+    A `DTensor` is measured on its local shard; one all-reduce over its mesh makes the sums global
+    and averages the loss over the ranks that have a finite one. Plain gradients count as
+    replicated: with `process_group` (or beside a mesh) their sums are averaged over the ranks.
+
+    Args:
+        grads: raw gradients, plain or `DTensor`.
+        loss: this rank's loss, float32, 0-d, NaN where there is none.
+        gamma: the law's exponent.
+        momenta: see `products`, this rank's shards of them, where the alignment is asked for.
+        scale: factor on every gradient; 0-d, float32.
+        found_inf: what a `GradScaler` found, positive where the step is to be skipped.
+        process_group: ranks that hold the same gradients but a loss of their own.
+        native: takes the C library for what it can take.
+        foreach: takes torch's foreach calls for the rest.
+
+    Raises:
+        ValueError: where a gradient is a partial sum that has not been reduced.
+    """
+
+    def sums_of(indices: list[int]) -> Tensor:
+        chosen = [local(grads[i]) for i in indices]
+        return sums(chosen, gamma, scale, _at(momenta, indices), native=native, foreach=foreach)
+
+    plain, sharded = _by_mesh(grads)
+    total = sums_of(plain)
+    if found_inf is not None:
+        found = found_inf.to(total.device, non_blocking=True).sum() > 0
+        total = torch.where(found, math.nan, total)
+    if not sharded and process_group is None:
+        return signals(total, torch.where(torch.isfinite(loss), loss, math.nan), gamma)
+    total, losses = _pooled(total, _counted(loss), sharded, sums_of)
+    if process_group is not None:
+        packed = torch.cat([total / dist.get_world_size(process_group), losses])
+        dist.all_reduce(packed, group=process_group)
+        total, losses = packed[:-2], packed[-2:]
+    return signals(total, _mean(losses), gamma)
+
+
+def whole_sums(grad: Tensor, gamma: float, scale: Tensor, *, native: bool) -> Tensor:
+    """The two sums over one gradient, of a `DTensor` over all its shards; float32, `(2,)`."""
+
+    def sums_of(indices: list[int]) -> Tensor:
+        return sums([local(grad) for _ in indices], gamma, scale, native=native, foreach=False)
+
+    plain, sharded = _by_mesh([grad])
+    total = sums_of(plain)
+    return _pooled(total, torch.zeros_like(total), sharded, sums_of)[0]
+
+
+def conclude(total: Tensor, loss: Tensor, meshes: Iterable[Any], gamma: float) -> Signals:
+    """The signals of sums that are whole already and of this rank's loss."""
+    nothing = torch.zeros_like(total)
+    _, losses = _pooled(nothing, _counted(loss), {m: {} for m in meshes}, lambda _: nothing)
+    return signals(total, _mean(losses), gamma)
+
+
+def signals(total: Tensor, loss: Tensor, gamma: float) -> Signals:
+    """The two norms of which `total` has the sums, the loss, and the alignment if it has that."""
+    norms = {"grad_norm": total[0].sqrt(), "gamma_norm": total[1] ** (1.0 / gamma)}
+    if len(total) == 2:
+        return Signals(**norms, loss=loss)
+    cosine = alignment(total[2], norms["grad_norm"], total[3], xp=torch)
+    return Signals(**norms, loss=loss, alignment=cosine)
+
+
+def _counted(loss: Tensor) -> Tensor:
+    """A loss and the number 1; two zeros where it is not finite."""
+    known = torch.isfinite(loss)
+    return torch.stack([torch.where(known, loss, 0.0), known.to(torch.float32)])
+
+
+def _mean(losses: Tensor) -> Tensor:
+    """The mean of a sum and a number of losses, NaN of none."""
+    return torch.where(losses[1] > 0.0, losses[0] / losses[1], math.nan)
+
+
+def _pooled(
+    total: Tensor,
+    losses: Tensor,
+    sharded: dict[Any, dict[int, list[int]]],
+    sums_of: Callable[[list[int]], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Adds the shards of all ranks to what all ranks have, and the losses of all ranks."""
+    for mesh, shares in sharded.items():
+        total = total / mesh.size()
+        for copies, shards in shares.items():
+            total = total + sums_of(shards) / copies
+        packed = torch.cat([total, losses])
+        for axis in range(mesh.ndim):
+            dist.all_reduce(packed, group=mesh.get_group(axis))
+        total, losses = packed[:-2], packed[-2:]
+    return total, losses
+
+
+def _by_mesh(grads: Sequence[Tensor]) -> tuple[list[int], dict[Any, dict[int, list[int]]]]:
+    """Indices of plain tensors, and of shards by mesh and by how many ranks hold the same shard."""
+    plain: list[int] = []
+    sharded: dict[Any, dict[int, list[int]]] = {}
+    for index, grad in enumerate(grads):
+        if not is_sharded(grad):
+            plain.append(index)
+            continue
+        copies = 1
+        for axis, placement in enumerate(grad.placements):
+            if placement.is_partial():
+                raise ValueError(
+                    f"gradients must be reduced before step(), got a DTensor placed as {placement};"
+                    " call redistribute() on it, or let fully_shard do it."
+                )
+            if placement.is_replicate():
+                copies *= grad.device_mesh.size(axis)
+        mesh = grad.device_mesh
+        sharded.setdefault(mesh, {}).setdefault(copies, []).append(index)
+    return plain, sharded
+
+
+def any_sharded(tensors: list[Tensor]) -> bool:
+    """Whether one of them is a `DTensor`."""
+    return any(is_sharded(t) for t in tensors if type(t) is not Tensor)
+
+
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether it is a `DTensor`, without importing that subsystem for those who use none."""
+    return type(tensor) is not Tensor and hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a `DTensor`, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
