@@ -10,9 +10,10 @@ from cruxy_control.controls import Controls, betas, meta_learning_rate
 from cruxy_control.law import Law
 from cruxy_control.meta3 import Meta3, Meta3State
 from cruxy_control.self_driving import SelfDriving, SelfDrivingState
+from cruxy_control.sensing import SensorState, V2Sensors
 from cruxy_control.signals import Signals
 from cruxy_control.stability_v1 import StabilityV1, StabilityV1State
-from cruxy_control.stability_v2 import SensorState, StabilityV2, StabilityV2State, V2Sensors
+from cruxy_control.stability_v2 import StabilityV2, StabilityV2State
 
 __all__ = [
     "Controls",

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple, Self
 from cruxy_control import filters
 from cruxy_control.checks import check_bounds, check_count, check_range
 from cruxy_control.controls import Controls
+from cruxy_control.sensing import SENSED, SensorState, V2Sensors, misled
 from cruxy_control.signals import Signals
-from cruxy_control.stability_v1 import misled
-from cruxy_control.stability_v2 import SensorState, V2Sensors
 
 Z_EPS = 1e-6
 """The `eps` of `z`; every other denominator has 1e-8."""
@@ -31,6 +30,8 @@ class Meta3State(NamedTuple):
     step: Any
     scale: Any
     beta2_gap: Any
+
+    telemetry = SENSED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

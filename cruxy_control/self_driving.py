@@ -6,11 +6,8 @@ from typing import Any, NamedTuple
 from cruxy_control import filters
 from cruxy_control.checks import check_bounds, check_range
 from cruxy_control.controls import Controls
+from cruxy_control.sensing import SENSED, SensorState, V2Sensors
 from cruxy_control.signals import Signals
-from cruxy_control.stability_v2 import SensorState, V2Sensors
-
-RELATIVE_FLOOR = 0.01
-"""A tensor's size counts as at least this where its rate is limited: zeros could never move."""
 
 
 class SelfDrivingState(NamedTuple):
@@ -27,6 +24,8 @@ class SelfDrivingState(NamedTuple):
     alignment: filters.Ema
     step: Any
     scale: Any
+
+    telemetry = (*SENSED, "alignment")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,68 +129,3 @@ class SelfDriving(V2Sensors):
             step=state.step + 1,
             scale=xp.clip(scale, *self.scale_bounds),
         )
-
-
-def relative_limit(mean_square: Any, limit: Any, floor: Any, *, xp: Any, whole: Any = None) -> Any:
-    """The largest rate for a tensor: `limit * max(min(rms(theta), rms(whole)), floor)`.
-
-    The directions of Adam and Lion have size 1 or less, so that no step moves a tensor by more than
-    this share of its own size. The same scale is Adafactor's relative step (Shazeer and Stern 2018,
-    arXiv:1804.04235, section 8), there as a factor, here as a bound. `whole` makes it a bound on
-    one rate for all tensors too: without it the largest tensors, which are the scales of
-    normalizations, let the rate wind up far above what the matrices follow, and the matrices stay
-    at their limits for as long as it takes to come back.
-
-    Args:
-        mean_square: of the tensor; float32.
-        limit: above 0.
-        floor: size below which a tensor counts as this large, above 0, such as `RELATIVE_FLOOR`.
-        xp: the array namespace.
-        whole: the mean square of all parameters together, which bounds that of the tensor where it
-            is a number; `None` for no bound.
-    """
-    square = mean_square if whole is None else xp.fmin(mean_square, whole)
-    return limit * xp.clip(xp.sqrt(square), floor, float("inf"))
-
-
-def alignment(along: Any, grad_norm: Any, moment_square: Any, *, xp: Any) -> Any:
-    """The cosine between gradient and first moment; NaN where one of them is zero.
-
-    Args:
-        along: `sum g m` over all elements.
-        grad_norm: the root of `sum g^2`.
-        moment_square: `sum m^2`.
-        xp: the array namespace.
-    """
-    # Roots before the product, whose square could overflow.
-    return xp.clip(along / (grad_norm * xp.sqrt(moment_square)), -1.0, 1.0)
-
-
-def limit_scale(largest: Any, rate: Any, *, xp: Any) -> Any:
-    """The share that a limit leaves of a rate, or of the size of an update; 1 of 0.
-
-    Args:
-        largest: that is allowed, as `relative_limit` gives it; for the law's back-calculation the
-            largest of all tensors.
-        rate: what it bounds.
-        xp: the array namespace.
-    """
-    return xp.where(rate > 0.0, xp.minimum(largest, rate) / rate, 1.0)
-
-
-def averaging_weight(count: Any, power: Any, *, xp: Any) -> Any:
-    """`(power + 1) / (t + power)`, `t = count + 1`: the weight of step `t` in the average.
-
-    At 0 all iterates weigh the same; a larger `power` forgets the early ones: about the last
-    `1 / (power + 1)` of the run counts, however long it is.
-
-    Args:
-        count: iterates before this one; int32 or float32.
-        power: at least 0.
-        xp: the array namespace.
-
-    References:
-        Shamir and Zhang, [Stochastic Gradient Descent for Non-smooth
-        Optimization](https://arxiv.org/abs/1212.1824), 2013, section 4.
-    """
-    return (power + 1.0) / (count + 1.0 + power)

@@ -24,3 +24,16 @@ class Signals(NamedTuple):
     loss: Any
     alignment: Any = None
     limit_scale: Any = None
+
+
+def alignment(along: Any, grad_norm: Any, moment_square: Any, *, xp: Any) -> Any:
+    """The cosine between gradient and first moment; NaN where one of them is zero.
+
+    Args:
+        along: `sum g m` over all elements.
+        grad_norm: the root of `sum g^2`.
+        moment_square: `sum m^2`.
+        xp: the array namespace.
+    """
+    # Roots before the product, whose square could overflow.
+    return xp.clip(along / (grad_norm * xp.sqrt(moment_square)), -1.0, 1.0)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Self
 from cruxy_control import filters
 from cruxy_control.checks import check_bounds, check_range, make_plain
 from cruxy_control.controls import Controls, neutral
+from cruxy_control.sensing import advance_windows, check_windows, control_error, misled
 from cruxy_control.signals import Signals
 
 
@@ -21,6 +22,8 @@ class StabilityV1State(NamedTuple):
     windows: filters.Windows
     error: Any
     control: Any
+
+    telemetry = ("meta_scale", "phase_scale", "phase")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,37 +134,3 @@ class StabilityV1:
             beta2_max=base.beta2_max * self.beta2_bounds[1],
             phase=phi,
         )
-
-
-def check_windows(law: Any) -> None:
-    """Raises unless the constants of both windows are in range."""
-    for name in ("fast_decay", "slow_decay"):
-        remedy = "0.9 (fast) and 0.999 (slow) are the paper's"
-        check_range(name, getattr(law, name), 0.0, 1.0, upper_open=True, remedy=remedy)
-    if law.outlier_cap is not None:
-        remedy = "use 10, or None for no cap"
-        check_range("outlier_cap", law.outlier_cap, 1.0, remedy=remedy)
-
-
-def advance_windows(law: Any, state: filters.Windows, sigma: Any, *, xp: Any) -> filters.Windows:
-    """Both windows after `sigma`, with the law's constants."""
-    return filters.windows(
-        state,
-        sigma,
-        fast_decay=law.fast_decay,
-        slow_decay=law.slow_decay,
-        debias=law.debias,
-        outlier_cap=law.outlier_cap,
-        xp=xp,
-    )
-
-
-def misled(law: Any, state: filters.Windows, sigma: Any) -> Any:
-    """Whether the windows should start over, with the law's constants."""
-    return filters.misled(state, sigma, slow_decay=law.slow_decay, outlier_cap=law.outlier_cap)
-
-
-def control_error(law: Any, fast: Any, slow: Any) -> Any:
-    """`e = v_fast - v_slow` (v2.0 4), divided by `v_slow + eps` unless told otherwise."""
-    error = fast - slow
-    return error / (slow + filters.EPS) if law.relative_error else error

@@ -10,13 +10,9 @@ from torch import Tensor
 
 from cruxy_control import Controls, Law, Signals, meta_learning_rate
 from cruxy_control import betas as controlled_betas
+from cruxy_control.formulas.averaging import averaging_weight
+from cruxy_control.formulas.limits import RELATIVE_FLOOR, limit_scale, relative_limit
 from cruxy_control.law import needs_alignment
-from cruxy_control.self_driving import (
-    RELATIVE_FLOOR,
-    averaging_weight,
-    limit_scale,
-    relative_limit,
-)
 from cruxy_exact.random_bits import stream_key
 from cruxy_torch import _law_state as _controller
 from cruxy_torch._actuators.apply import Scalars

@@ -9,7 +9,8 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 from cruxy_control import SelfDriving, Signals
-from cruxy_control.self_driving import averaging_weight, relative_limit
+from cruxy_control.formulas.averaging import averaging_weight
+from cruxy_control.formulas.limits import relative_limit
 from cruxy_optax import (
     average_iterates,
     averaged_params,

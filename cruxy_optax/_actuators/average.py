@@ -8,7 +8,7 @@ import optax
 
 from cruxy_control.checks import check_range
 from cruxy_control.controls import Controls
-from cruxy_control.self_driving import averaging_weight
+from cruxy_control.formulas.averaging import averaging_weight
 from cruxy_optax._sensors.power_sums import accumulator_dtype
 from cruxy_optax._tree import find
 

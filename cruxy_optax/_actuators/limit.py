@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from cruxy_control.checks import check_range
-from cruxy_control.self_driving import RELATIVE_FLOOR, limit_scale, relative_limit
+from cruxy_control.formulas.limits import RELATIVE_FLOOR, limit_scale, relative_limit
 from cruxy_optax._sensors.measure import as_axes, mean_square
 
 

@@ -10,8 +10,8 @@ import optax
 
 from cruxy_control.checks import check_bounds, check_range
 from cruxy_control.controls import Controls, meta_learning_rate
-from cruxy_control.self_driving import RELATIVE_FLOOR, limit_scale
-from cruxy_control.self_driving import relative_limit as limit_of
+from cruxy_control.formulas.limits import RELATIVE_FLOOR, limit_scale
+from cruxy_control.formulas.limits import relative_limit as limit_of
 from cruxy_optax._controls import require_controls
 from cruxy_optax._sensors.measure import as_axes, mean_square, whole_mean_square
 

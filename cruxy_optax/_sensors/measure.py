@@ -12,8 +12,8 @@ from jax import lax
 
 from cruxy_control import filters
 from cruxy_control.checks import check_range
-from cruxy_control.self_driving import alignment as cosine_of
 from cruxy_control.signals import Signals
+from cruxy_control.signals import alignment as cosine_of
 from cruxy_optax._low_bit import is_low_bit
 from cruxy_optax._sensors.power_sums import accumulator_dtype, power_sums
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cruxy_control import Signals
-from cruxy_control.self_driving import alignment
+from cruxy_control.signals import alignment
 from cruxy_torch import _kept as _storage
 from cruxy_torch._actuators import apply as _kernels
 from cruxy_torch._kept import Kept

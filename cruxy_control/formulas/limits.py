@@ -1,0 +1,40 @@
+"""The relative limit: how large a rate may be for a tensor, by the size of the tensor."""
+
+from typing import Any
+
+RELATIVE_FLOOR = 0.01
+"""A tensor's size counts as at least this where its rate is limited: zeros could never move."""
+
+
+def relative_limit(mean_square: Any, limit: Any, floor: Any, *, xp: Any, whole: Any = None) -> Any:
+    """The largest rate for a tensor: `limit * max(min(rms(theta), rms(whole)), floor)`.
+
+    The directions of Adam and Lion have size 1 or less, so that no step moves a tensor by more than
+    this share of its own size. The same scale is Adafactor's relative step (Shazeer and Stern 2018,
+    arXiv:1804.04235, section 8), there as a factor, here as a bound. `whole` makes it a bound on
+    one rate for all tensors too: without it the largest tensors, which are the scales of
+    normalizations, let the rate wind up far above what the matrices follow, and the matrices stay
+    at their limits for as long as it takes to come back.
+
+    Args:
+        mean_square: of the tensor; float32.
+        limit: above 0.
+        floor: size below which a tensor counts as this large, above 0, such as `RELATIVE_FLOOR`.
+        xp: the array namespace.
+        whole: the mean square of all parameters together, which bounds that of the tensor where it
+            is a number; `None` for no bound.
+    """
+    square = mean_square if whole is None else xp.fmin(mean_square, whole)
+    return limit * xp.clip(xp.sqrt(square), floor, float("inf"))
+
+
+def limit_scale(largest: Any, rate: Any, *, xp: Any) -> Any:
+    """The share that a limit leaves of a rate, or of the size of an update; 1 of 0.
+
+    Args:
+        largest: that is allowed, as `relative_limit` gives it; for the law's back-calculation the
+            largest of all tensors.
+        rate: what it bounds.
+        xp: the array namespace.
+    """
+    return xp.where(rate > 0.0, xp.minimum(largest, rate) / rate, 1.0)
