@@ -94,7 +94,7 @@ class Comparison:
         for name in options.optimizer:
             label(name)
             if split(name)[0] == "torch":
-                from benchmarks.workloads.torch_twins import load_twin
+                from benchmarks._torch.workloads.weights import load_twin
 
                 load_twin(options.workload, self.data)
 
@@ -192,10 +192,10 @@ def label(optimizer: str) -> str:
 def known(framework: str) -> list[str]:
     """Every name of a framework's registry."""
     if framework == "jax":
-        from benchmarks._our_optimizers import OPTIMIZERS
+        from benchmarks._jax.our_optimizers import OPTIMIZERS
 
         return list(OPTIMIZERS)
-    from benchmarks._our_optimizers_torch import OPTIMIZERS as TORCH_OPTIMIZERS
+    from benchmarks._torch.our_optimizers import OPTIMIZERS as TORCH_OPTIMIZERS
 
     return [f"torch:{name}" for name in TORCH_OPTIMIZERS]
 

@@ -30,14 +30,12 @@ MODEL_FILES = (
 WORKLOAD_FILES = {
     "shakespeare": MODEL_FILES,
     "finetuning": (
-        "benchmarks/workloads/digits.py",
-        "benchmarks/workloads/shakespeare.py",
+        "benchmarks/_jax/workloads/digits.py",
+        "benchmarks/_jax/workloads/shakespeare.py",
         *MODEL_FILES,
     ),
 }
 """What the module of a workload builds on."""
-
-ENGINES = {"jax": "benchmarks/_training.py", "torch": "benchmarks/_training_torch.py"}
 
 
 @functools.cache
@@ -55,11 +53,11 @@ def source(framework: str, optimizer: str, workload: str) -> str:
     is_torch = framework == "torch"
     patterns = [
         *entry(framework, optimizer).sources,
-        ENGINES[framework],
+        f"benchmarks/_{framework}/training.py",
         "benchmarks/faults.py",
         "benchmarks/workloads/__init__.py",
-        f"benchmarks/workloads/{family}.py",
-        *([f"benchmarks/workloads/*{suffix}.py" for suffix in ("_torch", "_twins")] * is_torch),
+        f"benchmarks/_jax/workloads/{family}.py",
+        *(["benchmarks/_torch/workloads/*.py"] * is_torch),
         *WORKLOAD_FILES.get(family, ()),
     ]
     digest = hashlib.sha256(json.dumps(basis(framework)).encode())
@@ -71,10 +69,10 @@ def source(framework: str, optimizer: str, workload: str) -> str:
 def entry(framework: str, optimizer: str) -> Any:
     """The registry's entry; a framework is imported only where it is used."""
     if framework == "jax":
-        from benchmarks._our_optimizers import OPTIMIZERS
+        from benchmarks._jax.our_optimizers import OPTIMIZERS
 
         return OPTIMIZERS[optimizer]
-    from benchmarks._our_optimizers_torch import OPTIMIZERS as TORCH_OPTIMIZERS
+    from benchmarks._torch.our_optimizers import OPTIMIZERS as TORCH_OPTIMIZERS
 
     return TORCH_OPTIMIZERS[optimizer]
 
@@ -165,10 +163,10 @@ def _train(tasks: Sequence[Task]) -> list[Record]:
     """Runs in a worker; each framework is imported only where it is used."""
     try:
         if tasks[0].framework == "jax":
-            from benchmarks._training import train
+            from benchmarks._jax.training import train
 
             return train(tasks)
-        from benchmarks._training_torch import train as train_torch
+        from benchmarks._torch.training import train as train_torch
 
         return [train_torch(task) for task in tasks]
     except Exception as error:

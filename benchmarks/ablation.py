@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks._comparison import Comparison, add_arguments, curve, final, label, rates
-from benchmarks._our_optimizers import ABLATION, VARIED
+from benchmarks._jax.our_optimizers import ABLATION, VARIED
 from benchmarks._plots import dots, one_panel
 from benchmarks._protocol import Protocol, Rows
 from benchmarks._statistics import mean, paired

@@ -12,11 +12,11 @@ import optax
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks._optimizers import RATES
+from benchmarks._jax.optimizers import RATES
+from benchmarks._jax.workloads.shakespeare import MODELS, shakespeare
 from benchmarks._plots import finish
 from benchmarks._protocol import Protocol, Rows
 from benchmarks.workloads import ALONE, NAMES, Workload, load
-from benchmarks.workloads.shakespeare import MODELS, shakespeare
 from cruxy_control import SelfDriving
 from cruxy_optax import (
     scale_by_controlled_adam,

@@ -9,7 +9,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks._costed import FRAMEWORKS, MODELS, add_arguments, chosen, part, registry
+from benchmarks._measured_optimizers import (
+    FRAMEWORKS,
+    MODELS,
+    add_arguments,
+    chosen,
+    part,
+    registry,
+)
 from benchmarks._plots import COLORS, bars, finish
 from benchmarks._protocol import Protocol, Rows
 from benchmarks._shapes import SIZES, TINYLLAMA
@@ -40,7 +47,7 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     wanted = [(framework, name) for framework, known in names.items() for name in known]
     rows = []
     for framework, name in track(wanted, "counting", console=console):
-        module = importlib.import_module(f"benchmarks._memory_{framework}")
+        module = importlib.import_module(f"benchmarks._{framework}.memory")
         rows.append(
             {
                 "framework": framework,

@@ -10,7 +10,15 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks._costed import FRAMEWORKS, MODELS, add_arguments, chosen, part, registry, whole
+from benchmarks._measured_optimizers import (
+    FRAMEWORKS,
+    MODELS,
+    add_arguments,
+    chosen,
+    part,
+    registry,
+    whole,
+)
 from benchmarks._plots import COLORS, bars, finish
 from benchmarks._protocol import Protocol, Rows
 from benchmarks.workloads import load
@@ -74,7 +82,7 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _engine(framework: str) -> Any:
     try:
-        return importlib.import_module(f"benchmarks._resume_{framework}")
+        return importlib.import_module(f"benchmarks._{framework}.resume")
     except ModuleNotFoundError as error:
         raise ValueError(
             f"resume needs the package {error.name}, which is not installed; "

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks._comparison import Comparison, add_arguments, curve, final, label, rates
-from benchmarks._optimizers import GUARDED_PEERS
+from benchmarks._jax.optimizers import GUARDED_PEERS
 from benchmarks._plots import finish, styles
 from benchmarks._protocol import Protocol, Rows
 from benchmarks._runs import Record

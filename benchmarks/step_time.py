@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks._costed import FRAMEWORKS, MODELS, add_arguments, chosen, part, whole
 from benchmarks._environment import device
+from benchmarks._measured_optimizers import FRAMEWORKS, MODELS, add_arguments, chosen, part, whole
 from benchmarks._plots import COLORS, finish
 from benchmarks._protocol import Protocol, Rows
 from benchmarks._shapes import SIZES
@@ -50,7 +50,7 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     settings = {name: load(name, data).settings for name in options.training}
     timings = []
     for framework, wanted in names.items():
-        module = importlib.import_module(f"benchmarks._step_time_{framework}")
+        module = importlib.import_module(f"benchmarks._{framework}.step_time")
         common = {"framework": framework, "device": _device(framework)}
         rows = module.optimizer_steps(SIZES[options.size], options.repeats, wanted, console)
         timings.append({**common, "step": "update", "optimizers": rows})

@@ -17,21 +17,19 @@ pytest.importorskip("torch")
 import torch
 from torch import nn
 
-from benchmarks import (
-    _costed_jax,
-    _memory_jax,
-    _memory_torch,
-    _resume_jax,
-    _resume_torch,
-    _step_time_jax,
-    _step_time_torch,
-)
 from benchmarks.__main__ import main
-from benchmarks._costed import chosen
+from benchmarks._jax import measured_optimizers as measured_jax
+from benchmarks._jax import memory as memory_jax
+from benchmarks._jax import resume as resume_jax
+from benchmarks._jax import step_time as step_time_jax
+from benchmarks._measured_optimizers import chosen
 from benchmarks._resumed import first_difference
 from benchmarks._shapes import TINYLLAMA
+from benchmarks._torch import memory as memory_torch
+from benchmarks._torch import resume as resume_torch
+from benchmarks._torch import step_time as step_time_torch
+from benchmarks._torch.workloads.weights import DEVICE, Twin
 from benchmarks.workloads import Workload
-from benchmarks.workloads.torch_twins import DEVICE, Twin
 
 QUIET = Console(quiet=True)
 SHAPES = {"w": (100, 200), "b": (50,)}
@@ -78,9 +76,9 @@ def twin(name, data=None):
 @pytest.fixture
 def known_workload(monkeypatch):
     """Every workload is the quadratic, in both frameworks."""
-    for module in (_memory_jax, _resume_jax, _step_time_jax, _resume_torch, _step_time_torch):
+    for module in (memory_jax, resume_jax, step_time_jax, resume_torch, step_time_torch):
         monkeypatch.setattr(module, "load", quadratic)
-    for module in (_resume_torch, _step_time_torch):
+    for module in (resume_torch, step_time_torch):
         monkeypatch.setattr(module, "load_twin", twin)
         monkeypatch.setattr(module, "copy_weights", lambda weights, model: None)
 
@@ -91,28 +89,28 @@ def test_the_llama_has_the_parameters_of_tinyllama():
 
 def test_a_known_state_gives_known_bytes():
     # optax counts steps in one int32, torch in a float32 for each parameter.
-    assert _memory_jax.state_bytes("adamw", SHAPES) == 2 * 4 * COUNT + 4
-    assert _memory_torch.state_bytes("adamw", SHAPES) == 2 * 4 * COUNT + 2 * 4
-    assert _memory_jax.state_bytes("lion", SHAPES) == 4 * COUNT + 4
+    assert memory_jax.state_bytes("adamw", SHAPES) == 2 * 4 * COUNT + 4
+    assert memory_torch.state_bytes("adamw", SHAPES) == 2 * 4 * COUNT + 2 * 4
+    assert memory_jax.state_bytes("lion", SHAPES) == 4 * COUNT + 4
 
 
 @pytest.mark.parametrize("name", ["meta3", "meta3-8bit", "meta_lion-4bit", "adamw-foreach"])
 def test_counted_bytes_are_those_of_a_state_that_took_a_step(name):
-    entry = _step_time_torch.OPTIMIZERS[name]
-    alone = _step_time_torch.Alone(entry.make, SHAPES)
-    counted = _memory_torch.state_bytes(name, SHAPES)
+    entry = step_time_torch.OPTIMIZERS[name]
+    alone = step_time_torch.Alone(entry.make, SHAPES)
+    counted = memory_torch.state_bytes(name, SHAPES)
     assert alone.state_bytes_per_parameter * COUNT == pytest.approx(counted, rel=1e-12)
 
 
 def test_the_peak_holds_parameters_state_and_batch(known_workload):
-    adamw, lion = (_memory_jax.peak_bytes(name, "quadratic", None) for name in ("adamw", "lion"))
+    adamw, lion = (memory_jax.peak_bytes(name, "quadratic", None) for name in ("adamw", "lion"))
     assert adamw >= 4 * SIZE * (1 + 2 + 1)
     assert lion >= 4 * SIZE * (1 + 1 + 1)
-    assert _memory_torch.peak_bytes("adamw", "quadratic", None) is None or torch.cuda.is_available()
+    assert memory_torch.peak_bytes("adamw", "quadratic", None) is None or torch.cuda.is_available()
 
 
 def test_a_step_that_is_timed_is_taken():
-    timed = _step_time_jax.Timed(
+    timed = step_time_jax.Timed(
         lambda params, state, add: (params + add, state + 1), jnp.zeros(3), jnp.int32(0), 2.0
     )
     assert timed.time() > 0
@@ -123,12 +121,12 @@ def test_a_step_that_is_timed_is_taken():
 
 def test_state_that_is_the_parameters_themselves_is_timed():
     # Schedule-Free starts with a copy of them, which a donated buffer cannot be.
-    rows = _step_time_jax.optimizer_steps(SHAPES, 2, ["adamw", "schedule-free"], QUIET)
+    rows = step_time_jax.optimizer_steps(SHAPES, 2, ["adamw", "schedule-free"], QUIET)
     assert rows["adamw"]["ratio"] == 1.0
     assert rows["schedule-free"]["state_bytes_per_parameter"] == pytest.approx(8, abs=0.01)
 
 
-@pytest.mark.parametrize("module", [_step_time_jax, _step_time_torch])
+@pytest.mark.parametrize("module", [step_time_jax, step_time_torch])
 def test_whole_training_steps_are_timed_against_adamw(module, known_workload):
     rows = module.training_steps("quadratic", None, 2, ["adamw", "meta_lion"], QUIET)
     assert rows["adamw"]["ratio"] == 1.0
@@ -140,14 +138,14 @@ def resume(module, make, folder):
 
 
 def test_a_resumable_jax_optimizer_is_found_identical(known_workload, tmp_path):
-    found = resume(_resume_jax, lambda: optax.sgd(0.1, momentum=0.9), tmp_path)
+    found = resume(resume_jax, lambda: optax.sgd(0.1, momentum=0.9), tmp_path)
     assert found.first_difference is None
     assert found.bytes_on_disk > 0
 
 
 def test_a_jax_optimizer_that_remembers_outside_its_state_is_caught(known_workload, tmp_path):
     built = itertools.count(1)
-    found = resume(_resume_jax, lambda: optax.sgd(0.1 * next(built)), tmp_path)
+    found = resume(resume_jax, lambda: optax.sgd(0.1 * next(built)), tmp_path)
     assert found.first_difference == "['params']['x']"
 
 
@@ -168,28 +166,28 @@ def test_a_resumable_torch_optimizer_is_found_identical(known_workload, tmp_path
     def descent(model):
         return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
-    found = resume(_resume_torch, descent, tmp_path)
+    found = resume(resume_torch, descent, tmp_path)
     assert found.first_difference is None
     # Parameters and momentum, at least.
     assert found.bytes_on_disk >= 2 * 4 * SIZE
 
 
 def test_a_torch_optimizer_that_remembers_outside_its_state_is_caught(known_workload, tmp_path):
-    found = resume(_resume_torch, lambda model: Forgetful(model.parameters()), tmp_path)
+    found = resume(resume_torch, lambda model: Forgetful(model.parameters()), tmp_path)
     assert found.first_difference == "['model']['x']"
 
 
 def test_bits_are_compared_not_values():
     nan = np.float32(np.nan)
-    zero = _resume_jax.leaves(({"a": jnp.float32(0.0)}, nan))
-    assert first_difference(zero, _resume_jax.leaves(({"a": jnp.float32(0.0)}, nan))) is None
-    minus = _resume_jax.leaves(({"a": jnp.float32(-0.0)}, nan))
+    zero = resume_jax.leaves(({"a": jnp.float32(0.0)}, nan))
+    assert first_difference(zero, resume_jax.leaves(({"a": jnp.float32(0.0)}, nan))) is None
+    minus = resume_jax.leaves(({"a": jnp.float32(-0.0)}, nan))
     assert first_difference(zero, minus) == "['params']['a']"
-    half = _resume_jax.leaves(({"a": jnp.bfloat16(0.0)}, nan))
+    half = resume_jax.leaves(({"a": jnp.bfloat16(0.0)}, nan))
     assert first_difference(zero, half) == "['params']['a']"
-    before = dict(_resume_torch.leaves({"a": [torch.tensor(0.0), 1]}))
-    assert first_difference(before, dict(_resume_torch.leaves({"a": [torch.tensor(-0.0), 1]})))
-    assert first_difference(before, dict(_resume_torch.leaves({"a": [torch.tensor(0.0)]})))
+    before = dict(resume_torch.leaves({"a": [torch.tensor(0.0), 1]}))
+    assert first_difference(before, dict(resume_torch.leaves({"a": [torch.tensor(-0.0), 1]})))
+    assert first_difference(before, dict(resume_torch.leaves({"a": [torch.tensor(0.0)]})))
 
 
 def figures(folder, name, *arguments):
@@ -231,8 +229,8 @@ def test_memory_writes_what_it_prints(tmp_path, capsys):
 def test_resume_writes_what_it_prints(known_workload, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("benchmarks.resume.load", quadratic)
     built = itertools.count(1)
-    broken = _costed_jax.Costed("Broken", lambda: optax.sgd(0.1 * next(built)))
-    monkeypatch.setitem(_costed_jax.OPTIMIZERS, "broken", broken)
+    broken = measured_jax.Costed("Broken", lambda: optax.sgd(0.1 * next(built)))
+    monkeypatch.setitem(measured_jax.OPTIMIZERS, "broken", broken)
     found = figures(
         tmp_path, "resume", "--framework", "jax", "--optimizer", "broken",
         "--steps", "6", "--stop", "2",

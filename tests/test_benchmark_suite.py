@@ -12,10 +12,11 @@ import optax
 import pytest
 from rich.console import Console
 
-from benchmarks import _comparison, _sweep, _training, alignment, report
+from benchmarks import _comparison, _sweep, alignment, report
 from benchmarks.__main__ import MODULES, main, protocol
-from benchmarks._optimizers import GUARDED_PEERS, PEERS, RATES, Optimizer
-from benchmarks._our_optimizers import (
+from benchmarks._jax import training
+from benchmarks._jax.optimizers import GUARDED_PEERS, PEERS, RATES, Optimizer
+from benchmarks._jax.our_optimizers import (
     ABLATION,
     COMPACT,
     OPTIMIZERS,
@@ -24,10 +25,10 @@ from benchmarks._our_optimizers import (
     SELF_DRIVING,
     VARIED,
 )
-from benchmarks._our_optimizers_torch import OPTIMIZERS as TORCH_OPTIMIZERS
 from benchmarks._protocol import run
 from benchmarks._runs import Task
 from benchmarks._statistics import mean, paired, sensitivity
+from benchmarks._torch.our_optimizers import OPTIMIZERS as TORCH_OPTIMIZERS
 from benchmarks.faults import FAULTS
 from benchmarks.stability_stress import recovery
 from benchmarks.workloads import Workload
@@ -57,13 +58,13 @@ def quadratic(name="quadratic", data=None):
 @pytest.fixture(autouse=True)
 def known_workload(monkeypatch):
     """Every workload is the quadratic, and plain gradient descent an optimizer."""
-    monkeypatch.setattr(_training, "load", quadratic)
+    monkeypatch.setattr(training, "load", quadratic)
     monkeypatch.setattr(_comparison, "load", quadratic)
     descent = Optimizer("SGD", lambda rate, steps: optax.sgd(rate))
     monkeypatch.setitem(OPTIMIZERS, "sgd", descent)
-    _training._Programs.of.cache_clear()
+    training._Programs.of.cache_clear()
     yield
-    _training._Programs.of.cache_clear()
+    training._Programs.of.cache_clear()
 
 
 def task(optimizer="sgd", rate=0.1, seed=0, **changes):
@@ -71,7 +72,7 @@ def task(optimizer="sgd", rate=0.1, seed=0, **changes):
 
 
 def test_gradient_descent_on_a_quadratic_gives_the_closed_form():
-    record = _training.train([task(rate=0.1, seed=1)])[0]
+    record = training.train([task(rate=0.1, seed=1)])[0]
     # Every coordinate of m starts at 2 and shrinks by 0.9 a step; four of them, halved squares.
     expected = [0.5 * 4 * (2.0 * 0.9**n) ** 2 for n in (10, 20, STEPS)]
     assert record.start == 8.0
@@ -85,7 +86,7 @@ def test_gradient_descent_on_a_quadratic_gives_the_closed_form():
 
 
 def test_diverged_run_is_seen():
-    record = _training.train([task(rate=1e4)])[0]
+    record = training.train([task(rate=1e4)])[0]
     assert math.isnan(record.held_out[-1])
     assert not record.finite
 
@@ -93,14 +94,14 @@ def test_diverged_run_is_seen():
 @pytest.mark.parametrize("name", ["adamw-cosine", "meta3", "schedule-free"])
 def test_runs_trained_together_equal_runs_trained_alone(name):
     tasks = [task(name, rate, seed) for rate in (1e-2, 1e-1) for seed in (0, 1)]
-    together = _training.train(tasks)
+    together = training.train(tasks)
     for alone, same in zip(tasks, together, strict=True):
-        np.testing.assert_allclose(_training.train([alone])[0].held_out, same.held_out, rtol=1e-4)
+        np.testing.assert_allclose(training.train([alone])[0].held_out, same.held_out, rtol=1e-4)
 
 
 def test_runs_of_different_optimizers_are_not_trained_together():
     with pytest.raises(ValueError, match="rate and seed alone"):
-        _training.train([task("sgd"), task("adamw")])
+        training.train([task("sgd"), task("adamw")])
 
 
 VARIANTS = ABLATION.keys() | VARIED.keys() | PUBLISHED.keys() | COMPACT.keys()
@@ -113,14 +114,14 @@ EVERY = [
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_optimizer_runs_with_a_traced_rate(name):
-    record = _training.train([task(name, OPTIMIZERS[name].rates()[3])])[0]
+    record = training.train([task(name, OPTIMIZERS[name].rates()[3])])[0]
     assert record.finite
     assert record.held_out[-1] < record.start
     assert record.skipped == (None if name in UNGUARDED else 0)
 
 
 def test_schedule_ends_at_zero():
-    from benchmarks._optimizers import warm_up_cosine, warm_up_stable_decay
+    from benchmarks._jax.optimizers import warm_up_cosine, warm_up_stable_decay
 
     for schedule in (warm_up_cosine(1.0, 100), warm_up_stable_decay(1.0, 100)):
         values = [float(schedule(step)) for step in range(101)]
@@ -198,12 +199,12 @@ def test_runs_of_other_code_are_run_again(tmp_path, monkeypatch):
 
 def test_source_of_a_peer_does_not_depend_on_ours_and_that_of_ours_does():
     ours, theirs = OPTIMIZERS["meta3"].sources, OPTIMIZERS["adamw"].sources
-    assert "cruxy_optax/*.py" in ours
+    assert "cruxy_optax/**/*.py" in ours
     assert not any(pattern.startswith("cruxy") for pattern in theirs)
 
 
 def test_failed_run_says_which(tmp_path, monkeypatch):
-    monkeypatch.setattr(_training, "load", lambda *_: 1 / 0)
+    monkeypatch.setattr(training, "load", lambda *_: 1 / 0)
     with pytest.raises(RuntimeError, match=r"rate=0\.1.*division by zero"):
         _sweep.sweep(TASKS[:1], tmp_path / "runs.jsonl", workers=0, console=QUIET)
 
@@ -225,7 +226,7 @@ def test_faults_do_what_they_say():
 
 
 def test_fault_strikes_the_run_at_its_steps_alone():
-    clean, hit = (_training.train([task(fault=fault)])[0] for fault in ("none", "times-1000"))
+    clean, hit = (training.train([task(fault=fault)])[0] for fault in ("none", "times-1000"))
     first = FAULTS["times-1000"].strikes(STEPS)[0]
     # The loss is taken before the step: the one after the strike is the first that differs.
     assert hit.losses[: first + 1] == clean.losses[: first + 1]
@@ -235,7 +236,7 @@ def test_fault_strikes_the_run_at_its_steps_alone():
 @pytest.mark.parametrize("fault", ["nan", "inf", "huge"])
 def test_guard_and_its_counter_are_seen_by_the_stress_run(fault):
     guarded, plain = (
-        _training.train([task(name, 1e-2, fault=fault)])[0] for name in ("meta3", "adamw")
+        training.train([task(name, 1e-2, fault=fault)])[0] for name in ("meta3", "adamw")
     )
     assert guarded.skipped == 3
     assert guarded.finite

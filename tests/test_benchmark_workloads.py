@@ -11,12 +11,14 @@ import pytest
 import torch
 from flax import nnx
 
-from benchmarks import _training, _training_torch
-from benchmarks._optimizers_torch import LOW_BIT
-from benchmarks._our_optimizers_torch import COMPACT, OPTIMIZERS, OURS, SELF_DRIVING
+from benchmarks._jax import training as training_jax
+from benchmarks._jax.workloads import cartpole, digits, finetuning
 from benchmarks._runs import Task
-from benchmarks.workloads import ALONE, NAMES, cartpole, digits, finetuning, load
-from benchmarks.workloads.torch_twins import copy_weights, load_twin, named_arrays
+from benchmarks._torch import training as training_torch
+from benchmarks._torch.optimizers import LOW_BIT
+from benchmarks._torch.our_optimizers import COMPACT, OPTIMIZERS, OURS, SELF_DRIVING
+from benchmarks._torch.workloads.weights import copy_weights, load_twin, named_arrays
+from benchmarks.workloads import ALONE, NAMES, load
 
 SMALL = ("shakespeare-small", "digits-conv", "digits-vit")
 """Every model that has a twin, in its smallest size."""
@@ -84,8 +86,8 @@ def test_twin_has_the_same_loss_gradients_and_held_out_figure(name):
 )
 def test_runs_in_both_frameworks_learn_alike(name, optimizer, steps):
     run = task(name, optimizer, steps=steps)
-    (ours,) = _training.train([run])
-    theirs = _training_torch.train(run._replace(framework="torch"))
+    (ours,) = training_jax.train([run])
+    theirs = training_torch.train(run._replace(framework="torch"))
     # Guessing costs ln 10 = 2.30 nats.
     assert ours.start > 2.2
     assert ours.held_out[-1] < 1.5
@@ -100,7 +102,7 @@ def test_runs_in_both_frameworks_learn_alike(name, optimizer, steps):
 
 @pytest.mark.slow
 def test_adamw_learns_to_balance_the_pole():
-    records = _training.train([task("cartpole", seed=seed, steps=100) for seed in range(3)])
+    records = training_jax.train([task("cartpole", seed=seed, steps=100) for seed in range(3)])
     # An untrained policy falls within about 20 of the 500 steps.
     assert min(record.start for record in records) > 0.9
     assert np.mean([record.held_out[-1] for record in records]) < 0.5
@@ -112,7 +114,7 @@ def test_fine_tuning_starts_from_a_model_that_reads_upright_digits_alone():
     upright = digits.digits("vit").held_out(params)
     turned = workload.held_out(params)
     assert upright < 0.3 < 1.5 < turned
-    (record,) = _training.train([task("finetuning-vit", "adamw", 1e-3, steps=60)])
+    (record,) = training_jax.train([task("finetuning-vit", "adamw", 1e-3, steps=60)])
     assert record.start == pytest.approx(float(turned), rel=1e-3)
     assert record.held_out[-1] < 0.5 * record.start
 
@@ -336,7 +338,7 @@ def test_every_torch_optimizer_trains(name):
     entry = OPTIMIZERS[name]
     rate = entry.rates()[2]
     assert rate == (1e-3 if name in SELF_DRIVING else pytest.approx(3e-3 * entry.scale))
-    record = _training_torch.train(
+    record = training_torch.train(
         task("digits-conv", name, rate, steps=12, evaluate_at=(6, 12), framework="torch")
     )
     assert record.finite
@@ -355,7 +357,7 @@ def test_every_torch_optimizer_trains(name):
 def test_low_bit_torch_optimizers_train(name):
     pytest.importorskip(name.partition("-")[0])
     entry = OPTIMIZERS[name]
-    record = _training_torch.train(
+    record = training_torch.train(
         task("digits-conv", name, entry.rates()[2], steps=12, framework="torch")
     )
     assert record.finite
@@ -370,8 +372,8 @@ def test_low_bit_torch_optimizers_train(name):
 def test_evaluation_is_at_the_average(name):
     """Evaluating in between moves weights to the average and back, and must not change training."""
     run = task("digits-conv", name, steps=12, framework="torch")
-    once = _training_torch.train(run)
-    often = _training_torch.train(run._replace(evaluate_at=(4, 8, 12)))
+    once = training_torch.train(run)
+    often = training_torch.train(run._replace(evaluate_at=(4, 8, 12)))
     np.testing.assert_allclose(often.losses, once.losses, rtol=1e-3)
     _, _, twin, model = pair("digits-conv")
     assert once.held_out[0] != twin.held_out(model)
@@ -393,14 +395,14 @@ def test_workloads_without_a_twin_are_named(name):
 
 def test_faults_are_refused_in_torch():
     with pytest.raises(ValueError, match="must be 'none' in PyTorch, got 'nan'"):
-        _training_torch.train(task("digits-conv", fault="nan", framework="torch"))
+        training_torch.train(task("digits-conv", fault="nan", framework="torch"))
 
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     with pytest.raises(ValueError, match=r"Prodigy needs the package prodigyopt.*\[bench\]"):
         OPTIMIZERS["prodigy"].make([{"params": [torch.nn.Parameter(torch.ones(1))]}], 1.0)
-    monkeypatch.delitem(sys.modules, "benchmarks.workloads.digits")
+    monkeypatch.delitem(sys.modules, "benchmarks._jax.workloads.digits")
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ValueError, match=r"digits-conv needs the package sklearn.*\[bench\]"):
         load("digits-conv")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks._hlo import copied_bytes, host_calls, reads_of_parameters
+from benchmarks._jax.hlo import copied_bytes, host_calls, reads_of_parameters
 from benchmarks._shapes import SIZES
 from benchmarks._timing import interleave, summary
 

@@ -72,7 +72,7 @@ def load(name: str, data: str | None = None) -> Workload:
     if data is not None and family != "shakespeare":
         raise ValueError(f"--data is a text for the workloads on Shakespeare, got {name}.")
     try:
-        module = importlib.import_module(f"benchmarks.workloads.{family}")
+        module = importlib.import_module(f"benchmarks._jax.workloads.{family}")
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{name} needs the package {error.name}, which is not installed; "

@@ -40,7 +40,7 @@ class Costed(NamedTuple):
 
 def registry(framework: str) -> Mapping[str, Costed]:
     """The optimizers of a framework by name; the framework is imported only now."""
-    return importlib.import_module(f"benchmarks._costed_{framework}").OPTIMIZERS
+    return importlib.import_module(f"benchmarks._{framework}.measured_optimizers").OPTIMIZERS
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, ours_alone: bool = False) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-from benchmarks._costed_jax import training_step
+from benchmarks._jax.measured_optimizers import training_step
 from benchmarks._resumed import Bits, Resumed, first_difference
 from benchmarks.workloads import Workload, load
 

@@ -5,14 +5,15 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from benchmarks._optimizers import STARTS
-from benchmarks._optimizers_torch import LOW_BIT, ORIGINAL, PEERS, SOURCES, Groups, TorchOptimizer
+from benchmarks._jax.optimizers import STARTS
+from benchmarks._torch.optimizers import LOW_BIT, ORIGINAL, PEERS, SOURCES, Groups, TorchOptimizer
 from cruxy_torch import AXIOM, Cosmic, CruxyOptimizer
 
 OUR_SOURCES = (
     *SOURCES,
-    "benchmarks/_our_optimizers_torch.py",
-    *("cruxy_control/*.py", "cruxy_torch/*.py", "cruxy_torch/*.c"),
+    "benchmarks/_torch/our_optimizers.py",
+    *("cruxy_control/**/*.py", "cruxy_exact/**/*.py"),
+    *("cruxy_torch/**/*.py", "cruxy_torch/**/*.c"),
 )
 
 

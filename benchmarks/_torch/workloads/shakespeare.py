@@ -3,7 +3,7 @@
 import functools
 from pathlib import Path
 
-from benchmarks.workloads.torch_twins import DEVICE, Twin
+from benchmarks._torch.workloads.weights import DEVICE, Twin
 
 # The demo's own modules, found through the path that `benchmarks.workloads` sets.
 from _data import load_corpus, validation_windows  # isort: skip

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks._costed_torch import OPTIMIZERS, training_step
 from benchmarks._shapes import Shapes
+from benchmarks._torch.measured_optimizers import OPTIMIZERS, training_step
+from benchmarks._torch.workloads.weights import load_twin
 from benchmarks.workloads import load
-from benchmarks.workloads.torch_twins import load_twin
 from cruxy_torch import estimate_memory
 
 

@@ -15,9 +15,9 @@ import optax
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks._costed import REFERENCE
-from benchmarks._costed_jax import OPTIMIZERS, Step, training_step
-from benchmarks._hlo import copied_bytes, host_calls, reads_of_parameters
+from benchmarks._jax.hlo import copied_bytes, host_calls, reads_of_parameters
+from benchmarks._jax.measured_optimizers import OPTIMIZERS, Step, training_step
+from benchmarks._measured_optimizers import REFERENCE
 from benchmarks._shapes import Shapes
 from benchmarks._timing import interleave, summary
 from benchmarks.workloads import load

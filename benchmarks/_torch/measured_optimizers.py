@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks._costed import Costed
-from benchmarks._optimizers import RATES
-from benchmarks._optimizers_torch import LOW_BIT, ORIGINAL, PEERS, groups
-from benchmarks._our_optimizers_torch import OPTIMIZERS as TRAINED
-from benchmarks._our_optimizers_torch import OURS
-from benchmarks.workloads.torch_twins import Twin
+from benchmarks._jax.optimizers import RATES
+from benchmarks._measured_optimizers import Costed
+from benchmarks._torch.optimizers import LOW_BIT, ORIGINAL, PEERS, groups
+from benchmarks._torch.our_optimizers import OPTIMIZERS as TRAINED
+from benchmarks._torch.our_optimizers import OURS
+from benchmarks._torch.workloads.weights import Twin
 
 # Costs do not depend on the rate; this is an ordinary one.
 _RATE = RATES[1]

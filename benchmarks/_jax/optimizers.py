@@ -57,7 +57,7 @@ class Optimizer(NamedTuple):
     skipped: Callable[[Any], Any] = _no_guard
     grid: tuple[float, ...] = RATES
     default: float = 1e-3
-    sources: tuple[str, ...] = ("benchmarks/_optimizers.py",)
+    sources: tuple[str, ...] = ("benchmarks/_jax/optimizers.py",)
 
     def rates(self) -> tuple[float, ...]:
         """Its grid."""
@@ -280,7 +280,7 @@ PEERS = {
         scale=100.0,
         averaged=averaged_params,
         default=1.0,
-        sources=("benchmarks/_optimizers.py", "cruxy_optax/_average.py"),
+        sources=("benchmarks/_jax/optimizers.py", "cruxy_optax/_actuators/average.py"),
     ),
 }
 """What people use."""

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks._optimizers import RATES, WEIGHT_DECAY, warm_up_cosine
+from benchmarks._jax.optimizers import RATES, WEIGHT_DECAY, warm_up_cosine
 
 Groups = list[dict[str, Any]]
 
 
 # The engine's part that gives a model its weights belongs to every run.
-SOURCES = ("benchmarks/_optimizers*.py", "benchmarks/workloads/torch_twins.py")
+SOURCES = ("benchmarks/_*/optimizers.py", "benchmarks/_torch/workloads/weights.py")
 
 
 class TorchOptimizer(NamedTuple):

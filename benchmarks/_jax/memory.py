@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks._costed_jax import OPTIMIZERS, training_step
+from benchmarks._jax.measured_optimizers import OPTIMIZERS, training_step
 from benchmarks._shapes import Shapes
 from benchmarks.workloads import load
 from cruxy_optax import estimate_memory

@@ -14,12 +14,12 @@ from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks._costed import REFERENCE
-from benchmarks._costed_torch import OPTIMIZERS, step_of, training_step
+from benchmarks._measured_optimizers import REFERENCE
 from benchmarks._shapes import Shapes
 from benchmarks._timing import interleave, summary
+from benchmarks._torch.measured_optimizers import OPTIMIZERS, step_of, training_step
+from benchmarks._torch.workloads.weights import DEVICE, copy_weights, load_twin
 from benchmarks.workloads import load
-from benchmarks.workloads.torch_twins import DEVICE, copy_weights, load_twin
 from cruxy_torch import state_bytes
 
 

@@ -53,7 +53,7 @@ def load_twin(name: str, data: str | None = None) -> Twin:
         raise ValueError(
             f"the workload must be one of {twins} to be trained in PyTorch, got {name!r}."
         )
-    module = importlib.import_module(f"benchmarks.workloads.{family}_torch")
+    module = importlib.import_module(f"benchmarks._torch.workloads.{family}")
     if family == "shakespeare":
         return module.twin(size, None if data is None else Path(data))
     return module.twin(size)

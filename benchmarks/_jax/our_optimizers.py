@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from benchmarks._optimizers import (
+from benchmarks._jax.optimizers import (
     GUARDED_PEERS,
     PEERS,
     STARTS,
@@ -30,7 +30,10 @@ from cruxy_optax import (
     telemetry,
 )
 
-SOURCES = ("benchmarks/_*optimizers.py", "cruxy_control/*.py", "cruxy_optax/*.py")
+SOURCES = (
+    "benchmarks/_jax/*optimizers.py",
+    *("cruxy_control/**/*.py", "cruxy_exact/**/*.py", "cruxy_optax/**/*.py"),
+)
 
 
 def _skips(state: Any) -> Any:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks._our_optimizers import OPTIMIZERS
+from benchmarks._jax.our_optimizers import OPTIMIZERS
 from benchmarks._runs import Record, Task
 from benchmarks.faults import FAULTS
 from benchmarks.workloads import load

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import optax
 
-from benchmarks._costed import Costed
-from benchmarks._optimizers import RATES
-from benchmarks._our_optimizers import COMPACT, CONTROLLED, SELF_DRIVING
-from benchmarks._our_optimizers import OPTIMIZERS as TRAINED
+from benchmarks._jax.optimizers import RATES
+from benchmarks._jax.our_optimizers import COMPACT, CONTROLLED, SELF_DRIVING
+from benchmarks._jax.our_optimizers import OPTIMIZERS as TRAINED
+from benchmarks._measured_optimizers import Costed
 from benchmarks.workloads import Workload
 
 OURS = (*CONTROLLED, *SELF_DRIVING, *COMPACT)

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks._costed_torch import training_step
 from benchmarks._resumed import Bits, Resumed, first_difference
+from benchmarks._torch.measured_optimizers import training_step
+from benchmarks._torch.workloads.weights import DEVICE, Twin, copy_weights, load_twin
 from benchmarks.workloads import load
-from benchmarks.workloads.torch_twins import DEVICE, Twin, copy_weights, load_twin
 
 Make = Callable[[nn.Module], Optimizer]
 """From a model to its optimizer."""

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.workloads.digits import CLASSES, PATCH, SIDE, Batch, split
-from benchmarks.workloads.torch_twins import DEVICE, Twin
+from benchmarks._jax.workloads.digits import CLASSES, PATCH, SIDE, Batch, split
+from benchmarks._torch.workloads.weights import DEVICE, Twin
 
 gelu = functools.partial(functional.gelu, approximate="tanh")
 

@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from benchmarks._optimizers_torch import TorchOptimizer, groups
-from benchmarks._our_optimizers_torch import OPTIMIZERS
 from benchmarks._runs import Record, Task
+from benchmarks._torch.optimizers import TorchOptimizer, groups
+from benchmarks._torch.our_optimizers import OPTIMIZERS
+from benchmarks._torch.workloads.weights import copy_weights, load_twin
 from benchmarks.workloads import load
-from benchmarks.workloads.torch_twins import copy_weights, load_twin
 from cruxy_torch import state_bytes
 
 

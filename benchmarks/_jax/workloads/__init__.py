@@ -1,0 +1,1 @@
+"""The workloads in JAX: their models, losses and held-out figures."""

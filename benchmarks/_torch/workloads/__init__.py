@@ -1,0 +1,1 @@
+"""The workloads in PyTorch: their models, losses and held-out figures."""
