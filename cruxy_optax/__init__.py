@@ -30,10 +30,11 @@ from cruxy_optax._memory.quantize import QuantizeState, quantize_state
 from cruxy_optax._memory.rounding import RoundUpdatesState, round_updates
 from cruxy_optax._optimizers.axiom import axiom
 from cruxy_optax._optimizers.cosmic import cosmic
-from cruxy_optax._optimizers.meta3 import meta3, meta_lion, stability_v1, stability_v2
+from cruxy_optax._optimizers.meta3 import meta3, meta_lion
 from cruxy_optax._optimizers.self_driving import self_driving, self_driving_lion
+from cruxy_optax._optimizers.stability import stability_v1, stability_v2
 from cruxy_optax._release import LayerStack, ReleasedStep, release_gradients
-from cruxy_optax._sensors.measure import (
+from cruxy_optax._sensors.observers import (
     TrackCurvatureState,
     TrackGammaNormState,
     track_curvature,

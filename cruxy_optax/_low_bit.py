@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec
 
 from cruxy_exact.codes import BlockCode, lifted, nibble
 from cruxy_exact.random_bits import random_bits
+from cruxy_optax._distributed.axes import explicit_spec
+from cruxy_optax._places import element_numbers
 
 LANES = 32
 """Elements of a block along the last axis, where other axes can hold the rest: enough for whole
@@ -124,8 +126,8 @@ class Cut(NamedTuple):
     def spread(self, x: jax.Array, *, ones: tuple[int, ...] = ()) -> jax.Array:
         """An array like the grid, the scales or the codes in this shape, `ones` of length 1."""
         shape = [1 if axis in ones else n for axis, n in enumerate(self.shape)]
-        split = iter(jax.typeof(x).sharding.spec)
-        if not any(jax.typeof(x).sharding.spec):
+        split = iter(explicit_spec(x))
+        if not any(explicit_spec(x)):
             return x.reshape(shape)
         # On an explicit mesh JAX asks where the parts of a split axis lie: with its blocks.
         spec = [None if axis in self.own else next(split) for axis in range(len(shape))]
@@ -133,7 +135,7 @@ class Cut(NamedTuple):
 
     def gather(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """The reverse of `spread`."""
-        spec = jax.typeof(x).sharding.spec
+        spec = explicit_spec(x)
         if not any(spec):
             return x.reshape(shape)
         whole = [part for axis, part in enumerate(spec) if axis not in self.own]
@@ -149,39 +151,6 @@ class Cut(NamedTuple):
         for axes in (self.own[:-1], self.own[-1:]):
             word = jnp.max(word, axis=axes, keepdims=True)
         return lax.bitcast_convert_type(word, jnp.float32)
-
-
-class Place(NamedTuple):
-    """Where a part of a model lies in the whole, so that its random bits are its own.
-
-    `release_gradients` hands it down as the extra argument `place`.
-
-    Attributes:
-        leaf: how many leaves come before it.
-        layer: its index in leaves that are stacks of such parts; int32.
-    """
-
-    leaf: int = 0
-    layer: jax.Array | int = 0
-
-
-WHOLE = Place()
-"""The place of what is no part."""
-
-
-def element_numbers(shape: tuple[int, ...], layer: jax.Array | int = 0) -> jax.Array:
-    """The row-major number of each element of an array of this shape; int32, wrapping.
-
-    Args:
-        shape: of the array.
-        layer: its index in a stack of such arrays, through which elements are numbered.
-    """
-    number, stride = jnp.zeros(shape, jnp.int32), 1
-    for axis in reversed(range(len(shape))):
-        wrapped = (stride + 2**31) % 2**32 - 2**31
-        number = number + lax.broadcasted_iota(jnp.int32, shape, axis) * wrapped
-        stride *= shape[axis]
-    return number + layer * ((stride + 2**31) % 2**32 - 2**31)
 
 
 @functools.partial(

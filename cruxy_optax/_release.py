@@ -5,6 +5,8 @@ parameter beside parameters and state. Here the pass itself is written out: it h
 one layer at a time.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,14 +16,20 @@ import optax
 from jax import lax
 from jax.interpreters import partial_eval
 
-from cruxy_control.controls import clip_scale, neutral
+from cruxy_control.controls import Controls, clip_scale, neutral
 from cruxy_control.filters import select
 from cruxy_control.law import needs_alignment
 from cruxy_optax._controls import materialize_controls
-from cruxy_optax._low_bit import WHOLE, Place
+from cruxy_optax._places import WHOLE, Place
 from cruxy_optax._sensors.measure import RawSums, raw_sums, signals_of
-from cruxy_optax._stabilize import Stabilized, StabilizeState, controlled_update, counted, unshared
-from cruxy_optax._tree import find
+from cruxy_optax._stabilize import (
+    Loop,
+    StabilizeState,
+    controlled_update,
+    count_step,
+    loop_of,
+)
+from cruxy_optax._tree import find, unshared
 
 
 class LayerStack(NamedTuple):
@@ -53,6 +61,9 @@ class ReleasedStep(NamedTuple):
 
 _Updated = tuple[Any, Any, RawSums]
 """A part's new parameters and state, and the sums over its gradient."""
+
+_Update = Callable[[Any, Any, Any, jax.Array, Place], _Updated]
+"""Of a part: its gradient, state and parameters, the loss, and where it lies in the whole."""
 
 
 def release_gradients(
@@ -132,56 +143,64 @@ def release_gradients(
             f"tx must be a gradient transformation, got {tx!r}; give meta3(1e-3) or optax's own "
             "(of optax.MultiSteps nothing can be released: it keeps a gradient by design)."
         )
-    controller = tx if isinstance(tx, Stabilized) else None
-    if controller is not None and controller.axis_names:
+    loop = loop_of(tx)
+    if loop is not None and loop.axis_names:
         raise ValueError(
-            f"axis_names must be empty to release gradients, got {controller.axis_names!r}; put "
+            f"axis_names must be empty to release gradients, got {loop.axis_names!r}; put "
             "the step under jax.jit with sharded arrays in place of shard_map."
         )
-    if controller is not None and needs_alignment(controller.law):
+    if loop is not None and needs_alignment(loop.law):
         raise ValueError(
             f"the law of tx must not need the alignment to release gradients, but "
-            f"{type(controller.law).__name__} steers by the alignment of all gradients with all "
+            f"{type(loop.law).__name__} steers by the alignment of all gradients with all "
             "moments before any of them moves; use meta3() or meta_lion()."
         )
-    inner = optax.with_extra_args_support(tx) if controller is None else controller.inner
+    model = _Model(embed_fn, layer_fn, loss_fn)
+    if loop is not None:
+        released = _Controlled(model, loop)
+    else:
+        released = _Plain(model, optax.with_extra_args_support(tx))
+    return ReleasedStep(released.init, released.step)
 
-    def init(params: LayerStack) -> Any:
-        _check_stack(params)
-        one = params._replace(layers=jax.tree.map(lambda leaf: leaf[0], params.layers))
-        _check_separable(inner, one)
-        states = LayerStack(
-            embed=inner.init(params.embed),
-            layers=jax.vmap(inner.init)(params.layers),
-            head=inner.init(params.head),
-        )
-        if controller is None:
-            return unshared(states)
-        fresh: Any = controller.init(one)
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Plain:
+    """The step of a transformation that has no controller around it."""
+
+    model: "_Model"
+    inner: optax.GradientTransformationExtraArgs
+
+    def init(self, params: LayerStack) -> LayerStack:
+        return unshared(_init_parts(self.inner, params))
+
+    def step(self, params: LayerStack, opt_state: Any, batch: Any) -> tuple[LayerStack, Any, Any]:
+        return _backward_pass(self.model, params, opt_state, batch, self.update)[:3]
+
+    def update(self, grads: Any, state: Any, params: Any, loss: Any, place: Place) -> _Updated:
+        updates, state = self.inner.update(grads, state, params, value=loss, place=place)
+        return optax.apply_updates(params, updates), state, RawSums(jnp.zeros(()), jnp.zeros(()))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Controlled:
+    """The step of what `stabilize` made: what one step orders holds for the next."""
+
+    model: "_Model"
+    loop: Loop
+
+    def init(self, params: LayerStack) -> StabilizeState:
+        states = _init_parts(self.loop.inner, params)
+        fresh = self.loop.init(_one_layer(params))
         nothing = neutral(jnp.ones((), jnp.bool_), xp=jnp)
         return unshared(fresh._replace(controls=nothing, inner_state=states))
 
-    def step(params: LayerStack, opt_state: Any, batch: Any) -> tuple[LayerStack, Any, jax.Array]:
-        if controller is None:
-            return _pass(params, opt_state, batch, plain)[:3]
-        law = controller.law
+    def step(self, params: LayerStack, opt_state: Any, batch: Any) -> tuple[LayerStack, Any, Any]:
+        law = self.loop.law
         held = materialize_controls(opt_state.controls)
-
-        def controlled(
-            grads: Any, state: Any, params: Any, loss: jax.Array, place: Place
-        ) -> _Updated:
-            sums = raw_sums(grads, law.gamma)
-            own = signals_of(sums, loss, law.gamma)
-            controls = held._replace(
-                ok=jnp.isfinite(own.grad_norm) & jnp.isfinite(own.gamma_norm),
-                clip_scale=clip_scale(held.clip_threshold, own.grad_norm, xp=jnp),
-            )
-            updates, state = controlled_update(
-                inner, controls, grads, state, params, value=loss, place=place
-            )
-            return optax.apply_updates(params, updates), state, sums
-
-        params, states, loss, sums = _pass(params, opt_state.inner_state, batch, controlled)
+        update = functools.partial(self.update, held)
+        params, states, loss, sums = _backward_pass(
+            self.model, params, opt_state.inner_state, batch, update
+        )
         signals = signals_of(sums, loss.astype(jnp.float32), law.gamma)
         law_state, ordered = law.step(opt_state.law_state, signals, xp=jnp)
         opt_state = opt_state._replace(
@@ -190,58 +209,89 @@ def release_gradients(
             controls=select(ordered.ok, ordered, held, xp=jnp)._replace(ok=ordered.ok),
             inner_state=states,
         )
-        return params, counted(opt_state, ordered.ok), loss
+        return params, count_step(opt_state, ordered.ok), loss
 
-    def plain(grads: Any, state: Any, params: Any, loss: jax.Array, place: Place) -> _Updated:
-        updates, state = inner.update(grads, state, params, value=loss, place=place)
-        return optax.apply_updates(params, updates), state, RawSums(jnp.zeros(()), jnp.zeros(()))
+    def update(
+        self, held: Controls, grads: Any, state: Any, params: Any, loss: Any, place: Place
+    ) -> _Updated:
+        sums = raw_sums(grads, self.loop.law.gamma)
+        own = signals_of(sums, loss, self.loop.law.gamma)
+        controls = held._replace(
+            ok=jnp.isfinite(own.grad_norm) & jnp.isfinite(own.gamma_norm),
+            clip_scale=clip_scale(held.clip_threshold, own.grad_norm, xp=jnp),
+        )
+        updates, state = controlled_update(
+            self.loop.inner, controls, grads, state, params, value=loss, place=place
+        )
+        return optax.apply_updates(params, updates), state, sums
 
-    def _pass(
-        params: LayerStack, states: LayerStack, batch: Any, update: Callable[..., _Updated]
-    ) -> tuple[LayerStack, LayerStack, jax.Array, RawSums]:
-        """One forward and backward pass, with `update` on each part as its gradient is there."""
-        embed, layers, head = params
-        count = len(jax.tree.leaves(layers)[0])
-        layers_from = len(jax.tree.leaves(embed))
-        head_from = layers_from + len(jax.tree.leaves(layers))
-        x, embed_vjp = jax.vjp(lambda embed: embed_fn(embed, batch), embed)
-        x, inputs = lax.scan(lambda x, layer: (layer_fn(layer, x, batch), x), x, layers)
 
-        def top(head: Any, embed: Any, x: Any) -> jax.Array:
-            return loss_fn(head, embed, x, batch)
+class _Model(NamedTuple):
+    """The functions of a model that is a stack of equal layers."""
 
-        loss, (head_grads, tied_grads, dx) = jax.value_and_grad(top, (0, 1, 2))(head, embed, x)
-        zero = jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
-        head, head_state, own = update(head_grads, states.head, head, loss, Place(head_from))
-        sums = _plus(RawSums(zero, zero), own)
+    embed: Callable[[Any, Any], Any]
+    layer: Callable[[Any, Any, Any], Any]
+    loss: Callable[[Any, Any, Any, Any], jax.Array]
 
-        def reach(carry: Any, at: Any) -> tuple[Any, None]:
-            index, x = at
-            dx, stack, (layer, layer_state), sums = carry
-            _, layer_vjp = jax.vjp(lambda layer, x: layer_fn(layer, x, batch), layer, x)
-            grads, dx = layer_vjp(dx)
-            place = Place(layers_from, index)
-            layer, layer_state, own = update(grads, layer_state, layer, loss, place)
-            stack = _put(stack, (layer, layer_state), index)
-            below = _take(stack, jnp.maximum(index - 1, 0))
-            return (dx, stack, below, _plus(sums, own)), None
 
-        # Layers and states are carried and written in place: as outputs of the scan the new ones
-        # would stand beside the old ones. For the same reason each iteration takes the layer for
-        # the next one out of what it has written: a layer read where it will be written makes XLA
-        # copy the stack.
-        stack, order = (layers, states.layers), jnp.arange(count, dtype=jnp.int32)
-        carry = (dx, stack, _take(stack, count - 1), sums)
-        carry, _ = lax.scan(reach, carry, (order, inputs), reverse=True)
-        dx, (layers, layer_states), _, sums = carry
+def _backward_pass(
+    model: _Model, params: LayerStack, states: LayerStack, batch: Any, update: _Update
+) -> tuple[LayerStack, LayerStack, jax.Array, RawSums]:
+    """One forward and backward pass, with `update` on each part as its gradient is there."""
+    embed, layers, head = params
+    layers_from = len(jax.tree.leaves(embed))
+    head_from = layers_from + len(jax.tree.leaves(layers))
+    x, embed_vjp = jax.vjp(lambda embed: model.embed(embed, batch), embed)
+    x, inputs = lax.scan(lambda x, layer: (model.layer(layer, x, batch), x), x, layers)
 
-        (embed_grads,) = embed_vjp(dx)
-        embed_grads = jax.tree.map(jnp.add, embed_grads, tied_grads)
-        embed, embed_state, own = update(embed_grads, states.embed, embed, loss, WHOLE)
-        params = LayerStack(embed, layers, head)
-        return params, LayerStack(embed_state, layer_states, head_state), loss, _plus(sums, own)
+    def top(head: Any, embed: Any, x: Any) -> jax.Array:
+        return model.loss(head, embed, x, batch)
 
-    return ReleasedStep(init, step)
+    loss, (head_grads, tied_grads, dx) = jax.value_and_grad(top, (0, 1, 2))(head, embed, x)
+    zero = jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
+    head, head_state, own = update(head_grads, states.head, head, loss, Place(head_from))
+    sums = _plus(RawSums(zero, zero), own)
+
+    def reach(carry: Any, at: Any) -> tuple[Any, None]:
+        index, x = at
+        dx, stack, (layer, layer_state), sums = carry
+        _, layer_vjp = jax.vjp(lambda layer, x: model.layer(layer, x, batch), layer, x)
+        grads, dx = layer_vjp(dx)
+        place = Place(layers_from, index)
+        layer, layer_state, own = update(grads, layer_state, layer, loss, place)
+        stack = _put(stack, (layer, layer_state), index)
+        below = _take(stack, jnp.maximum(index - 1, 0))
+        return (dx, stack, below, _plus(sums, own)), None
+
+    # Layers and states are carried and written in place: as outputs of the scan the new ones would
+    # stand beside the old ones. For the same reason each iteration takes the layer for the next one
+    # out of what it has written: a layer read where it will be written makes XLA copy the stack.
+    count = len(jax.tree.leaves(layers)[0])
+    stack, order = (layers, states.layers), jnp.arange(count, dtype=jnp.int32)
+    carry = (dx, stack, _take(stack, count - 1), sums)
+    carry, _ = lax.scan(reach, carry, (order, inputs), reverse=True)
+    dx, (layers, layer_states), _, sums = carry
+
+    (embed_grads,) = embed_vjp(dx)
+    embed_grads = jax.tree.map(jnp.add, embed_grads, tied_grads)
+    embed, embed_state, own = update(embed_grads, states.embed, embed, loss, WHOLE)
+    params = LayerStack(embed, layers, head)
+    return params, LayerStack(embed_state, layer_states, head_state), loss, _plus(sums, own)
+
+
+def _init_parts(inner: optax.GradientTransformationExtraArgs, params: LayerStack) -> LayerStack:
+    """A state for each part; refuses what cannot be taken apart."""
+    _check_stack(params)
+    _check_separable(inner, _one_layer(params))
+    return LayerStack(
+        embed=inner.init(params.embed),
+        layers=jax.vmap(inner.init)(params.layers),
+        head=inner.init(params.head),
+    )
+
+
+def _one_layer(params: LayerStack) -> LayerStack:
+    return params._replace(layers=jax.tree.map(lambda leaf: leaf[0], params.layers))
 
 
 def _plus(a: RawSums, b: RawSums) -> RawSums:

@@ -1,5 +1,6 @@
 """`stabilize`: measures the raw gradient, steps the law, guards, hands out the controls."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,43 +13,12 @@ from cruxy_control.controls import Controls
 from cruxy_control.law import Law, check_law, needs_alignment
 from cruxy_control.meta3 import Meta3
 from cruxy_control.signals import Signals
-from cruxy_optax._actuators.average import AverageIteratesState
-from cruxy_optax._actuators.moments import ScaleByControlledAdamState, ScaleByControlledLionState
-from cruxy_optax._actuators.rate import ScaleByMetaLearningRateState, ThrottleByPhaseState
 from cruxy_optax._controls import materialize_controls
+from cruxy_optax._distributed.axes import as_axes
 from cruxy_optax._low_bit import is_low_bit, where
-from cruxy_optax._memory.rounding import RoundUpdatesState
-from cruxy_optax._sensors.measure import alignment, as_axes, check_real, measure
-from cruxy_optax._tree import find
-
-_MOMENTA = {
-    ScaleByControlledAdamState: "mu",
-    ScaleByControlledLionState: "mu",
-    optax.ScaleByAdamState: "mu",
-    optax.ScaleByLionState: "mu",
-    optax.TraceState: "trace",
-}
-"""States that hold a first moment, and the name of it."""
-
-_HELD_BY_CONTROLS = (
-    AverageIteratesState,
-    ScaleByControlledAdamState,
-    ScaleByControlledLionState,
-    ScaleByMetaLearningRateState,
-    ThrottleByPhaseState,
-)
-"""States that keep their values on a skipped step because the controls make them."""
-
-
-class Stabilized(optax.GradientTransformationExtraArgs):
-    """What `stabilize` returns: a transformation that still knows what it is made of.
-
-    `release_gradients` takes it apart, since it measures and updates at different times.
-    """
-
-    inner: optax.GradientTransformationExtraArgs
-    law: Law
-    axis_names: tuple[str, ...]
+from cruxy_optax._sensors.measure import alignment, measure
+from cruxy_optax._states import first_moments, limit_scale, says, states_that_say
+from cruxy_optax._tree import as_floating, check_real, find, unshared
 
 
 class StabilizeState(NamedTuple):
@@ -79,9 +49,10 @@ def stabilize(
     A step whose gradient norm or gamma norm is not finite is skipped: parameters, moments, filters
     and schedules stay as they were, only `skipped_total` and `skipped_in_a_row` move. The guard
     decides on the device and never gives up. `inner` may contain any optax transformation; states
-    this library does not know are restored leaf by leaf on a skipped step. Updates come back in the
-    dtype of the parameters (of the gradients, where `params` is left out), or as `round_updates`
-    made them where `inner` has one.
+    that say nothing of themselves are restored leaf by leaf on a skipped step. "Write a direction
+    of your own" in the documentation has what a state can say. Updates come back in the dtype of
+    the parameters (of the gradients, where `params` is left out), or as `round_updates` made them
+    where `inner` has one.
 
     `optax.masked` and `optax.partition` belong inside `stabilize`: a leaf that `stabilize` cannot
     see is neither measured nor guarded.
@@ -102,7 +73,7 @@ def stabilize(
     Raises:
         TypeError: where `inner` or `law` is not one, or a parameter is complex.
         ValueError: where a `stabilize` stands inside another, or the law steers by the first
-            moment (`SelfDriving`) and `inner` keeps none.
+            moment (`SelfDriving`) and `inner` keeps none, or `scale_by_tiers`, which may drop it.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -134,27 +105,39 @@ def stabilize(
             f"inner must be a gradient transformation, got {inner!r}; give an actuator or "
             "optax.chain(...) of them."
         )
-    inner = optax.with_extra_args_support(inner)
-    senses = needs_alignment(law)
-    axis_names = as_axes(axis_names)
+    loop = Loop(optax.with_extra_args_support(inner), law, as_axes(axis_names))
+    return optax.GradientTransformationExtraArgs(loop.init, loop.update)
 
-    def init_fn(params: optax.Params) -> StabilizeState:
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loop:
+    """What `stabilize` is made of, and its two functions.
+
+    `release_gradients` takes it apart, since it measures and updates at different times.
+    """
+
+    inner: optax.GradientTransformationExtraArgs
+    law: Law
+    axis_names: tuple[str, ...]
+
+    def init(self, params: optax.Params) -> StabilizeState:
+        """The state before the first step."""
         check_real(jax.tree.leaves(params))
-        inner_state = inner.init(params)
+        inner_state = self.inner.init(params)
         _refuse_nesting(inner_state)
-        if senses:
-            _first_moments(params, inner_state)
         zero, count = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-        law_state = law.init(zero, xp=jnp)
+        law_state = self.law.init(zero, xp=jnp)
         nan = jnp.full((), jnp.nan, jnp.float32)
         signals = Signals(zero, zero, nan)
-        if senses:
+        if needs_alignment(self.law):
+            first_moments(params, inner_state)  # there have to be some
             signals = signals._replace(alignment=nan, limit_scale=zero + 1.0)
-        _, controls = law.step(law_state, signals, xp=jnp)
+        _, controls = self.law.step(law_state, signals, xp=jnp)
         state = StabilizeState(law_state, signals, controls, count, count, count, inner_state)
         return unshared(state)
 
-    def update_fn(
+    def update(
+        self,
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
@@ -162,29 +145,32 @@ def stabilize(
         value: chex.Numeric | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, StabilizeState]:
-        signals = measure(updates, value, law.gamma, axis_names)
-        if senses:
-            momenta = _first_moments(updates, state.inner_state)
+        """Measures, steps the law, and has the actuators do what it orders."""
+        signals = measure(updates, value, self.law.gamma, self.axis_names)
+        if needs_alignment(self.law):
+            moments = first_moments(updates, state.inner_state)
             signals = signals._replace(
-                alignment=alignment(updates, momenta, signals.grad_norm, axis_names),
-                limit_scale=_limit_scale(state.inner_state),
+                alignment=alignment(updates, moments, signals.grad_norm, self.axis_names),
+                limit_scale=limit_scale(state.inner_state),
             )
-        law_state, controls = law.step(state.law_state, signals, xp=jnp)
+        law_state, controls = self.law.step(state.law_state, signals, xp=jnp)
         controls = materialize_controls(controls)
         new_updates, inner_state = controlled_update(
-            inner, controls, updates, state.inner_state, params, value=value, **extra_args
+            self.inner, controls, updates, state.inner_state, params, value=value, **extra_args
         )
         state = state._replace(
             law_state=law_state, signals=signals, controls=controls, inner_state=inner_state
         )
-        return new_updates, counted(state, controls.ok)
-
-    tx = Stabilized(init_fn, update_fn)
-    tx.inner, tx.law, tx.axis_names = inner, law, axis_names
-    return tx
+        return new_updates, count_step(state, controls.ok)
 
 
-def counted(state: StabilizeState, ok: jax.Array) -> StabilizeState:
+def loop_of(tx: optax.GradientTransformation) -> Loop | None:
+    """The loop that a transformation is, `None` where it is not what `stabilize` returned."""
+    owner = getattr(tx.update, "__self__", None)
+    return owner if isinstance(owner, Loop) else None
+
+
+def count_step(state: StabilizeState, ok: jax.Array) -> StabilizeState:
     """The state with its counters one step on, a good one or a skipped one."""
     return state._replace(
         step=jnp.where(ok, optax.safe_increment(state.step), state.step),
@@ -209,75 +195,28 @@ def controlled_update(
         safe, inner_state, params, controls=controls, **extra_args
     )
     new_updates = jax.tree.map(lambda u: jnp.where(ok, u, jnp.zeros_like(u)), new_updates)
-    if not find(new_state, RoundUpdatesState):
+    if not states_that_say(new_state, "casts_updates"):
         like = updates if params is None else params
-        new_updates = jax.tree.map(_as_floating, new_updates, like)
+        new_updates = jax.tree.map(as_floating, new_updates, like)
     return new_updates, _restore(ok, new_state, inner_state)
-
-
-def _as_floating(x: jax.Array, like: Any) -> jax.Array:
-    """`x` in the dtype of `like`, where that is a floating one."""
-    dtype = jnp.result_type(like)
-    return x.astype(dtype) if jnp.issubdtype(dtype, jnp.floating) else x
-
-
-def unshared(state: Any) -> Any:
-    """Gives every leaf a buffer of its own, as donating the state asks for."""
-    seen: set[int] = set()
-
-    def own(leaf: Any) -> Any:
-        if id(leaf) in seen:
-            return jnp.array(leaf, copy=True)
-        seen.add(id(leaf))
-        return leaf
-
-    return jax.tree.map(own, state)
 
 
 def _restore(ok: jax.Array, new: optax.OptState, old: optax.OptState) -> optax.OptState:
     """The old leaves on a skipped step, except in states that the controls have held already."""
 
     def held(node: Any) -> bool:
-        return isinstance(node, _HELD_BY_CONTROLS)
+        return says(node, "held_by_controls")
 
     def choose(after: Any, before: Any) -> Any:
         if held(after):
             return jax.tree.map(recoded, after, before, is_leaf=is_low_bit)
         # Some optax states take on the dtype of the updates, which are float32 here.
-        return _as_floating(jnp.where(ok, after, before), before)
+        return as_floating(jnp.where(ok, after, before), before)
 
     def recoded(after: Any, before: Any) -> Any:
         return where(ok, after, before) if is_low_bit(after) else after
 
     return jax.tree.map(choose, new, old, is_leaf=held)
-
-
-def _first_moments(updates: optax.Updates, inner_state: optax.OptState) -> list[Any]:
-    """The first moment of every leaf of the gradients, `None` where none keeps one.
-
-    Raises:
-        ValueError: where there is none at all.
-    """
-    structure = jax.tree.structure(updates)
-    found: list[Any] = [None] * structure.num_leaves
-    for node in find(inner_state, tuple(_MOMENTA)):
-        moments = structure.flatten_up_to(getattr(node, _MOMENTA[type(node)]))
-        for i, moment in enumerate(moments):
-            if isinstance(moment, jax.Array) or is_low_bit(moment):
-                found[i] = moment
-    if all(moment is None for moment in found) and found:
-        raise ValueError(
-            "the law needs the alignment of gradients with a first moment, but inner keeps none; "
-            "put scale_by_controlled_adam(), scale_by_controlled_lion() or optax's Adam, Lion or "
-            "trace into it."
-        )
-    return found
-
-
-def _limit_scale(inner_state: optax.OptState) -> jax.Array:
-    """The largest share of its rate that a relative limit left any tensor in the step before."""
-    scales = [node.limit_scale for node in find(inner_state, ScaleByMetaLearningRateState)]
-    return jnp.stack(scales).max() if scales else jnp.ones((), jnp.float32)
 
 
 def _refuse_nesting(inner_state: optax.OptState) -> None:

@@ -4,10 +4,14 @@ from typing import Any
 
 import jax
 
-from cruxy_optax._actuators.moments import ScaleByControlledAdamState, ScaleByControlledLionState
-from cruxy_optax._actuators.rate import ScaleByMetaLearningRateState, ThrottleByPhaseState
 from cruxy_optax._stabilize import StabilizeState
+from cruxy_optax._states import states_that_say
 from cruxy_optax._tree import find_with_paths
+
+_CONTROLS = tuple(
+    "meta_scale phase_scale clip_threshold clip_scale phase curvature warning alignment".split()
+)
+"""What is shown of the controls of a law that does not say what it steers."""
 
 
 def telemetry(opt_state: Any) -> dict[str, Any]:
@@ -22,22 +26,23 @@ def telemetry(opt_state: Any) -> dict[str, Any]:
         opt_state: any pytree with the state of one or more `stabilize` in it.
 
     Returns:
-        With one controller, a flat dictionary:
+        With one controller, a flat dictionary. Of the first three lines there is what the law has
+        something to say of, of the fourth and fifth what an actuator uses:
 
+        - `meta_scale`, `phase_scale`: the slow and the fast factor on the rate
+        - `clip_threshold`, `clip_scale`: the predicted norm and the factor on the gradient
+        - `phase`, `curvature`, `warning`: `phi`, `c_bar`, `W`; `alignment`: the smoothed one that
+          `SelfDriving` steers by
         - `learning_rate`: what the update was multiplied by; 0 on a skipped step. A throttle is
           counted in where it stands in the same chain or in one around it
-        - `meta_scale`, `phase_scale`: the slow and the fast factor in it
         - `beta1`, `beta2`: the decay rates used; 1 on a skipped step
-        - `clip_threshold`, `clip_scale`: the predicted norm and the factor on the gradient
-        - `phase`, `curvature`, `warning`: `phi`, `c_bar`, `W`
-        - `alignment`: the smoothed one that `SelfDriving` steers by; 0 under other laws
         - `grad_norm`, `gamma_norm`, `loss`: the signals; the loss is NaN where none came
         - `ok`: whether the last step counted
         - `step`, `skipped_total`, `skipped_in_a_row`: counters
 
-        Rate and betas are there if an actuator uses them; where several do (`optax.partition`
-        inside `stabilize`) each key ends in the path of its actuator. With several controllers, a
-        dictionary of such dictionaries by path.
+        Where several actuators show the same (`optax.partition` inside `stabilize`) each key ends
+        in the path of its actuator; so it does for the parts of `release_gradients`, whose layers
+        show their mean. With several controllers, a dictionary of such dictionaries by path.
 
     Raises:
         ValueError: where there is no controller in it.
@@ -63,42 +68,46 @@ def telemetry(opt_state: Any) -> dict[str, Any]:
 
 
 def _read(state: StabilizeState) -> dict[str, Any]:
-    controls, signals = state.controls, state.signals
-    values: dict[str, Any] = {}
-
-    rates = find_with_paths(state.inner_state, ScaleByMetaLearningRateState)
-    throttles = find_with_paths(state.inner_state, ThrottleByPhaseState)
-    for suffix, (path, node) in _suffixed(rates):
-        rate = _scalar(node.learning_rate)
-        for where, throttle in throttles:
-            if path[: len(where) - 1] == where[:-1]:  # in the same chain, or in one around it
-                rate = rate * _scalar(throttle.phase_scale)
-        values["learning_rate" + suffix] = rate
-    moments = find_with_paths(
-        state.inner_state, (ScaleByControlledAdamState, ScaleByControlledLionState)
-    )
-    for suffix, (_, node) in _suffixed(moments):
-        values["beta1" + suffix] = _scalar(node.beta1)
-        values["beta2" + suffix] = _scalar(node.beta2)
-
-    for name in ("meta_scale", "phase_scale", "clip_threshold", "clip_scale"):
-        values[name] = _scalar(getattr(controls, name))
-    for name in ("phase", "curvature", "warning", "alignment"):
-        values[name] = _scalar(getattr(controls, name))
+    values = _of_actuators(state.inner_state)
+    for name in getattr(type(state.law_state), "telemetry", _CONTROLS):
+        values[name] = _scalar(getattr(state.controls, name))
     for name in ("grad_norm", "gamma_norm", "loss"):
-        values[name] = _scalar(getattr(signals, name))
-    values["ok"] = _scalar(controls.ok)
+        values[name] = _scalar(getattr(state.signals, name))
+    values["ok"] = _scalar(state.controls.ok)
     for name in ("step", "skipped_total", "skipped_in_a_row"):
         values[name] = _scalar(getattr(state, name))
     return values
 
 
-def _suffixed(nodes: list[Any]) -> list[tuple[str, Any]]:
-    if len(nodes) == 1:
-        return [("", nodes[0])]
-    return [(jax.tree_util.keystr(node[0]), node) for node in nodes]
+def _of_actuators(inner_state: Any) -> dict[str, Any]:
+    """What the states of actuators show, the rate first; told apart by path where they have to."""
+    shown: dict[str, list[tuple[Any, Any]]] = {"learning_rate": []}
+    for path, node in states_that_say(inner_state, "telemetry"):
+        for name in node.telemetry:
+            shown.setdefault(name, []).append((path, _scalar(getattr(node, name))))
+    factors = states_that_say(inner_state, "rate_factor")
+    shown["learning_rate"] = [
+        (path, _throttle(rate, path, factors)) for path, rate in shown["learning_rate"]
+    ]
+    return {
+        name if len(found) == 1 else name + jax.tree_util.keystr(path): value
+        for name, found in shown.items()
+        for path, value in found
+    }
+
+
+def _throttle(rate: Any, path: tuple[Any, ...], factors: list[tuple[Any, Any]]) -> Any:
+    """The rate at this path times the factors in the same chain, or in one around it."""
+    for where, node in factors:
+        if path[: len(where) - 1] == where[:-1]:
+            rate = rate * _scalar(node.rate_factor)
+    return rate
 
 
 def _scalar(leaf: Any) -> Any:
-    """The array itself, where a framework (nnx) keeps each leaf in a box of its own."""
-    return jax.tree.leaves(leaf)[0]
+    """The array itself, where a framework (nnx) keeps each leaf in a box of its own.
+
+    The states of released layers are stacked: of those the mean is shown.
+    """
+    array = jax.tree.leaves(leaf)[0]
+    return array.mean() if getattr(array, "ndim", 0) else array

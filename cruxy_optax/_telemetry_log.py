@@ -2,10 +2,11 @@
 
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 
@@ -27,9 +28,10 @@ class TelemetryLog:
     `close`, all of them come to the host in one transfer. `every=1` writes, and waits, each step.
 
     Args:
-        path: a file for JSON lines, one object a step with its `step` first; appended to. A value
-            that is not finite is written as `null`, which JSON has no other word for. `None` for
-            none.
+        path: a file for JSON lines; appended to. One object a step: its `step`, the `timestamp`
+            at which it was logged (seconds since 1970, UTC), then what was logged under its own
+            names. A value that is not finite is written as `null`, which JSON has no other word
+            for. `None` for no file.
         writer: anything with `add_scalar(tag, value, step)`, such as
             `tensorboardX.SummaryWriter`; gets finite values under `cruxy/<name>`. `None` for none.
         every: steps between two writes, at least 1.
@@ -38,7 +40,7 @@ class TelemetryLog:
         ValueError: where there is neither a path nor a writer, or `every` is below 1.
 
     Example:
-        >>> import jax.numpy as jnp, pathlib, tempfile, cruxy_optax
+        >>> import jax.numpy as jnp, json, pathlib, tempfile, cruxy_optax
         >>> tx = cruxy_optax.meta3(1e-3)
         >>> params = jnp.ones(3)
         >>> state = tx.init(params)
@@ -47,8 +49,9 @@ class TelemetryLog:
         ...     for step in range(3):
         ...         _, state = tx.update(params, state, params, value=1.0)
         ...         log.log(step, cruxy_optax.telemetry(state))
-        >>> len(path.read_text().splitlines())
-        3
+        >>> lines = path.read_text().splitlines()
+        >>> len(lines), list(json.loads(lines[0]))[:2]
+        (3, ['step', 'timestamp'])
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class TelemetryLog:
         self._file = None if path is None else Path(path).open("a", encoding="utf-8")
         self._writer = writer
         self._every = every
-        self._waiting: list[tuple[Any, Mapping[str, Any]]] = []
+        self._waiting: list[_Row] = []
 
     def log(self, step: int | jax.Array, values: Mapping[str, Any]) -> None:
         """Takes one step's telemetry.
@@ -77,26 +80,42 @@ class TelemetryLog:
             values: what `telemetry` gave; further scalars may be added. Dictionaries in it, as of
                 several controllers, are written as `path/name`.
         """
-        self._waiting.append((step, values))
+        self._waiting.append(_Row(time.time(), step, dict(_flat(values))))
         if len(self._waiting) >= self._every:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is waiting; waits for the device."""
+        """Writes what is waiting; waits for the device.
+
+        Raises:
+            TypeError: where a value is no scalar, with its name and step.
+            RuntimeError: where one cannot be read, as of a donated state. In both cases all other
+                values and rows have been written by then.
+        """
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
-        for step, values in jax.device_get(waiting):
-            step = int(step)
-            numbers = {name: _plain(value) for name, value in _flat(values)}
-            if self._file is not None:
-                self._file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
-            if self._writer is not None:
-                for name, number in numbers.items():
-                    if number is not None:
-                        self._writer.add_scalar(f"cruxy/{name}", float(number), step)
+        faults: list[Exception] = []
+        for number, row in enumerate(_fetch(waiting)):
+            try:
+                step: Any = _readable(row.step, "step", f"row {number}")
+            except (RuntimeError, TypeError) as fault:
+                faults.append(fault)
+                continue
+            self._write(int(step), row.logged_at, _numbers(row, int(step), faults))
         if self._file is not None:
             self._file.flush()
+        if faults:
+            raise faults[0]
+
+    def _write(self, step: int, logged_at: float, numbers: Mapping[str, Any]) -> None:
+        if self._file is not None:
+            line = {"step": step, "timestamp": logged_at, **numbers}
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        if self._writer is not None:
+            for name, number in numbers.items():
+                if number is not None:
+                    self._writer.add_scalar(f"cruxy/{name}", float(number), step)
 
     def close(self) -> None:
         """Writes what is waiting and closes the file; the writer is its owner's to close."""
@@ -118,14 +137,73 @@ class TelemetryLog:
         self.close()
 
 
+class _Row(NamedTuple):
+    """What one call of `log` was given."""
+
+    logged_at: float
+    step: Any
+    values: dict[str, Any]
+
+
+class _Unread(NamedTuple):
+    """Stands where a value could not be brought to the host."""
+
+    error: Exception
+
+
+def _fetch(rows: list[_Row]) -> list[_Row]:
+    """The rows on the host, in one transfer; value by value where one of them cannot be read."""
+    try:
+        return jax.device_get(rows)
+    except Exception:
+        return jax.tree.map(_fetch_one, rows)
+
+
+def _fetch_one(value: Any) -> Any:
+    try:
+        return jax.device_get(value)
+    except Exception as error:
+        return _Unread(error)
+
+
+def _numbers(row: _Row, step: int, faults: list[Exception]) -> dict[str, float | int | bool | None]:
+    """What there is to write, by name; what cannot be read is left out and added to `faults`."""
+    numbers = {}
+    for name, value in row.values.items():
+        try:
+            numbers[name] = _readable(value, name, f"step {step}")
+        except (RuntimeError, TypeError) as fault:
+            faults.append(fault)
+    return numbers
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}/")
-        elif prefix or name != "step":  # the row's own step stands first
+        elif prefix or name not in ("step", "timestamp"):  # the row's own stand first
             yield prefix + name, value
 
 
-def _plain(value: Any) -> float | int | bool | None:
-    number = value.item() if hasattr(value, "item") else value
-    return number if not isinstance(number, float) or math.isfinite(number) else None
+def _readable(value: Any, name: str, row: str) -> float | int | bool | None:
+    """The number; `None` for one that is not finite, and for `None`.
+
+    Raises:
+        RuntimeError: where it could not be read.
+        TypeError: where it is no number.
+    """
+    if isinstance(value, _Unread):
+        raise RuntimeError(
+            f"{name!r} of {row} cannot be read, {value.error}; where the state is donated, call "
+            "telemetry() inside the jitted step and log what that returns."
+        ) from value.error
+    number = value.item() if getattr(value, "shape", None) == () else value
+    if number is None or (isinstance(number, float) and not math.isfinite(number)):
+        return None
+    if isinstance(number, bool | int | float):
+        return number
+    shape = f" of shape {value.shape}" if hasattr(value, "shape") else ""
+    raise TypeError(
+        f"{name!r} of {row} must be a real scalar, got {type(value).__name__}{shape}; log its mean "
+        "or its norm, or leave it out."
+    )

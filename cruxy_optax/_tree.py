@@ -1,18 +1,64 @@
-"""Finding a kind of node in any pytree: a state inside the states of whatever stands around it."""
+"""What is asked of any tree: its nodes of a kind, what its leaves add up in, buffers of its own."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Kind = type | tuple[type, ...]
 
 
+def nodes_with_paths(tree: Any, wanted: Callable[[Any], bool]) -> list[tuple[tuple[Any, ...], Any]]:
+    """Every wanted node with its path, in order; what is below such a node is not searched."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=wanted)
+    return [(path, node) for path, node in flat if wanted(node)]
+
+
 def find_with_paths(tree: Any, kind: Kind) -> list[tuple[tuple[Any, ...], Any]]:
-    """Every node of a kind with its path, in order; what is below such a node is not searched."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda n: isinstance(n, kind))
-    return [(path, node) for path, node in flat if isinstance(node, kind)]
+    """Every node of a kind with its path."""
+    return nodes_with_paths(tree, lambda node: isinstance(node, kind))
 
 
 def find(tree: Any, kind: Kind) -> list[Any]:
     """The same nodes alone."""
     return [node for _, node in find_with_paths(tree, kind)]
+
+
+def accumulator_dtype(leaf: jax.typing.ArrayLike) -> jnp.dtype:
+    """float32, or float64 for a float64 leaf."""
+    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+
+
+def as_floating(x: jax.Array, like: Any) -> jax.Array:
+    """`x` in the dtype of `like`, where that is a floating one."""
+    dtype = jnp.result_type(like)
+    return x.astype(dtype) if jnp.issubdtype(dtype, jnp.floating) else x
+
+
+def check_real(leaves: Sequence[Any]) -> None:
+    """Raises `TypeError` where a leaf is complex: the law's norms and signs are for real numbers.
+
+    Raises:
+        TypeError: with the rule, the dtype received and the remedy.
+    """
+    for leaf in leaves:
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"parameters and gradients must be real, got {jnp.asarray(leaf).dtype}; optimize "
+                "the real and imaginary part as two leaves, as "
+                "optax.contrib.split_real_and_imaginary does."
+            )
+
+
+def unshared(state: Any) -> Any:
+    """Gives every leaf a buffer of its own, as donating the state asks for."""
+    seen: set[int] = set()
+
+    def own(leaf: Any) -> Any:
+        if id(leaf) in seen:
+            return jnp.array(leaf, copy=True)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, state)

@@ -1,6 +1,7 @@
 """Every optimizer through everything a gradient transformation must stand in JAX."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from cruxy_control import Meta3
-from cruxy_optax import meta3, meta_lion, telemetry
+from cruxy_control import Meta3, StabilityV1, StabilityV2
+from cruxy_optax import meta3, meta_lion, stability_v1, stability_v2, telemetry
 from optimizers import (
     OPTIMIZERS,
     assert_close,
@@ -257,7 +258,7 @@ def test_loss_may_be_left_out(name):
     params = tree()
     _, state = tx.update(at(grads, 0), tx.init(params), params)
     assert np.isnan(telemetry(state)["loss"])
-    assert float(telemetry(state)["curvature"]) == 0.0
+    assert float(state.controls.curvature) == 0.0
 
 
 @pytest.mark.parametrize("loss", [jnp.nan, jnp.inf, -jnp.inf, -3.0, 0.0, 1e30, None])
@@ -344,6 +345,35 @@ def test_centralize_takes_the_mean_over_input_axes_out_of_each_matrix():
     np.testing.assert_allclose(mu["w"], weight * np.array([[-1, -1], [0, 0], [1, 1]]), atol=1e-6)
     np.testing.assert_allclose(mu["b"], weight * grads["b"], rtol=1e-6)
     assert float(state.signals.grad_norm) == pytest.approx(96**0.5), "measured before"
+
+
+@pytest.mark.parametrize(
+    ("make", "law"), [(stability_v1, StabilityV1()), (stability_v2, StabilityV2())]
+)
+def test_earlier_optimizers_take_the_arguments_of_meta3_and_differ_in_the_law(make, law):
+    own, wanted = (inspect.signature(f).parameters for f in (make, meta3))
+    differing = {name: p.default for name, p in own.items() if p != wanted[name]}
+    assert (list(own), differing) == (list(wanted), {"law": law})
+
+
+def test_earlier_optimizers_hand_every_argument_on():
+    arguments = {
+        "learning_rate": 0.1,
+        "b1": 0.8,
+        "b2": 0.95,
+        "eps": 1e-3,
+        "mu_dtype": jnp.bfloat16,
+        "weight_decay": 0.1,
+        "mask": {"w": True, "b": False, "s": True, "none": True},
+        "nesterov": False,
+        "centralize": True,
+        "law": Meta3(),
+        "bounds": (1e-3, 1e-2),
+    }
+    names, (grads, losses) = list(arguments), gradients(STEPS)
+    by_place, by_name = [arguments[n] for n in names[:7]], {n: arguments[n] for n in names[7:]}
+    got = train(stability_v1(*by_place, **by_name), tree(), grads, losses)
+    assert_same(got, train(meta3(**arguments), tree(), grads, losses))
 
 
 def test_same_run_twice_is_the_same_bits():

@@ -248,6 +248,14 @@ def test_telemetry_reads_what_the_whole_pass_measured():
     assert int(values["step"]) == 1
 
 
+def test_telemetry_shows_one_number_for_all_layers():
+    tx = cruxy_optax.meta3(1e-2)
+    _, state, _ = train_released(tx, model(), batches(steps=1))
+    values = cruxy_optax.telemetry(state)
+    assert {np.shape(value) for value in values.values()} == {()}
+    assert float(values["learning_rate.layers[4]"]) == pytest.approx(1e-2)
+
+
 def test_a_head_without_parameters_is_an_empty_tuple():
     def loss(head, embed, x, batch):
         return jnp.mean(x**2)

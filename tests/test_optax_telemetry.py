@@ -1,6 +1,7 @@
 """The controller's dictionary and its log."""
 
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,19 @@ import numpy as np
 import optax
 import pytest
 
-from cruxy_control import Meta3
+from cruxy_control import Meta3, SelfDriving
 from cruxy_optax import (
     TelemetryLog,
+    axiom,
     clip_by_predicted_norm,
+    cosmic,
     meta3,
     scale_by_controlled_adam,
     scale_by_controlled_lion,
     scale_by_meta_learning_rate,
+    self_driving,
+    stability_v1,
+    stability_v2,
     stabilize,
     telemetry,
     throttle_by_phase,
@@ -24,10 +30,9 @@ from cruxy_optax import (
 )
 from optimizers import gradients, train, tree
 
-KEYS = (
-    "learning_rate meta_scale phase_scale beta1 beta2 clip_threshold clip_scale phase curvature "
-    "warning alignment grad_norm gamma_norm loss ok step skipped_total skipped_in_a_row"
-)
+ALWAYS = "grad_norm gamma_norm loss ok step skipped_total skipped_in_a_row".split()
+SENSED = "meta_scale phase_scale clip_threshold clip_scale phase curvature warning".split()
+RATE, BETAS = ["learning_rate"], ["beta1", "beta2"]
 
 
 def some_state(steps=3):
@@ -37,8 +42,53 @@ def some_state(steps=3):
 
 def test_flat_dictionary_of_device_scalars():
     shown = telemetry(some_state())
-    assert set(shown) == set(KEYS.split())
+    assert set(shown) == {*ALWAYS, *SENSED, *RATE, *BETAS}
     assert all(isinstance(v, jax.Array) and v.shape == () for v in shown.values())
+
+
+class LawOfItsOwn:
+    """Meta3 with a state that does not say what there is to show."""
+
+    gamma = 1.5
+
+    def init(self, like, *, xp):
+        return tuple(Meta3().init(like, xp=xp))
+
+    def step(self, state, signals, *, xp):
+        state, controls = Meta3().step(
+            type(Meta3().init(xp.zeros(()), xp=xp))(*state), signals, xp=xp
+        )
+        return tuple(state), controls
+
+
+@pytest.mark.parametrize(
+    ("tx", "keys"),
+    [
+        (stability_v1(0.1), [*RATE, *BETAS, "meta_scale", "phase_scale", "phase"]),
+        (stability_v2(0.1), [*RATE, *BETAS, *SENSED]),
+        (self_driving(), [*RATE, *BETAS, *SENSED, "alignment"]),
+        (axiom(0.1), [*RATE, *SENSED]),
+        (axiom(0.1, b1=0.9), [*RATE, *SENSED]),
+        (axiom(0.1, b1=0.9, law=SelfDriving()), [*RATE, *SENSED, "alignment"]),
+        (cosmic(0.1, "10KB"), [*RATE, *BETAS, *SENSED]),
+        (cosmic(0.1, "1KB", tiers=dict.fromkeys(["['b']", "['w']"], 0)), [*RATE, *SENSED]),
+        (stabilize(optax.adam(0.1)), SENSED),
+        (stabilize(optax.adam(0.1), LawOfItsOwn()), [*SENSED, "alignment"]),
+    ],
+)
+def test_telemetry_shows_what_law_and_actuators_have_and_nothing_else(tx, keys):
+    params = {"w": jnp.ones((4, 4)), "b": jnp.ones(4)}
+    _, state = tx.update(params, tx.init(params), params)
+    assert sorted(telemetry(state)) == sorted([*ALWAYS, *keys])
+
+
+def test_betas_are_those_that_the_tensors_under_a_budget_have():
+    params = {"w": jnp.ones((4, 4)), "b": jnp.ones(4)}
+    shown = []
+    for tx in (cosmic(0.1, "10KB"), meta3(0.1)):
+        _, state = tx.update(params, tx.init(params), params)
+        shown.append(telemetry(state))
+    assert [shown[0][name] for name in BETAS] == [shown[1][name] for name in BETAS]
 
 
 def test_learning_rate_is_what_the_update_was_multiplied_by():
@@ -127,6 +177,66 @@ def test_log_takes_several_controllers_and_a_device_step(tmp_path):
     [row] = map(json.loads, (tmp_path / "t.jsonl").read_text().splitlines())
     assert row["step"] == 7
     assert sum(name.endswith("/phase") for name in row) == 2
+
+
+def logged(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_line_of_the_log_starts_with_the_step_and_the_time_it_was_logged(tmp_path):
+    before = time.time()
+    with TelemetryLog(tmp_path / "t.jsonl") as log:
+        log.log(3, telemetry(some_state()))
+        after = time.time()
+        time.sleep(0.01)
+    [row] = logged(tmp_path / "t.jsonl")
+    assert list(row)[:2] == ["step", "timestamp"]
+    assert before <= row["timestamp"] <= after
+    assert set(row) == {*ALWAYS, *SENSED, *RATE, *BETAS, "timestamp"}
+
+
+def donated():
+    x = jnp.float32(1.0)
+    x.delete()
+    return x
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (donated(), RuntimeError, "'phase' of step 1 cannot be read"),
+        (jnp.ones(3), TypeError, r"'phase' of step 1 must be a real scalar, .* of shape \(3,\)"),
+        (jnp.complex64(1j), TypeError, "'phase' of step 1 must be a real scalar"),
+        ("high", TypeError, "'phase' of step 1 must be a real scalar, got str"),
+    ],
+)
+def test_value_that_cannot_be_read_is_named_and_costs_no_other(tmp_path, bad, error, message):
+    log = TelemetryLog(tmp_path / "t.jsonl")
+    for step in range(3):
+        log.log(step, {"phase": bad if step == 1 else 0.5, "loss": jnp.float32(step)})
+    with pytest.raises(error, match=message):
+        log.close()
+    rows = logged(tmp_path / "t.jsonl")
+    assert [row["loss"] for row in rows] == [0.0, 1.0, 2.0]
+    assert [row.get("phase") for row in rows] == [0.5, None, 0.5]
+
+
+def test_row_whose_step_cannot_be_read_costs_no_other(tmp_path):
+    log = TelemetryLog(tmp_path / "t.jsonl")
+    for step in (0, donated(), 2):
+        log.log(step, {"phase": 0.5})
+    with pytest.raises(RuntimeError, match="'step' of row 1 cannot be read"):
+        log.close()
+    assert [row["step"] for row in logged(tmp_path / "t.jsonl")] == [0, 2]
+
+
+def test_log_keeps_what_a_dictionary_held_when_it_was_logged(tmp_path):
+    values = {}
+    with TelemetryLog(tmp_path / "t.jsonl") as log:
+        for step in range(3):
+            values["loss"] = float(step)
+            log.log(step, values)
+    assert [row["loss"] for row in logged(tmp_path / "t.jsonl")] == [0.0, 1.0, 2.0]
 
 
 def test_log_closes_its_file_when_a_value_cannot_be_written(tmp_path):

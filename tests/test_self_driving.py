@@ -1,5 +1,7 @@
 """The self-driving law and its parts, in JAX: what is sensed, how it steers, what it refuses."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +16,13 @@ from cruxy_control.formulas.limits import relative_limit
 from cruxy_optax import (
     average_iterates,
     averaged_params,
+    axiom,
     cosmic,
     limit_relative_step,
     release_gradients,
     scale_by_controlled_adam,
     scale_by_meta_learning_rate,
+    scale_by_tiers,
     self_driving,
     self_driving_lion,
     stabilize,
@@ -167,8 +171,50 @@ def test_law_that_steers_by_the_moment_refuses_a_chain_without_one():
     )
     with pytest.raises(ValueError, match="needs the alignment of gradients with a first moment"):
         tx.init(jnp.ones(3))
-    with pytest.raises(ValueError, match="needs the alignment of gradients with a first moment"):
-        cosmic(1e-3, state_budget="1KB", law=SelfDriving()).init(jnp.ones(300))
+
+
+def test_law_that_steers_by_the_moment_refuses_moments_under_a_budget():
+    message = "law must not steer by the first moment, .* may drop it at the next plan"
+    with pytest.raises(ValueError, match=f"{message}, got SelfDriving; use Meta3"):
+        cosmic(law=SelfDriving())
+    tx = optax.chain(scale_by_tiers("1KB"), scale_by_meta_learning_rate(1e-3))
+    with pytest.raises(ValueError, match=f"{message}; use Meta3"):
+        stabilize(tx, SelfDriving()).init({"w": jnp.ones(3)})
+
+
+def test_law_that_steers_by_the_moment_refuses_axiom_without_one():
+    with pytest.raises(ValueError, match=r"none without b1, got SelfDriving; give b1=0\.9"):
+        axiom(law=SelfDriving())
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+def test_law_steers_axiom_by_its_average_of_normalised_gradients(bits):
+    tx = axiom(b1=0.9, momentum_bits=bits, weight_decay=0.0, law=SelfDriving())
+    params = {"w": jnp.ones((64, 64)), "b": jnp.ones(8)}
+    grads = jax.tree.map(lambda p: 1.0 + jnp.arange(p.size).reshape(p.shape) % 7, params)
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = tx.update(grads, state, params)
+    # The average of the same u twice is u: the gradient over the root of its factored square.
+    square = grads["w"] ** 2
+    u = grads["w"] / jnp.sqrt(square.mean(0, keepdims=True) * square.mean(1, keepdims=True))
+    moments = [(u * jnp.sqrt(square.mean())).ravel(), jnp.ones(8)]
+    flat = [grads["w"].ravel(), grads["b"]]
+    along = sum(float(g @ m) for g, m in zip(flat, moments, strict=True))
+    lengths = [np.sqrt(sum(float(x @ x) for x in xs)) for xs in (flat, moments)]
+    # What a code gives back is off by up to a step of it, 2^(2 - bits) of the largest element.
+    assert float(state.signals.alignment) == pytest.approx(
+        along / np.prod(lengths), abs=max(1e-3, 2.0 ** (2 - bits))
+    )
+
+
+def test_moment_that_is_no_tree_like_the_parameters_is_named():
+    class Odd(NamedTuple):
+        first_moment: Any
+
+    inner = optax.GradientTransformation(lambda _: Odd(jnp.ones(3)), lambda u, s, p: (u, s))
+    with pytest.raises(ValueError, match="first_moment of Odd must be a tree like the parameters"):
+        stabilize(inner, SelfDriving()).init({"w": jnp.ones(3)})
 
 
 def test_release_refuses_a_law_that_steers_by_the_moment():

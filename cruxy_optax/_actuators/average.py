@@ -9,8 +9,7 @@ import optax
 from cruxy_control.checks import check_range
 from cruxy_control.controls import Controls
 from cruxy_control.formulas.averaging import averaging_weight
-from cruxy_optax._sensors.power_sums import accumulator_dtype
-from cruxy_optax._tree import find
+from cruxy_optax._tree import accumulator_dtype, find
 
 
 class AverageIteratesState(NamedTuple):
@@ -18,6 +17,8 @@ class AverageIteratesState(NamedTuple):
 
     average: optax.Params  # like the parameters; float32 (float64 for float64)
     count: jax.Array  # iterates in it; shape=(), dtype=int32
+
+    held_by_controls = True
 
 
 def average_iterates(power: float = 16.0) -> optax.GradientTransformationExtraArgs:

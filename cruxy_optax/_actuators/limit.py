@@ -10,7 +10,7 @@ import optax
 
 from cruxy_control.checks import check_range
 from cruxy_control.formulas.limits import RELATIVE_FLOOR, limit_scale, relative_limit
-from cruxy_optax._sensors.measure import as_axes, mean_square
+from cruxy_optax._distributed.axes import as_axes, mean_square
 
 
 def limit_relative_step(

@@ -10,7 +10,7 @@ import optax
 from cruxy_control.checks import check_range
 from cruxy_control.controls import Controls, betas
 from cruxy_optax._controls import materialize, require_controls
-from cruxy_optax._sensors.power_sums import accumulator_dtype
+from cruxy_optax._tree import accumulator_dtype
 
 
 class ScaleByControlledAdamState(NamedTuple):
@@ -22,6 +22,14 @@ class ScaleByControlledAdamState(NamedTuple):
     nu_decay: jax.Array  # product of all beta2 so far; shape=(), dtype=float32
     beta1: jax.Array  # this step's, 1 on a skipped step; shape=(), dtype=float32
     beta2: jax.Array  # this step's, 1 on a skipped step; shape=(), dtype=float32
+
+    held_by_controls = True
+    telemetry = ("beta1", "beta2")
+
+    @property
+    def first_moment(self) -> optax.Updates:
+        """What a law that steers by the alignment compares the gradient with."""
+        return self.mu
 
 
 def scale_by_controlled_adam(
@@ -132,6 +140,14 @@ class ScaleByControlledLionState(NamedTuple):
     mu: optax.Updates  # like the parameters; mu_dtype
     beta1: jax.Array  # this step's, 1 on a skipped step; shape=(), dtype=float32
     beta2: jax.Array  # this step's, 1 on a skipped step; shape=(), dtype=float32
+
+    held_by_controls = True
+    telemetry = ("beta1", "beta2")
+
+    @property
+    def first_moment(self) -> optax.Updates:
+        """What a law that steers by the alignment compares the gradient with."""
+        return self.mu
 
 
 def scale_by_controlled_lion(

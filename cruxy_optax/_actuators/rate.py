@@ -13,13 +13,20 @@ from cruxy_control.controls import Controls, meta_learning_rate
 from cruxy_control.formulas.limits import RELATIVE_FLOOR, limit_scale
 from cruxy_control.formulas.limits import relative_limit as limit_of
 from cruxy_optax._controls import require_controls
-from cruxy_optax._sensors.measure import as_axes, mean_square, whole_mean_square
+from cruxy_optax._distributed.axes import as_axes, mean_square, whole_mean_square
 
 
 class ThrottleByPhaseState(NamedTuple):
     """The factor last applied, for telemetry."""
 
     phase_scale: jax.Array  # shape=(), dtype=float32
+
+    held_by_controls = True
+
+    @property
+    def rate_factor(self) -> jax.Array:
+        """What telemetry counts into the learning rate."""
+        return self.phase_scale
 
 
 def throttle_by_phase() -> optax.GradientTransformationExtraArgs:
@@ -60,6 +67,9 @@ class ScaleByMetaLearningRateState(NamedTuple):
     count: jax.Array  # good steps so far; shape=(), dtype=int32
     learning_rate: jax.Array  # 0 on a skipped step; shape=(), dtype=float32
     limit_scale: jax.Array  # largest share of it that a tensor got; shape=(), dtype=float32
+
+    held_by_controls = True
+    telemetry = ("learning_rate",)
 
 
 def scale_by_meta_learning_rate(

@@ -33,13 +33,13 @@ from cruxy_control.tiers import (
     relative_scale,
     report,
 )
-from cruxy_optax._actuators.moments import scale_by_controlled_adam
+from cruxy_optax._actuators.moments import ScaleByControlledAdamState, scale_by_controlled_adam
 from cruxy_optax._controls import materialize, require_controls
+from cruxy_optax._distributed.axes import mean_over_shards
 from cruxy_optax._memory.estimate import tree_bytes
-from cruxy_optax._optimizers.meta3 import in_bits
-from cruxy_optax._sensors.power_sums import accumulator_dtype
-from cruxy_optax._stabilize import unshared
-from cruxy_optax._tree import find
+from cruxy_optax._memory.quantize import in_bits
+from cruxy_optax._sensors.power_sums import power_sums
+from cruxy_optax._tree import find, unshared
 
 
 @jax.tree_util.register_static
@@ -70,6 +70,29 @@ class ScaleByTiersState(NamedTuple):
     count: jax.Array  # good steps so far; shape=(), dtype=int32
     averages: filters.Windows  # of gradient sizes, float32; values (tensors,), weights ()
     tensors: Any  # like the parameters: EmptyState, float32 of shape (), or a state of moments
+
+    no_first_moment = (
+        "scale_by_tiers() keeps that of some tensors only, and may drop it at the next plan"
+    )
+
+    @property
+    def telemetry(self) -> tuple[str, ...]:
+        """The decay rates, where a tensor has moments; all that have them have the same."""
+        return ("beta1", "beta2") if self._moments else ()
+
+    @property
+    def beta1(self) -> jax.Array:
+        """This step's decay rate of the first moments."""
+        return self._moments[0].beta1
+
+    @property
+    def beta2(self) -> jax.Array:
+        """This step's decay rate of the second moments."""
+        return self._moments[0].beta2
+
+    @property
+    def _moments(self) -> list[ScaleByControlledAdamState]:
+        return find(self.tensors, ScaleByControlledAdamState)
 
 
 def scale_by_tiers(
@@ -140,11 +163,10 @@ def scale_by_tiers(
     ) -> tuple[optax.Updates, ScaleByTiersState]:
         del params, extra_args
         controls = require_controls(controls, "scale_by_tiers")
-        grads: list[Any]
-        grads, tree = jax.tree.flatten(updates)
+        grads, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, updates))
         own = tree.flatten_up_to(state.tensors)
         at = [tier for _, tier in state.plan.tiers]
-        squares = [_mean_square(g) for g in grads]
+        squares = [mean_over_shards(power_sums(g, 2.0)[0], g) for g in grads]
         averages = observe(state.averages, jnp.sqrt(_stack(squares)), xp=jnp)
         factors = noise_gate(averages, xp=jnp)
 
@@ -290,11 +312,6 @@ def _candidates(
         candidates.append(Candidate(name, shape.size, (0, 4, moments), float(rms[index])))
     # Two averages a tensor, their weights and the counter.
     return candidates, plan.reserved + 8 * len(flat) + 12
-
-
-def _mean_square(g: Any) -> jax.Array:
-    g = jnp.asarray(g).astype(accumulator_dtype(g))
-    return (jnp.sum(g * g) / max(1, g.size)).astype(jnp.float32)
 
 
 def _stack(scalars: list[jax.Array]) -> jax.Array:

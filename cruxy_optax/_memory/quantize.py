@@ -12,7 +12,8 @@ from cruxy_control.checks import check_count
 from cruxy_exact.codes import BlockCode
 from cruxy_exact.random_bits import stream_key
 from cruxy_optax._controls import any_step_taken
-from cruxy_optax._low_bit import LANES, WHOLE, BlockLayout, LowBitArray, Place, is_low_bit, where
+from cruxy_optax._low_bit import LANES, BlockLayout, LowBitArray, is_low_bit, where
+from cruxy_optax._places import WHOLE, Place
 from cruxy_optax._stabilize import StabilizeState
 from cruxy_optax._tree import find, find_with_paths
 
@@ -182,6 +183,36 @@ def quantize_state(
         return updates, QuantizeState(count, after)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def in_bits(
+    state_bits: int | None,
+    mu_dtype: Any | None,
+    moments: Callable[[Any | None], optax.GradientTransformation],
+    name: str = "state_bits",
+    seed: int = 0,
+) -> optax.GradientTransformation:
+    """The moments, of a dtype or in codes; `name` is what the user calls `state_bits`.
+
+    Raises:
+        ValueError: where it is none of 32, 16, 8 and 4, or both are given.
+    """
+    if state_bits is None:
+        return moments(mu_dtype)
+    if mu_dtype is not None:
+        raise ValueError(
+            "state_bits and mu_dtype both say how the first moment is kept, got "
+            f"{state_bits!r} and {mu_dtype!r}; give one of them."
+        )
+    if not isinstance(state_bits, int) or state_bits not in (32, 16, 8, 4):
+        raise ValueError(
+            f"{name} must be 32, 16, 8 or 4, got {state_bits!r}; use one of them, and name it "
+            "in static_args under optax.inject_hyperparams."
+        )
+    if state_bits == 16:
+        return moments(jnp.bfloat16)
+    wide = moments(jnp.float32)
+    return wide if state_bits == 32 else quantize_state(wide, state_bits, seed=seed)
 
 
 def _parameters(params: optax.Params, select: Select) -> dict[tuple[Any, ...], tuple[int, ...]]:

@@ -8,7 +8,7 @@ import optax
 
 from cruxy_exact.random_bits import random_bits, round_to_bfloat16, stream_key
 from cruxy_optax._controls import any_step_taken
-from cruxy_optax._low_bit import WHOLE, element_numbers
+from cruxy_optax._places import WHOLE, element_numbers
 
 METHODS = ("stochastic", "kahan")
 
@@ -19,6 +19,8 @@ class RoundUpdatesState(NamedTuple):
     count: jax.Array  # steps so far, wrapping; shape=(), dtype=int32
     compensation: Any  # like the parameters where "kahan", else None
     inner_state: optax.OptState
+
+    casts_updates = True
 
 
 def round_updates(

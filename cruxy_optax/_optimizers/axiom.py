@@ -1,25 +1,19 @@
 """`axiom`: memory first. A factored second moment, no momentum or one of four bits."""
 
 from collections.abc import Sequence
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from cruxy_control.checks import check_count, check_range
-from cruxy_control.formulas.factored import (
-    BOOST_LIMIT,
-    second_moment_decay,
-    snr_factor,
-    streak_factor,
-)
-from cruxy_control.law import Law
+from cruxy_control.law import Law, needs_alignment
 from cruxy_control.meta3 import Meta3
 from cruxy_optax._actuators.clip import clip_by_predicted_norm
+from cruxy_optax._actuators.factored import (
+    clip_by_rms,
+    momentum_of_directions,
+    scale_by_factored_rms,
+)
 from cruxy_optax._actuators.rate import scale_by_meta_learning_rate, throttle_by_phase
-from cruxy_optax._optimizers.meta3 import Mask, decayed, in_bits
-from cruxy_optax._sensors.power_sums import accumulator_dtype
+from cruxy_optax._optimizers.parts import Mask, decayed
 from cruxy_optax._stabilize import stabilize
 
 
@@ -86,8 +80,8 @@ def axiom(
         whatever the parameters are.
 
     Raises:
-        ValueError: where an argument is outside its range, or `streak_boost` or `snr_floor` is
-            given without a momentum to read.
+        ValueError: where an argument is outside its range, or `streak_boost`, `snr_floor` or a
+            law that steers by the first moment (`SelfDriving`) comes without `b1`.
         TypeError: where a parameter is complex or `law` is none.
 
     Example:
@@ -104,12 +98,17 @@ def axiom(
     References:
         Shazeer and Stern, [Adafactor](https://arxiv.org/abs/1804.04235), 2018.
     """
+    if b1 is None and needs_alignment(law):
+        raise ValueError(
+            "law must not steer by the first moment, of which axiom() keeps none without b1, got "
+            f"{type(law).__name__}; give b1=0.9, or use Meta3(clip_threshold=None)."
+        )
     return stabilize(
         optax.chain(
             clip_by_predicted_norm(),
-            _scale_by_factored_rms(decay_rate, min_dim_size_to_factor),
-            *_clipped(clip_rms),
-            *_momentum(b1, momentum_bits, streak_boost, snr_floor),
+            scale_by_factored_rms(decay_rate, min_dim_size_to_factor),
+            *clip_by_rms(clip_rms),
+            *momentum_of_directions(b1, momentum_bits, streak_boost, snr_floor),
             *([optax.scale_by_param_block_rms()] if relative_step else []),
             *decayed(weight_decay, mask),
             throttle_by_phase(),
@@ -118,79 +117,3 @@ def axiom(
         law=law,
         axis_names=axis_names,
     )
-
-
-def _scale_by_factored_rms(decay_rate: Any, min_dim: int) -> optax.GradientTransformation:
-    """optax's, with float32 means whatever the parameters: in bfloat16 they would stop moving."""
-    decay_rate = check_range(
-        "decay_rate", decay_rate, 0.0, 1.0, lower_open=True, remedy="0.8 is Adafactor's"
-    )
-    check_count("min_dim_size_to_factor", min_dim, 2, remedy="32 factors nearly every matrix")
-    factored = optax.scale_by_factored_rms(
-        decay_rate=decay_rate,
-        min_dim_size_to_factor=min_dim,
-        decay_rate_fn=lambda step, exponent: second_moment_decay(step, exponent, xp=jnp),
-    )
-
-    def init_fn(params: optax.Params) -> optax.OptState:
-        return factored.init(jax.tree.map(_accumulator_like, params))
-
-    def update_fn(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del params  # of which only shapes would be read
-        grads = jax.tree.map(lambda g: g.astype(accumulator_dtype(g)), updates)
-        return factored.update(grads, state, grads)
-
-    return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _accumulator_like(p: Any) -> Any:
-    """A parameter itself, so that its sharding is kept, or its shape in the accumulator's dtype."""
-    dtype = accumulator_dtype(p)
-    return p if jnp.result_type(p) == dtype else jax.ShapeDtypeStruct(jnp.shape(p), dtype)
-
-
-def _clipped(clip_rms: float | None) -> list[optax.GradientTransformation]:
-    if clip_rms is None:
-        return []
-    remedy = "1 is Adafactor's, None switches it off"
-    return [
-        optax.clip_by_block_rms(
-            check_range("clip_rms", clip_rms, 0.0, lower_open=True, remedy=remedy)
-        )
-    ]
-
-
-def _momentum(
-    b1: float | None, bits: int, streak_boost: float, snr_floor: float
-) -> list[optax.GradientTransformation]:
-    remedy = "1 switches it off, 1.5 is the most"
-    boost = check_range("streak_boost", streak_boost, 1.0, BOOST_LIMIT, remedy=remedy)
-    remedy = "0 switches it off, 0.1 is twice what noise has at b1=0.9"
-    floor = check_range("snr_floor", snr_floor, 0.0, 1.0, upper_open=True, remedy=remedy)
-    if b1 is None:
-        for name, value, off in (("streak_boost", boost, 1.0), ("snr_floor", floor, 0.0)):
-            if value != off:
-                raise ValueError(
-                    f"{name} needs a momentum to read, got {name}={value:g} without b1; give "
-                    f"b1=0.9, or {name}={off:g}."
-                )
-        return []
-    remedy = "0.9 is a usual value, None is no momentum"
-    decay: Any = check_range("b1", b1, 0.0, 1.0, lower_open=True, upper_open=True, remedy=remedy)
-    average = in_bits(bits, None, lambda dtype: optax.ema(decay, True, dtype), "momentum_bits")
-
-    def weighed(m: Any, _: Any) -> jax.Array:
-        factor = streak_factor(m, boost, xp=jnp) if boost != 1.0 else 1.0
-        if floor != 0.0:
-            factor = factor * snr_factor(_row_means(m * m), floor, xp=jnp)
-        return m * factor
-
-    if boost == 1.0 and floor == 0.0:
-        return [average]
-    return [average, optax.stateless_with_tree_map(weighed)]
-
-
-def _row_means(x: jax.Array) -> jax.Array:
-    return jnp.mean(x, axis=-1, keepdims=True) if x.ndim else x

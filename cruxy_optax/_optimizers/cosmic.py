@@ -6,13 +6,13 @@ import chex
 import jax
 import optax
 
-from cruxy_control.law import Law
+from cruxy_control.law import Law, needs_alignment
 from cruxy_control.meta3 import Meta3
 from cruxy_control.tiers import parse_bytes
 from cruxy_optax._actuators.rate import scale_by_meta_learning_rate, throttle_by_phase
 from cruxy_optax._actuators.tiers import scale_by_tiers
 from cruxy_optax._memory.estimate import tree_bytes
-from cruxy_optax._optimizers.meta3 import Mask, decayed
+from cruxy_optax._optimizers.parts import Mask, decayed
 from cruxy_optax._stabilize import stabilize
 
 
@@ -79,7 +79,8 @@ def cosmic(
         An `optax.GradientTransformationExtraArgs`; see `meta3`.
 
     Raises:
-        ValueError: where an argument is outside its range; from `init` where the budget is below
+        ValueError: where an argument is outside its range, or the law steers by the first
+            moment (`SelfDriving`); from `init` where the budget is below
             what the lowest tier of every tensor takes (the message says how much that is), or
             `tiers` names other tensors or exceeds the budget.
         TypeError: where `state_budget` is no size, a parameter is complex or `law` is none.
@@ -94,6 +95,12 @@ def cosmic(
         >>> cruxy_optax.estimate_memory(tx, params).state <= 2000
         True
     """
+    if needs_alignment(law):
+        raise ValueError(
+            "law must not steer by the first moment, of which cosmic() keeps that of some tensors "
+            f"only, and may drop it at the next plan, got {type(law).__name__}; use Meta3(), or "
+            "self_driving() with state_bits=4."
+        )
     rest = (
         *decayed(weight_decay, mask),
         throttle_by_phase(),

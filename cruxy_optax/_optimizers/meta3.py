@@ -1,25 +1,19 @@
-"""The optimizers: each a `stabilize(optax.chain(...))` that reads like the paper."""
+"""`meta3` and `meta_lion`: Adam and Lion under the Meta3 law, chains that read like the paper."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import chex
-import jax.numpy as jnp
 import optax
 
-from cruxy_control.checks import check_range
 from cruxy_control.law import Law
 from cruxy_control.meta3 import Meta3
-from cruxy_control.stability_v1 import StabilityV1
-from cruxy_control.stability_v2 import StabilityV2
-from cruxy_optax._actuators.centralize import centralize_kernels
 from cruxy_optax._actuators.clip import clip_by_predicted_norm
 from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_controlled_lion
 from cruxy_optax._actuators.rate import scale_by_meta_learning_rate, throttle_by_phase
-from cruxy_optax._memory.quantize import quantize_state
+from cruxy_optax._memory.quantize import in_bits
+from cruxy_optax._optimizers.parts import Mask, centralized, decayed
 from cruxy_optax._stabilize import stabilize
-
-Mask = Any | Callable[[optax.Params], Any] | None
 
 
 def meta3(
@@ -113,7 +107,7 @@ def meta3(
     return stabilize(
         optax.chain(
             clip_by_predicted_norm(),
-            *_centralized(centralize),
+            *centralized(centralize),
             in_bits(
                 state_bits,
                 mu_dtype,
@@ -199,7 +193,7 @@ def meta_lion(
     return stabilize(
         optax.chain(
             clip_by_predicted_norm(),
-            *_centralized(centralize),
+            *centralized(centralize),
             in_bits(
                 state_bits,
                 mu_dtype,
@@ -212,188 +206,3 @@ def meta_lion(
         law=law,
         axis_names=axis_names,
     )
-
-
-def stability_v1(
-    learning_rate: optax.ScalarOrSchedule,
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
-    mu_dtype: Any | None = None,
-    weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Mask = None,
-    *,
-    nesterov: bool = True,
-    centralize: bool = False,
-    law: Law = StabilityV1(),
-    bounds: tuple[float, float] | None = None,
-    axis_names: str | Sequence[str] = (),
-    state_bits: int | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""AdamW under the first Cruxy controller: two windows and a PD loop, no clipping.
-
-    Where the squared gradient norm grows (`phi > 0.55`) the rate is `1 - 0.3 phi` of the one that
-    was set, where it falls (`phi < 0.45`) `1 + 0.2 (1 - phi)`, between them just that (v2.0 9);
-    `beta2` moves by up to 15 % with `u = tanh((kp e + kd de) / tau)` (v2.0 5-10); `beta1` stays.
-    Steps whose gradient is not finite are skipped.
-
-    Args:
-        learning_rate: see `meta3`, as all that follow.
-        b1: base of the first moment's decay.
-        b2: base of the second moment's decay.
-        eps: added to the root of the second moment.
-        mu_dtype: dtype of the first moment.
-        weight_decay: decoupled weight decay.
-        mask: where weight decay applies.
-        nesterov: looks one step ahead.
-        centralize: gradient centralization.
-        law: the controller with its constants.
-        bounds: absolute bounds on the rate before the phase factor.
-        axis_names: axes of an enclosing `jax.shard_map` or `jax.pmap`.
-        state_bits: 32, 16, 8 or 4 bits for the moments.
-
-    Returns:
-        An `optax.GradientTransformationExtraArgs`; see `meta3`.
-
-    Raises:
-        ValueError: where an argument is outside its range, or both `state_bits` and `mu_dtype` are
-            given.
-        TypeError: where a parameter is complex or `law` is none.
-
-    Example:
-        >>> import jax.numpy as jnp, cruxy_optax
-        >>> tx = cruxy_optax.stability_v1(learning_rate=0.1, weight_decay=0.0)
-        >>> params = jnp.array([1.0, 2.0])
-        >>> updates, state = tx.update(params, tx.init(params), params)
-        >>> print(updates.round(3))
-        [-0.1 -0.1]
-    """
-    return meta3(
-        learning_rate,
-        b1,
-        b2,
-        eps,
-        mu_dtype,
-        weight_decay,
-        mask,
-        nesterov=nesterov,
-        centralize=centralize,
-        law=law,
-        bounds=bounds,
-        axis_names=axis_names,
-        state_bits=state_bits,
-    )
-
-
-def stability_v2(
-    learning_rate: optax.ScalarOrSchedule,
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
-    mu_dtype: Any | None = None,
-    weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Mask = None,
-    *,
-    nesterov: bool = True,
-    centralize: bool = False,
-    law: Law = StabilityV2(),
-    bounds: tuple[float, float] | None = None,
-    axis_names: str | Sequence[str] = (),
-    state_bits: int | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""AdamW under the second Cruxy controller: curvature, clipping, early warning.
-
-    The rate is multiplied by a running factor that falls where the phase is above 0.55 and
-    recovers below 0.5 (v2.0 27-29). It is bounded to `[1e-3, 1]`: this optimizer only ever
-    brakes, and on a steady noisy gradient runs at the rate that was set, with `beta1` about 0.873
-    and the gradient norm clipped at about 1.5. Steps whose gradient is not finite are skipped.
-
-    Args:
-        learning_rate: see `meta3`, as all that follow.
-        b1: base of the first moment's decay.
-        b2: base of the second moment's decay.
-        eps: added to the root of the second moment.
-        mu_dtype: dtype of the first moment.
-        weight_decay: decoupled weight decay.
-        mask: where weight decay applies.
-        nesterov: looks one step ahead.
-        centralize: gradient centralization.
-        law: the controller with its constants.
-        bounds: absolute bounds on the rate before the phase factor.
-        axis_names: axes of an enclosing `jax.shard_map` or `jax.pmap`.
-        state_bits: 32, 16, 8 or 4 bits for the moments.
-
-    Returns:
-        An `optax.GradientTransformationExtraArgs`; see `meta3`.
-
-    Raises:
-        ValueError: where an argument is outside its range, or both `state_bits` and `mu_dtype` are
-            given.
-        TypeError: where a parameter is complex or `law` is none.
-
-    Example:
-        >>> import jax.numpy as jnp, cruxy_optax
-        >>> tx = cruxy_optax.stability_v2(learning_rate=0.1, weight_decay=0.0)
-        >>> params = jnp.array([1.0, 2.0])
-        >>> updates, state = tx.update(params, tx.init(params), params)
-        >>> print(updates.round(3))
-        [-0.1 -0.1]
-    """
-    return meta3(
-        learning_rate,
-        b1,
-        b2,
-        eps,
-        mu_dtype,
-        weight_decay,
-        mask,
-        nesterov=nesterov,
-        centralize=centralize,
-        law=law,
-        bounds=bounds,
-        axis_names=axis_names,
-        state_bits=state_bits,
-    )
-
-
-def _centralized(centralize: bool) -> list[optax.GradientTransformation]:
-    return [centralize_kernels()] if centralize else []
-
-
-def in_bits(
-    state_bits: int | None,
-    mu_dtype: Any | None,
-    moments: Callable[[Any | None], optax.GradientTransformation],
-    name: str = "state_bits",
-    seed: int = 0,
-) -> optax.GradientTransformation:
-    """The moments, of a dtype or in codes; `name` is what the user calls `state_bits`.
-
-    Raises:
-        ValueError: where it is none of 32, 16, 8 and 4, or both are given.
-    """
-    if state_bits is None:
-        return moments(mu_dtype)
-    if mu_dtype is not None:
-        raise ValueError(
-            "state_bits and mu_dtype both say how the first moment is kept, got "
-            f"{state_bits!r} and {mu_dtype!r}; give one of them."
-        )
-    if not isinstance(state_bits, int) or state_bits not in (32, 16, 8, 4):
-        raise ValueError(
-            f"{name} must be 32, 16, 8 or 4, got {state_bits!r}; use one of them, and name it "
-            "in static_args under optax.inject_hyperparams."
-        )
-    if state_bits == 16:
-        return moments(jnp.bfloat16)
-    wide = moments(jnp.float32)
-    return wide if state_bits == 32 else quantize_state(wide, state_bits, seed=seed)
-
-
-def decayed(weight_decay: optax.ScalarOrSchedule, mask: Mask) -> list[optax.GradientTransformation]:
-    """Decoupled weight decay as a part of a chain; none where it is 0."""
-    if not callable(weight_decay):
-        weight_decay = check_range("weight_decay", weight_decay, 0.0, remedy="0 switches it off")
-    if isinstance(weight_decay, float) and weight_decay == 0.0:
-        return []
-    return [optax.add_decayed_weights(weight_decay, mask)]

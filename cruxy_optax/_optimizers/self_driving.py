@@ -11,7 +11,8 @@ from cruxy_optax._actuators.average import average_iterates
 from cruxy_optax._actuators.clip import clip_by_predicted_norm
 from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_controlled_lion
 from cruxy_optax._actuators.rate import scale_by_meta_learning_rate
-from cruxy_optax._optimizers.meta3 import Mask, decayed, in_bits
+from cruxy_optax._memory.quantize import in_bits
+from cruxy_optax._optimizers.parts import Mask, decayed
 from cruxy_optax._stabilize import stabilize
 
 

@@ -1,21 +1,18 @@
-"""The sensors: what is measured of a raw gradient, and two observers for a user's own chain."""
+"""The signals of a step: norms of the raw gradient, its alignment with a first moment, the loss."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from cruxy_control import filters
-from cruxy_control.checks import check_range
 from cruxy_control.signals import Signals
 from cruxy_control.signals import alignment as cosine_of
+from cruxy_optax._distributed.axes import mean_over_axes, sum_over_shards
 from cruxy_optax._low_bit import is_low_bit
-from cruxy_optax._sensors.power_sums import accumulator_dtype, power_sums
+from cruxy_optax._sensors.power_sums import power_sums
+from cruxy_optax._tree import accumulator_dtype, check_real
 
 
 def measure(
@@ -52,8 +49,8 @@ def raw_sums(updates: optax.Updates, gamma: float, axis_names: Sequence[str] = (
     check_real(leaves)
     sums = [power_sums(leaf, gamma) for leaf in leaves]
     return RawSums(
-        squares=_total([pair[0] for pair in sums], leaves, axis_names),
-        powers=_total([pair[1] for pair in sums], leaves, axis_names),
+        squares=sum_over_shards([pair[0] for pair in sums], leaves, axis_names),
+        powers=sum_over_shards([pair[1] for pair in sums], leaves, axis_names),
     )
 
 
@@ -81,7 +78,7 @@ def alignment(
         A float32 scalar, NaN where one side is zero or something is not finite.
     """
     pairs = [
-        (jnp.asarray(g), m.decode() if is_low_bit(m) else m)
+        (jnp.asarray(g), m.decode() if is_low_bit(m) else jnp.asarray(m))
         for g, m in zip(jax.tree.leaves(updates), momenta, strict=True)
         if m is not None
     ]
@@ -93,72 +90,9 @@ def alignment(
         dtype = accumulator_dtype(a)
         return jnp.vdot(a.astype(dtype), b.astype(dtype))
 
-    along = _total([product(g, m) for g, m in pairs], grads, axis_names)
-    length = _total([product(m, m) for _, m in pairs], grads, axis_names)
+    along = sum_over_shards([product(g, m) for g, m in pairs], grads, axis_names)
+    length = sum_over_shards([product(m, m) for _, m in pairs], grads, axis_names)
     return cosine_of(along, norm, length, xp=jnp).astype(jnp.float32)
-
-
-def as_axes(axis_names: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of mesh axes as a tuple; one may come as a string."""
-    return (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)
-
-
-def mean_square(leaf: jax.Array, axis_names: Sequence[str] = ()) -> jax.Array:
-    """The mean of the squares of a leaf, over all its shards; float32, 0 of an empty leaf."""
-    wide = leaf.astype(accumulator_dtype(leaf))
-    square = jnp.vdot(wide, wide).astype(jnp.float32) / max(1, leaf.size)
-    split = [axis for axis in axis_names if axis in _split_axes(leaf)]
-    return lax.pmean(square, split) if split else square
-
-
-def whole_mean_square(
-    squares: Sequence[jax.Array], leaves: Sequence[jax.Array], axis_names: Sequence[str] = ()
-) -> jax.Array:
-    """The mean of the squares of all elements of all leaves, from each leaf's `mean_square`."""
-    counts = [
-        leaf.size * math.prod(lax.psum(1, a) for a in axis_names if a in _split_axes(leaf))
-        for leaf in leaves
-    ]
-    total = max(1, sum(counts))
-    shares = [square * (n / total) for square, n in zip(squares, counts, strict=True)]
-    return sum(shares, jnp.zeros((), jnp.float32))
-
-
-def check_real(leaves: Sequence[Any]) -> None:
-    """Raises `TypeError` where a leaf is complex: the law's norms and signs are for real numbers.
-
-    Raises:
-        TypeError: with the rule, the dtype received and the remedy.
-    """
-    for leaf in leaves:
-        if jnp.iscomplexobj(leaf):
-            raise TypeError(
-                f"parameters and gradients must be real, got {jnp.asarray(leaf).dtype}; optimize "
-                "the real and imaginary part as two leaves, as "
-                "optax.contrib.split_real_and_imaginary does."
-            )
-
-
-def _total(
-    sums: Sequence[jax.Array], leaves: Sequence[jax.Array], axis_names: Sequence[str]
-) -> jax.Array:
-    total = jnp.zeros((), jnp.float32)
-    for partial, leaf in zip(sums, leaves, strict=True):
-        split = _split_axes(leaf)
-        for axis in axis_names:
-            # A leaf that varies along the axis is a shard of a parameter; one that does not is a
-            # copy, and the mean of equal copies is that copy.
-            partial = lax.psum(partial, axis) if axis in split else lax.pmean(partial, axis)
-        total = total + partial
-    return total
-
-
-def _split_axes(leaf: jax.Array) -> frozenset[str]:
-    """The `shard_map` axes along which devices hold different values of the leaf."""
-    kind = jax.typeof(leaf)
-    if hasattr(kind, "manual_axis_type"):
-        return kind.manual_axis_type.varying
-    return getattr(kind, "vma", frozenset())  # the name before jax 0.10
 
 
 def _loss(value: Any, axis_names: Sequence[str]) -> jax.Array:
@@ -170,144 +104,4 @@ def _loss(value: Any, axis_names: Sequence[str]) -> jax.Array:
             f"value must be the loss, a real scalar, got shape {loss.shape} and dtype "
             f"{loss.dtype}; pass its mean, or leave it out."
         )
-    loss = loss.astype(jnp.float32)
-    return lax.pmean(loss, tuple(axis_names)) if axis_names else loss
-
-
-class TrackGammaNormState(NamedTuple):
-    """What `track_gamma_norm` has measured; zero and empty before the first step."""
-
-    gamma_norm: jax.Array  # shape=(), dtype=float32
-    phase: jax.Array  # shape=(), dtype=float32
-    windows: filters.Windows  # scalars, float32
-
-
-def track_gamma_norm(
-    gamma: float = 1.5,
-    fast_decay: float = 0.9,
-    slow_decay: float = 0.999,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Observes the gamma norm of what passes, with its fast and slow average; changes nothing.
-
-    `sigma = (sum |g|^gamma)^(1/gamma)` (WP 1), `v_fast` and `v_slow` its bias-corrected
-    exponential averages (WP 2, 3), `phi = v_fast / (v_fast + v_slow)` (WP 6). The values are in
-    the state: `optax.tree.get(opt_state, "phase")`. A step whose norm is not finite is left out of
-    the averages.
-
-    Args:
-        gamma: exponent of the norm, at least 1.
-        fast_decay: decay of `v_fast`, in `[0, 1)`.
-        slow_decay: decay of `v_slow`, in `[0, 1)`.
-
-    Returns:
-        An `optax.GradientTransformationExtraArgs` that returns updates as they came.
-
-    Raises:
-        ValueError: where an argument is outside its range.
-
-    Example:
-        >>> import jax.numpy as jnp, optax, cruxy_optax
-        >>> tx = optax.chain(cruxy_optax.track_gamma_norm(gamma=2.0), optax.sgd(0.1))
-        >>> params = {"w": jnp.zeros(2)}
-        >>> state = tx.init(params)
-        >>> _, state = tx.update({"w": jnp.array([3.0, 4.0])}, state, params)
-        >>> print(optax.tree.get(state, "gamma_norm"), optax.tree.get(state, "phase"))
-        5.0 0.5
-    """
-    check_range("gamma", gamma, 1.0, remedy="1.5 is the paper's, 2 the Euclidean norm")
-    check_range("fast_decay", fast_decay, 0.0, 1.0, upper_open=True, remedy="use 0.9")
-    check_range("slow_decay", slow_decay, 0.0, 1.0, upper_open=True, remedy="use 0.999")
-
-    def init_fn(params: optax.Params) -> TrackGammaNormState:
-        check_real(jax.tree.leaves(params))
-        zero = jnp.zeros((), jnp.float32)
-        return TrackGammaNormState(zero, zero, filters.empty_windows(zero, xp=jnp))
-
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, TrackGammaNormState]:
-        del params, extra_args
-        sigma = measure(updates, None, gamma).gamma_norm
-        moved = filters.windows(
-            state.windows,
-            sigma,
-            fast_decay=fast_decay,
-            slow_decay=slow_decay,
-            debias=True,
-            outlier_cap=None,
-            xp=jnp,
-        )
-        windows = filters.select(jnp.isfinite(sigma), moved, state.windows, xp=jnp)
-        phase = filters.phase(windows.fast.value, windows.slow.value)
-        return updates, TrackGammaNormState(sigma, phase, windows)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-class TrackCurvatureState(NamedTuple):
-    """What `track_curvature` has measured."""
-
-    curvature: jax.Array  # shape=(), dtype=float32
-    slope: filters.Curvature  # scalars, float32; pairs int32
-
-
-def track_curvature(decay: float = 0.95) -> optax.GradientTransformationExtraArgs:
-    """Observes how the loss moves for the gradient it had; changes nothing.
-
-    `c = (L_t - L_{t-1}) / (|g_{t-1}| + eps)` (WP 4), clipped to `[-1, 1]` and averaged (WP 5). It
-    is in the state: `optax.tree.get(opt_state, "curvature")`. The loss comes as
-    `tx.update(grads, state, params, value=loss)`; a step without a finite loss or gradient holds
-    the average.
-
-    Args:
-        decay: decay of the average, in `[0, 1)`.
-
-    Returns:
-        An `optax.GradientTransformationExtraArgs` that returns updates as they came.
-
-    Raises:
-        ValueError: where `decay` is outside its range.
-
-    Example:
-        >>> import jax.numpy as jnp, optax, cruxy_optax
-        >>> tx = optax.chain(cruxy_optax.track_curvature(), optax.sgd(0.1))
-        >>> params = jnp.array(1.0)
-        >>> state = tx.init(params)
-        >>> for loss in (2.0, 1.5):
-        ...     _, state = tx.update(jnp.array(1.0), state, params, value=loss)
-        >>> print(optax.tree.get(state, "curvature"))
-        -0.025
-    """
-    check_range("decay", decay, 0.0, 1.0, upper_open=True, remedy="0.95 is the paper's")
-
-    def init_fn(params: optax.Params) -> TrackCurvatureState:
-        check_real(jax.tree.leaves(params))
-        zero = jnp.zeros((), jnp.float32)
-        return TrackCurvatureState(zero, filters.empty_curvature(zero, xp=jnp))
-
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        *,
-        value: chex.Numeric | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, TrackCurvatureState]:
-        del params, extra_args
-        signals = measure(updates, value, gamma=2.0)
-        moved = filters.curvature(
-            state.slope,
-            signals.loss,
-            signals.grad_norm,
-            decay=decay,
-            limit=1.0,
-            hold_missing=True,
-            xp=jnp,
-        )
-        slope = filters.select(jnp.isfinite(signals.grad_norm), moved, state.slope, xp=jnp)
-        return updates, TrackCurvatureState(slope.value, slope)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return mean_over_axes(loss.astype(jnp.float32), axis_names)

@@ -8,17 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cruxy_optax._distributed.axes import explicit_spec
+from cruxy_optax._tree import accumulator_dtype
+
 _BLOCK = 16
 """Rows summed in one go on a CPU. Over a constant axis of up to 16 the loop is unrolled and
 vectorised; at 32 the same code takes ten times as long."""
 
 _SMALL = 2048
 """Elements up to which one plain loop is cheapest, and its one accumulator exact enough."""
-
-
-def accumulator_dtype(leaf: jax.typing.ArrayLike) -> jnp.dtype:
-    """float32, or float64 for a float64 leaf."""
-    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
 
 
 def power_sums(leaf: jax.Array, gamma: float) -> tuple[jax.Array, jax.Array]:
@@ -45,7 +43,7 @@ def power_sums(leaf: jax.Array, gamma: float) -> tuple[jax.Array, jax.Array]:
 
 
 def _fits_one_pass(leaf: jax.Array) -> bool:
-    if any(axis is not None for axis in jax.typeof(leaf).sharding.spec):
+    if any(axis is not None for axis in explicit_spec(leaf)):
         return False  # on an explicit mesh a split axis may not be reshaped
     return leaf.size <= _SMALL or (leaf.ndim >= 2 and leaf.shape[-2] % _BLOCK == 0)
 

@@ -1,0 +1,118 @@
+"""AXIOM's direction: a gradient over the root of its factored second moment, and its average."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cruxy_control.checks import check_count, check_range
+from cruxy_control.formulas.factored import (
+    BOOST_LIMIT,
+    second_moment_decay,
+    snr_factor,
+    streak_factor,
+)
+from cruxy_optax._memory.quantize import in_bits
+from cruxy_optax._tree import accumulator_dtype
+
+
+def scale_by_factored_rms(decay_rate: Any, min_dim: int) -> optax.GradientTransformation:
+    """optax's, with float32 means whatever the parameters: in bfloat16 they would stop moving.
+
+    Args:
+        decay_rate: the exponent in the decay of the second moment, in `(0, 1]`.
+        min_dim: a tensor whose two largest axes are at least this long is factored.
+
+    Raises:
+        ValueError: where one of them is outside its range.
+    """
+    decay_rate = check_range(
+        "decay_rate", decay_rate, 0.0, 1.0, lower_open=True, remedy="0.8 is Adafactor's"
+    )
+    check_count("min_dim_size_to_factor", min_dim, 2, remedy="32 factors nearly every matrix")
+    factored = optax.scale_by_factored_rms(
+        decay_rate=decay_rate,
+        min_dim_size_to_factor=min_dim,
+        decay_rate_fn=lambda step, exponent: second_moment_decay(step, exponent, xp=jnp),
+    )
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        return factored.init(jax.tree.map(_accumulator_like, params))
+
+    def update_fn(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params  # of which only shapes would be read
+        grads = jax.tree.map(lambda g: g.astype(accumulator_dtype(g)), updates)
+        return factored.update(grads, state, grads)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _accumulator_like(p: Any) -> Any:
+    """A parameter itself, so that its sharding is kept, or its shape in the accumulator's dtype."""
+    dtype = accumulator_dtype(p)
+    return p if jnp.result_type(p) == dtype else jax.ShapeDtypeStruct(jnp.shape(p), dtype)
+
+
+def clip_by_rms(clip_rms: float | None) -> list[optax.GradientTransformation]:
+    """A limit on the root mean square of each tensor's direction; none where it is `None`.
+
+    Raises:
+        ValueError: where it is not above 0.
+    """
+    if clip_rms is None:
+        return []
+    remedy = "1 is Adafactor's, None switches it off"
+    return [
+        optax.clip_by_block_rms(
+            check_range("clip_rms", clip_rms, 0.0, lower_open=True, remedy=remedy)
+        )
+    ]
+
+
+def momentum_of_directions(
+    b1: float | None, bits: int, streak_boost: float, snr_floor: float
+) -> list[optax.GradientTransformation]:
+    """An average of what comes, in so many bits, and what is made of it; none without `b1`.
+
+    Args:
+        b1: decay of the average, in `(0, 1)`; `None` for none.
+        bits: an element, 32, 16, 8 or 4.
+        streak_boost: see `streak_factor`; 1 for none.
+        snr_floor: see `snr_factor`; 0 for none.
+
+    Raises:
+        ValueError: where one of them is outside its range, or something reads an average that
+            there is not.
+    """
+    remedy = "1 switches it off, 1.5 is the most"
+    boost = check_range("streak_boost", streak_boost, 1.0, BOOST_LIMIT, remedy=remedy)
+    remedy = "0 switches it off, 0.1 is twice what noise has at b1=0.9"
+    floor = check_range("snr_floor", snr_floor, 0.0, 1.0, upper_open=True, remedy=remedy)
+    if b1 is None:
+        for name, value, off in (("streak_boost", boost, 1.0), ("snr_floor", floor, 0.0)):
+            if value != off:
+                raise ValueError(
+                    f"{name} needs a momentum to read, got {name}={value:g} without b1; give "
+                    f"b1=0.9, or {name}={off:g}."
+                )
+        return []
+    remedy = "0.9 is a usual value, None is no momentum"
+    decay: Any = check_range("b1", b1, 0.0, 1.0, lower_open=True, upper_open=True, remedy=remedy)
+    average = in_bits(bits, None, lambda dtype: optax.ema(decay, True, dtype), "momentum_bits")
+
+    def weighed(m: Any, _: Any) -> jax.Array:
+        factor = streak_factor(m, boost, xp=jnp) if boost != 1.0 else 1.0
+        if floor != 0.0:
+            factor = factor * snr_factor(_row_means(m * m), floor, xp=jnp)
+        return m * factor
+
+    if boost == 1.0 and floor == 0.0:
+        return [average]
+    return [average, optax.stateless_with_tree_map(weighed)]
+
+
+def _row_means(x: jax.Array) -> jax.Array:
+    return jnp.mean(x, axis=-1, keepdims=True) if x.ndim else x

@@ -1,0 +1,101 @@
+"""What the state of an actuator says of itself: all that the loop and telemetry know of one.
+
+A state is a `NamedTuple`. Its class may have any of these names, as a plain attribute, a field or
+a property; what it does not have is not said.
+
+- `first_moment`: an average of past gradients, a tree like the parameters, `None` in place of a
+  tensor that has none. A law that steers by the alignment, `SelfDriving`, compares the gradient
+  with it.
+- `no_first_moment`: a text, why such a law cannot be served although there may be some.
+- `held_by_controls = True`: on a skipped step, where the gradient is 0, both betas are 1 and the
+  rate is 0, the state comes out as it went in. Without it `stabilize` keeps the old leaves beside
+  the new ones and chooses.
+- `limit_scale`: the largest share of the rate that a relative limit left any tensor, a scalar. Such
+  a law takes the rest of its rate back.
+- `casts_updates = True`: updates come out in the dtype in which they are to be added. Without it
+  `stabilize` casts them to that of the parameters.
+- `telemetry`: the names of the scalars in the state that `telemetry` shows, such as `("beta1",)`.
+- `rate_factor`: a factor on the update beside the learning rate of the same chain, a scalar, which
+  `telemetry` counts into `learning_rate`.
+
+The states of optax say nothing of the kind. Of them the first moments of Adam, Lion, `trace` and
+`ema` are known.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cruxy_optax._tree import nodes_with_paths
+
+_MOMENTS_OF_OPTAX: dict[type, str] = {
+    optax.EmaState: "ema",
+    optax.ScaleByAdamState: "mu",
+    optax.ScaleByLionState: "mu",
+    optax.TraceState: "trace",
+}
+"""optax's own states that hold a first moment, and what they call it."""
+
+
+def says(node: Any, name: str) -> bool:
+    """Whether the class of a state has this name, and what is said is not false."""
+    return hasattr(type(node), name) and getattr(node, name) is not False
+
+
+def states_that_say(state: Any, name: str) -> list[tuple[tuple[Any, ...], Any]]:
+    """Every state of which this is so, with its path; what is below such a one is not searched."""
+    return nodes_with_paths(state, lambda node: says(node, name))
+
+
+def first_moments(updates: optax.Updates, state: optax.OptState) -> list[Any]:
+    """The first moment of every leaf of the gradients, `None` where none keeps one.
+
+    Of several the last one counts, whose output is what comes nearest to the update.
+
+    Raises:
+        ValueError: where there is none at all, a state has a reason to give none, or its moments
+            are no tree like the gradients.
+    """
+    for _, node in states_that_say(state, "no_first_moment"):
+        raise ValueError(
+            f"law must not steer by the first moment, of which {node.no_first_moment}; use "
+            "Meta3(), or scale_by_controlled_adam() in its place."
+        )
+    structure = jax.tree.structure(updates)
+    found: list[Any] = [None] * structure.num_leaves
+    for _, node in nodes_with_paths(state, _has_first_moment):
+        for i, moment in enumerate(_like(structure, node)):
+            if jax.tree.leaves(moment):  # not None, nor what `optax.masked` leaves in its place
+                found[i] = moment
+    if all(moment is None for moment in found) and found:
+        raise ValueError(
+            "the law needs the alignment of gradients with a first moment, but inner keeps none; "
+            "put scale_by_controlled_adam(), scale_by_controlled_lion() or optax's Adam, Lion, "
+            "trace or ema into it, or a state that says which is its first_moment."
+        )
+    return found
+
+
+def limit_scale(state: optax.OptState) -> jax.Array:
+    """The largest share of its rate that a relative limit left any tensor in the step before."""
+    scales = [node.limit_scale for _, node in states_that_say(state, "limit_scale")]
+    return jnp.stack(scales).max() if scales else jnp.ones((), jnp.float32)
+
+
+def _has_first_moment(node: Any) -> bool:
+    return type(node) in _MOMENTS_OF_OPTAX or says(node, "first_moment")
+
+
+def _like(structure: Any, node: Any) -> list[Any]:
+    """The first moments of one state, one a leaf of the gradients."""
+    moments = getattr(node, _MOMENTS_OF_OPTAX.get(type(node), "first_moment"))
+    try:
+        return structure.flatten_up_to(moments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"first_moment of {type(node).__name__} must be a tree like the parameters, got "
+            f"{jax.tree.structure(moments)} for {structure}; give None in place of a tensor that "
+            "has none."
+        ) from error
