@@ -1,5 +1,6 @@
-"""PyTorch: `CruxyOptimizer`, the control law around Adam and Lion."""
+"""PyTorch: `CruxyOptimizer` and its relatives, the control law on `torch.optim`."""
 
+from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._interop import state_from_optax, state_to_optax
 from cruxy_torch._memory.estimate import MemoryEstimate, estimate_memory, state_bytes
 from cruxy_torch._optimizers.axiom import AXIOM
@@ -10,6 +11,7 @@ __all__ = [
     "AXIOM",
     "Cosmic",
     "CruxyOptimizer",
+    "Direction",
     "MemoryEstimate",
     "estimate_memory",
     "state_bytes",

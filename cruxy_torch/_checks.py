@@ -1,4 +1,4 @@
-"""What a user may give `CruxyOptimizer`: the checks at its door, and the law and loss they name."""
+"""The checks at the door: what a user may give our optimizers."""
 
 import math
 from typing import Any
@@ -6,31 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cruxy_control import Law, Meta3, SelfDriving, StabilityV1, StabilityV2
 from cruxy_control.checks import check_bounds, check_range
-from cruxy_torch._native import library as _native
-from cruxy_torch._sensors import measure as _sensors
+from cruxy_torch._native import library
 
 BITS = (32, 16, 8, 4)
 """Bits an element in which moments can be kept."""
-
-
-def law_of(mode: str, gamma: float, rate_gain: float, beta2_gain: float, interval: int) -> Law:
-    """The law that `mode` names, with the four constants that are arguments of their own."""
-    if mode == "meta3":
-        return Meta3(
-            gamma=gamma, rate_gain=rate_gain, beta2_gain=beta2_gain, meta_interval=interval
-        )
-    if mode == "stability_v2":
-        return StabilityV2(gamma=gamma)
-    if mode == "stability_v1":
-        return StabilityV1()
-    if mode == "self_driving":
-        return SelfDriving(gamma=gamma)
-    raise ValueError(
-        f"mode must be 'meta3', 'self_driving', 'stability_v2' or 'stability_v1', got {mode!r}; "
-        "give law= for a law with constants of your own."
-    )
 
 
 def check_lr_bounds(lr_bounds: tuple[float, float] | None) -> None:
@@ -43,7 +23,6 @@ def check_choices(
     momentum_dtype: torch.dtype | None,
     state_bits: int,
     select: Any,
-    bias_correction: str,
     foreach: bool | None,
     fused: bool | None,
     compile: bool,
@@ -65,17 +44,12 @@ def check_choices(
             f"select must be a function of a parameter, got {select!r}; give parameter groups a "
             "state_bits of their own where they are listed already."
         )
-    if bias_correction not in ("exact", "cruxy_2_1_0"):
-        raise ValueError(
-            f"bias_correction must be 'exact' or 'cruxy_2_1_0', got {bias_correction!r}; "
-            "the second is for comparison with that package alone."
-        )
     if sum(bool(choice) for choice in (foreach, fused, compile)) > 1:
         raise ValueError(
             "at most one of foreach, fused and compile may be true, got "
             f"foreach={foreach}, fused={fused}, compile={compile}; leave all out for the default."
         )
-    if fused and not _native.available():
+    if fused and not library.available():
         raise RuntimeError(
             "fused=True needs a C compiler (cc, gcc or clang, or the variable CC), got none that "
             "works; leave fused out for the slower path."
@@ -98,22 +72,10 @@ def check_lr(lr: float | Tensor) -> None:
     check_range("lr", lr, 0.0, math.inf, upper_open=True, remedy=remedy)
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Raises where an option of a parameter group, defaults filled in, is outside its range."""
+def check_shared(group: dict[str, Any]) -> None:
+    """Raises where an option that all our optimizers have is outside its range."""
     check_lr(group["lr"])
-    pair = group["betas"]
-    if len(pair) != 2:
-        raise ValueError(f"betas must be a pair, got {pair!r}; (0.9, 0.999) is the default.")
-    for index, beta in enumerate(pair):
-        remedy = "(0.9, 0.999) is the default"
-        check_range(f"betas[{index}]", beta, 0.0, 1.0, upper_open=True, remedy=remedy)
-    check_range("eps", group["eps"], 0.0, remedy="1e-8 is the default")
     check_range("weight_decay", group["weight_decay"], 0.0, remedy="0 switches it off")
-    check_bits("state_bits", group["state_bits"])
-
-
-def check_limit_and_average(group: dict[str, Any]) -> None:
-    """Raises where a group's relative limit or the power of its average is outside its range."""
     limit = group["relative_limit"]
     if limit is not None:
         remedy = "0.1 is usual for Adam, 0.01 for Lion, and None is no limit"
@@ -121,6 +83,19 @@ def check_limit_and_average(group: dict[str, Any]) -> None:
     if group["averaging"] is not None:
         remedy = "16 is usual, and None keeps no average"
         check_range("averaging", group["averaging"], 0.0, remedy=remedy)
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raises where an option of a parameter group, defaults filled in, is outside its range."""
+    check_shared(group)
+    pair = group["betas"]
+    if len(pair) != 2:
+        raise ValueError(f"betas must be a pair, got {pair!r}; (0.9, 0.999) is the default.")
+    for index, beta in enumerate(pair):
+        remedy = "(0.9, 0.999) is the default"
+        check_range(f"betas[{index}]", beta, 0.0, 1.0, upper_open=True, remedy=remedy)
+    check_range("eps", group["eps"], 0.0, remedy="1e-8 is the default")
+    check_bits("state_bits", group["state_bits"])
 
 
 def check_bits(name: str, bits: Any) -> None:
@@ -147,27 +122,3 @@ def dense_grad(param: Tensor) -> Tensor:
             "build the embedding with sparse=False."
         )
     return grad
-
-
-def mean_loss(losses: list[float | Tensor], device: torch.device) -> Tensor:
-    """The mean as a float32 scalar on the device, NaN of nothing."""
-    # A number is filled in, not copied from the host, so it does not wait for the device.
-    each = [
-        loss.to(device, torch.float32, non_blocking=True)
-        if isinstance(loss, Tensor)
-        else torch.full((), loss, dtype=torch.float32, device=device)
-        for loss in losses or [math.nan]
-    ]
-    return torch.stack(each).mean() if len(each) > 1 else each[0]
-
-
-def scalar_loss(loss: float | Tensor) -> float | Tensor:
-    """The loss as a number or a 0-d tensor without history."""
-    if not isinstance(loss, Tensor):
-        return float(loss)
-    if loss.numel() != 1 or loss.is_complex():
-        raise ValueError(
-            f"loss must be one real number, got {loss.dtype} of shape {tuple(loss.shape)}; "
-            "reduce it first, for instance with .mean()."
-        )
-    return _sensors.local(loss.detach()).reshape(())

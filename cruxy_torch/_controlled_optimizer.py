@@ -12,23 +12,26 @@ from torch.optim.optimizer import Optimizer
 
 from cruxy_control import Law
 from cruxy_control.law import check_law, needs_alignment
-from cruxy_torch import _checks, _step
-from cruxy_torch import _law_state as _controller
-from cruxy_torch import _telemetry_log as _metrics
-from cruxy_torch._memory import state as _state
-from cruxy_torch._native import library as _native
-from cruxy_torch._pass import Pass
-from cruxy_torch._release import ReleasingOptimizer
-from cruxy_torch._sensors import measure as _sensors
+from cruxy_torch import _checks, _law_state, _step, _telemetry
+from cruxy_torch._kept import compute_dtype
+from cruxy_torch._law_state import KEY
+from cruxy_torch._loading import load
+from cruxy_torch._memory.state import numbered
+from cruxy_torch._native import library
+from cruxy_torch._release import Release
+from cruxy_torch._sensors.loss import mean_loss, scalar_loss
+from cruxy_torch._telemetry_log import TelemetryLog
 
-_MEMORY = "controller"
+Lists = tuple[list[Tensor], list[Tensor], list[dict[str, Any]], list[int]]
+"""Parameters that have a gradient, these, what is kept of them, and numbers for random bits."""
 
 
-class ControlledOptimizer(ReleasingOptimizer):
+class ControlledOptimizer(Optimizer):
     """An optimizer under a control law. A subclass says what a group updates, and how.
 
-    It writes `_group` and `_check_group`. The law's memory lies in `param_groups[0]["controller"]`.
-    What is to be pickled beside groups and state stands in `_kept`.
+    It writes `_group`, `_start` and `_check_group`. The law's state lies in
+    `param_groups[0]["controller"]`. What is to be pickled beside groups and state stands in
+    `_pickled`.
 
     Args:
         params: parameters or groups.
@@ -36,12 +39,11 @@ class ControlledOptimizer(ReleasingOptimizer):
         law: the control law.
         lr_bounds: absolute bounds on each rate before the phase factor; `None` for none.
         process_group: ranks that hold the same gradients but a loss of their own.
-        metrics: where a line a step is logged; `None` for nowhere.
+        log_path: where a line a step is logged; `None` for nowhere.
     """
 
-    _kept: tuple[str, ...] = ("_settings", "_metrics")
+    _pickled: tuple[str, ...] = ("_settings", "_log")
     _compile = False
-    _keeps_first_moments = False
 
     def __init__(
         self,
@@ -51,39 +53,41 @@ class ControlledOptimizer(ReleasingOptimizer):
         law: Law,
         lr_bounds: tuple[float, float] | None = None,
         process_group: dist.ProcessGroup | None = None,
-        metrics: str | Path | None = None,
+        log_path: str | Path | None = None,
     ) -> None:
         check_law(law)
-        if needs_alignment(law) and not self._keeps_first_moments:
-            raise ValueError(
-                f"law must not steer by the first moment, of which {type(self).__name__} keeps "
-                f"none to compare with, got {type(law).__name__}; use Meta3() or CruxyOptimizer."
-            )
         _checks.check_lr_bounds(lr_bounds)
-        names = _controller.names_of(law.init(torch.zeros(()), xp=torch))
+        like = torch.zeros((), dtype=torch.float32, device="cpu")
+        names = _law_state.names_of(law.init(like, xp=torch))
         self._settings = _step.Settings(law, names, lr_bounds)
-        self._metrics = None if metrics is None else _metrics.MetricsLog(metrics)
         self._process_group = process_group
+        self._forget()
+        super().__init__(params, defaults)
+        self._log = None if log_path is None else TelemetryLog(log_path, self._shown())
+        self._step_supports_amp_scaling = True
+
+    def _forget(self) -> None:
+        """Sets what belongs to this process and this moment, and is never saved."""
         self._observed: list[float | Tensor] = []
-        self._pass: Pass | None = None
+        self._release: Release | None = None
         self._averaged = False
         self._numbers: dict[Tensor, int] = {}
-        super().__init__(params, defaults)
-        self._step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group with options of its own; the one controller sees its gradients too."""
-        param_group = {key: value for key, value in param_group.items() if key != _MEMORY}
+        param_group = {key: value for key, value in param_group.items() if key != KEY}
         self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._numbers = {}
         group = self.param_groups[-1]
         for param in group["params"]:
             _checks.check_param(param)
+        if self._release is not None:
+            self._release.register(group["params"])
         if len(self.param_groups) == 1:
             device = group["params"][0].device if group["params"] else torch.device("cpu")
             device = torch.device("cpu") if device.type == "meta" else device
-            group[_MEMORY] = _controller.start(self._settings.law, device)
+            group[KEY] = _law_state.start(self._settings.law, device)
 
     @torch.no_grad()
     def step(
@@ -120,64 +124,35 @@ class ControlledOptimizer(ReleasingOptimizer):
             with torch.enable_grad():
                 result = closure()
             loss = result if loss is None and not self._observed else loss
-        losses = self._observed if loss is None else [_checks.scalar_loss(loss)]
+        losses = self._observed if loss is None else [scalar_loss(loss)]
         self._observed = []
-        memory = self._end_pass(losses) if self._releasing else self._step_all(losses)
-        if memory is not None and self._metrics is not None:
-            self._metrics.log(_controller.everything(memory))
+        release = self._release
+        moved = self._step_all(losses) if release is None else release.close(self, losses)
+        if moved and self._log is not None:
+            self._log.log(_telemetry.everything(self._law()))
         return result
 
-    def _step_all(self, losses: list[float | Tensor]) -> dict[str, Tensor] | None:
-        """An ordinary step; returns the controller's memory, `None` where there was nothing."""
+    def _step_all(self, losses: list[float | Tensor]) -> bool:
+        """An ordinary step; returns whether there was anything to step with."""
         groups = [self._group(index) for index in range(len(self.param_groups))]
         grad = next((g for group in groups for g in group.grads), None)
         if grad is None and self._process_group is None:
-            return None
-        memory = self._memory(grad)
-        device = memory["step"].device
+            return False
+        law_state = self._law(grad)
+        device = law_state["step"].device
         native, foreach = self._path(device)
         self._run()(
             self._settings,
-            memory,
+            law_state,
             groups,
-            _checks.mean_loss(losses, device),
+            mean_loss(losses, device),
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
             self._process_group,
-            native,
-            foreach,
+            native=native,
+            foreach=foreach,
         )
-        return memory
-
-    def _update_one(self, param: Tensor) -> None:
-        """Updates one parameter in the midst of a backward pass."""
-        native, _ = self._path(param.device)
-        if self._pass is None:
-            whole = _sensors.whole_mean_square(self._limited(native=native))
-            self._pass = Pass(self._settings, self._memory(param.grad), whole)
-            self._indices = {
-                p: i for i, group in enumerate(self.param_groups) for p in group["params"]
-            }
-        self._pass.update(self._group(self._indices[param], param), native=native)
-
-    def _limited(self, *, native: bool) -> list[_sensors.Sizes]:
-        """The sizes of what may get a gradient under a relative limit, by group."""
-        groups = [g for g in self.param_groups if g.get("relative_limit") is not None]
-        trained = [[p for p in group["params"] if p.requires_grad] for group in groups]
-        return [_sensors.sizes(params, native=native) for params in trained if params]
-
-    def _end_pass(self, losses: list[float | Tensor]) -> dict[str, Tensor] | None:
-        """Ends a pass whose gradients were released, as `_step_all`."""
-        try:
-            moved = self._close_pass()
-        finally:
-            open_pass, self._pass = self._pass, None
-        if not moved or open_pass is None:
-            return None
-        memory = self.param_groups[0][_MEMORY]
-        loss = _checks.mean_loss(losses, memory["step"].device)
-        open_pass.close(self._group(0), loss)
-        return memory
+        return True
 
     def register_hooks(self) -> None:
         """From now on `backward` updates each parameter and frees its gradient as soon as it can.
@@ -223,12 +198,15 @@ class ControlledOptimizer(ReleasingOptimizer):
                 "compile must be False to release gradients, got True; a step that is spread over "
                 "the backward pass cannot be compiled as a whole."
             )
-        super().register_hooks()
+        release = self._release or Release(self)
+        release.register(param for group in self.param_groups for param in group["params"])
+        self._release = release
 
     def remove_hooks(self) -> None:
         """Returns to ordinary steps; what `backward` has already updated since the last stays."""
-        super().remove_hooks()
-        self._pass = None
+        if self._release is not None:
+            self._release.remove()
+        self._release = None
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -291,7 +269,7 @@ class ControlledOptimizer(ReleasingOptimizer):
         Raises:
             ValueError: where it is not one real number.
         """
-        self._observed.append(_checks.scalar_loss(loss))
+        self._observed.append(scalar_loss(loss))
 
     def telemetry(self) -> dict[str, float | int | bool]:
         """What the last step measured and decided; waits for the device once.
@@ -299,14 +277,19 @@ class ControlledOptimizer(ReleasingOptimizer):
         Returns:
             By name: `learning_rate`, `beta1` and `beta2` as the first group applied them (0, 1
             and 1 on a skipped step), `phase`, `curvature`, `warning`, `meta_scale`, `phase_scale`,
-            `clip_threshold`, `clip_scale`, `alignment` (smoothed; 0 but under `self_driving`), the
-            signals `grad_norm`, `gamma_norm` and `loss` (NaN
-            where there was none), `ok`, and the counters `step` (good steps), `skipped_total` and
-            `skipped_in_a_row`. Before the first step all but the counters are NaN and `ok` is
-            true. It is part of the state and so survives a resume.
+            `clip_threshold`, `clip_scale`, `alignment` (smoothed), the signals `grad_norm`,
+            `gamma_norm` and `loss` (NaN where there was none), `ok`, and the counters `step` (good
+            steps), `skipped_total` and `skipped_in_a_row`. What an optimizer or its law does not
+            have is left out: the betas where the law does not move them, and `alignment` but under
+            self-driving. Before the first step all but the counters are NaN and `ok` is true. It
+            is part of the state and so survives a resume.
         """
-        memory = self.param_groups[0][_MEMORY]
-        return _controller.named(_controller.everything(memory).tolist())
+        return _telemetry.named(_telemetry.everything(self._law()).tolist(), self._shown())
+
+    def _shown(self) -> frozenset[str]:
+        """The names in the telemetry."""
+        betas = any("betas" in group for group in self.param_groups)
+        return _telemetry.shown(self._settings.names, betas=betas)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave, into the tensors that are here where there are any.
@@ -322,28 +305,20 @@ class ControlledOptimizer(ReleasingOptimizer):
             ValueError: where the groups, the law or the format differ, or codes were saved under a
                 sharding whose blocks do not fit.
         """
-        memory = self.param_groups[0][_MEMORY]
-        old = {param: dict(state) for param, state in self.state.items()}
-        final: dict[str, Any] = {}
-
-        def capture(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            final.update(state_dict)
-            _controller.check(memory, state_dict["param_groups"][0].get(_MEMORY))
-
-        def restore(_: Optimizer) -> None:
-            _controller.load(memory, self.param_groups[0][_MEMORY])
-            self.param_groups[0][_MEMORY] = memory
-            self._restore(old, final)
-
-        # Hooks of the user may change the dictionary before us and look at the result after us.
-        before = self.register_load_state_dict_pre_hook(capture)
-        after = self.register_load_state_dict_post_hook(restore, prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
+        load(self, self._law(), state_dict, super().load_state_dict)
         self._observed = []
+        if self._release is not None:
+            self._release.forget()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, and what a backward pass with registered hooks has left open.
+
+        Args:
+            set_to_none: frees the gradients instead of filling them with zeros.
+        """
+        super().zero_grad(set_to_none)
+        if self._release is not None:
+            self._release.forget()
 
     def _group(self, index: int, only: Tensor | None = None) -> _step.Group:
         """What of a group has a gradient, or one parameter of it; a subclass has to say."""
@@ -353,56 +328,81 @@ class ControlledOptimizer(ReleasingOptimizer):
         """Raises where an option of a group, defaults filled in, is outside its range."""
         raise TypeError(f"{type(self).__name__} must say what it takes.")
 
+    def _start(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Makes what is missing from the state of a parameter; a subclass has to say."""
+        raise TypeError(f"{type(self).__name__} must say what it keeps.")
+
+    def _gather(self, index: int, only: Tensor | None = None) -> Lists:
+        """What of a group has a gradient, or one parameter of it, with what is kept of it."""
+        group, lists = self.param_groups[index], ([], [], [], [])
+        if only is None:
+            self._init_group(group, *lists)
+        else:
+            self._add([only], group, *lists)
+        return lists
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> None:
+        """Fills the lists of `_gather`.
+
+        The name and the form are torch's: `torch.compile` runs a method of this name eagerly.
+        """
+        self._add([p for p in group["params"] if p.grad is not None], group, *lists)
+
+    def _add(self, params: list[Tensor], group: dict[str, Any], *lists: list[Any]) -> None:
+        all_params, grads, states, numbers = lists
+        for param in params:
+            grads.append(_checks.dense_grad(param))
+            self._start(param, group)
+            state = self.state[param]
+            if group["averaging"] is not None and "average" not in state:
+                state["average"] = param.detach().to(compute_dtype(param), copy=True)
+            all_params.append(param)
+            states.append(state)
+            numbers.append(self._number(param))
+
     def _saved_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype | None:
         """The dtype of a loaded first moment that is not coded; `None` for that which was saved."""
         return None
 
     def _path(self, device: torch.device) -> tuple[bool, bool]:
         """Whether to take the C library and whether to take foreach calls."""
-        return device.type == "cpu" and _native.available(), device.type != "cpu"
+        return device.type == "cpu" and library.available(), device.type != "cpu"
 
     def _run(self) -> Callable[..., None]:
         """What takes an ordinary step: `_step.run`, as it is or compiled."""
         return _step.run
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {name: self.__dict__[name] for name in self._kept}
+        return super().__getstate__() | {name: self.__dict__[name] for name in self._pickled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._step_supports_amp_scaling = True
-        self.__dict__.setdefault("_process_group", None)
-        self._observed, self._pass, self._numbers = [], None, {}
-        self._averaged = False
+        if "_release" not in self.__dict__:  # unpickled, and not loaded into
+            self._process_group = None
+            self._forget()
+        for group in self.param_groups:
+            group.setdefault("relative_limit", None)
+            group.setdefault("averaging", None)
 
     def __repr__(self) -> str:
-        memory = self.param_groups[0].pop(_MEMORY)
+        law_state = self.param_groups[0].pop(KEY)
         try:
             return super().__repr__()
         finally:
-            self.param_groups[0][_MEMORY] = memory
+            self.param_groups[0][KEY] = law_state
 
-    def _memory(self, grad: Tensor | None) -> dict[str, Tensor]:
-        """The controller's memory, moved to where a gradient is."""
-        memory = self.param_groups[0][_MEMORY]
-        if grad is not None and memory["step"].device != grad.device:
-            for name, value in memory.items():
-                memory[name] = value.to(grad.device)
-        return memory
+    def _law(self, grad: Tensor | None = None) -> dict[str, Tensor]:
+        """The law's state, moved to where a gradient is."""
+        law_state = self.param_groups[0][KEY]
+        if grad is not None and law_state["step"].device != grad.device:
+            for name, value in law_state.items():
+                law_state[name] = value.to(grad.device)
+        return law_state
 
     def _number(self, param: Tensor) -> int:
         """The number of a parameter's first element, from which its random bits follow."""
-        if not self._numbers:
+        if param not in self._numbers:  # the first, or one that was put in another's place
             everything = (p for group in self.param_groups for p in group["params"])
-            self._numbers = _state.numbered(everything)
+            self._numbers = numbered(everything)
         return self._numbers[param]
-
-    def _restore(self, old: dict[Tensor, dict[str, Any]], final: dict[str, Any]) -> None:
-        """Undoes the casts of the base class, and keeps tensors that are there already."""
-        saved_ids = (i for group in final["param_groups"] for i in group["params"])
-        for group in self.param_groups:
-            for param in group["params"]:
-                saved = final["state"].get(next(saved_ids))
-                if saved is not None:
-                    dtype = self._saved_dtype(param, group)
-                    self.state[param] = _state.restored(param, old.get(param, {}), saved, dtype)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cruxy_torch import _law_state as _controller
+from cruxy_torch import _law_state
 from cruxy_torch._memory import state as _state
 from cruxy_torch._optimizers.cruxy import CruxyOptimizer
 
@@ -54,11 +54,11 @@ def state_from_optax(
     saved = optimizer.state_dict()
     memory = saved["param_groups"][0]["controller"]
     state = controller.law_state
-    names = _controller.leaves(_controller.names_of(state))
-    values = dict(zip(names, _controller.leaves(state), strict=True))
-    values |= {name: getattr(controller, name) for name in _controller.COUNTERS}
+    names = _law_state.leaves(_law_state.names_of(state))
+    values = dict(zip(names, _law_state.leaves(state), strict=True))
+    values |= {name: getattr(controller, name) for name in _law_state.COUNTERS}
     ordered = controller.controls
-    values["controls"] = np.stack([np.asarray(getattr(ordered, n)) for n in _controller.CONTROLS])
+    values["controls"] = np.stack([np.asarray(getattr(ordered, n)) for n in _law_state.CONTROLS])
     values |= {name: memory[name] for name in ("report", "format")}
     for rate in _found(opt_state, ("ScaleByMetaLearningRateState",)):
         values["limit_scale"] = rate.limit_scale
@@ -114,9 +114,9 @@ def state_to_optax(
     """
     controller, moments = _parts(opt_state)
     memory = optimizer.param_groups[0]["controller"]
-    new: dict[str, Any] = {n: memory[n].cpu().numpy() for n in _controller.COUNTERS}
-    names = _controller.names_of(controller.law_state)
-    new["law_state"] = _controller.restored(names, {k: v.cpu().numpy() for k, v in memory.items()})
+    new: dict[str, Any] = {n: memory[n].cpu().numpy() for n in _law_state.COUNTERS}
+    names = _law_state.names_of(controller.law_state)
+    new["law_state"] = _law_state.restored(names, {k: v.cpu().numpy() for k, v in memory.items()})
     params = [p for group in optimizer.param_groups for p in group["params"]]
     states = [optimizer.state[p] for p in params]
     if not all(_state.has_moment(state, "exp_avg") for state in states):

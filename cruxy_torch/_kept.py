@@ -94,12 +94,14 @@ Kept = Tensor | Rounded | Coded
 """A tensor as it is kept between steps."""
 
 
-def kind(kept: Kept) -> tuple[Any, ...]:
-    """What tensors have to have in common to be treated together."""
+def kind(kept: Kept | None) -> tuple[Any, ...]:
+    """What tensors have to have in common to be treated together; `None` has nothing."""
+    if kept is None:
+        return ()
     return (kept.dtype, kept.device) if isinstance(kept, Tensor) else kept.kind
 
 
-def held(kept: Kept) -> Tensor:
+def raw(kept: Kept) -> Tensor:
     """The tensor that its numbers or codes are kept in."""
     return kept if isinstance(kept, Tensor) else kept[0]
 

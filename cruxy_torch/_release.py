@@ -1,109 +1,49 @@
-"""Gradient release: each parameter is updated, and its gradient freed, inside `backward`."""
+"""Gradient release: each parameter is updated, and its gradient freed, inside `backward`.
+
+`Release` says when a parameter is updated, `Pass` how, and what the law learns of it at the end.
+"""
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from cruxy_torch._sensors.measure import is_sharded
+from cruxy_control.controls import clip_scale
+from cruxy_torch import _law_state, _step
+from cruxy_torch._distributed.shards import in_processes, is_sharded
+from cruxy_torch._orders import Orders
+from cruxy_torch._sensors.loss import mean_loss
+from cruxy_torch._sensors.measure import conclude, signals, whole_sums
+from cruxy_torch._sensors.sizes import sizes, whole_mean_square
+
+if TYPE_CHECKING:
+    from cruxy_torch._controlled_optimizer import ControlledOptimizer
 
 
-class ReleasingOptimizer(Optimizer):
-    """What our optimizers share: `register_hooks`, `remove_hooks`, and what `step` needs for them.
-
-    A subclass has `_update_one(param)`, which updates one parameter from its `.grad`. Its `step`
-    asks `_releasing` and then, in place of updating, calls `_close_pass()` and does what is to be
-    done once a step.
-    """
-
-    _hooks: "Hooks | None" = None
-
-    def register_hooks(self) -> None:
-        """From now on `backward` updates each parameter and frees its gradient as soon as it can.
-
-        What remains alive is the largest gradient instead of all of them. Call `step` after every
-        `backward` as before: it ends the pass. A gradient that no hook has seen, such as one that
-        was assigned, is used by `step`. Hooks are not pickled. A second call adds parameters that
-        have begun to be trained.
-
-        Raises:
-            ValueError: where several processes train plain parameters, as under
-                `DistributedDataParallel`, which averages gradients only after the hooks.
-
-        While hooks are registered `backward` raises `RuntimeError` where a parameter gets a second
-        gradient before `step` (gradient accumulation), and `step` does so under a `GradScaler`.
-        `torch.nn.utils.clip_grad_norm_` finds no gradients and does nothing.
-        """
-        hooks = self._hooks or Hooks(self._update_one)
-        hooks.register(param for group in self.param_groups for param in group["params"])
-        self._hooks = hooks
-
-    def remove_hooks(self) -> None:
-        """Returns to ordinary steps; what `backward` has already updated since the last stays."""
-        if self._hooks is not None:
-            self._hooks.remove()
-        self._hooks = None
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; its parameters are hooked where the others are."""
-        super().add_param_group(param_group)
-        if self._hooks is not None:
-            self._hooks.register(self.param_groups[-1]["params"])
-
-    @property
-    def _releasing(self) -> bool:
-        return self._hooks is not None
-
-    def _update_one(self, param: Tensor) -> None:
-        raise TypeError(f"{type(self).__name__} must say how to update one parameter.")
-
-    def _close_pass(self) -> bool:
-        """Ends a pass and returns whether it updated any parameter.
-
-        Raises:
-            RuntimeError: under a `GradScaler`, whose factor the update could not know.
-        """
-        hooks = self._hooks or Hooks(self._update_one)
-        if getattr(self, "grad_scale", None) is not None:
-            hooks.forget()
-            raise RuntimeError(
-                "gradients must not be scaled while hooks are registered, got a step under "
-                "GradScaler: they were used as they came, before it could unscale them; "
-                "use torch.bfloat16 without a scaler, or call remove_hooks()."
-            )
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    hooks(param)
-        return hooks.forget()
-
-
-class Hooks:
-    """The hooks of one optimizer, and which parameters they have updated since its last step.
+class Release:
+    """The hooks of one optimizer, and the pass that is open since its last step.
 
     Parameters hold no reference to the optimizer: one that is dropped releases nothing any more.
 
     Args:
-        update: the optimizer's method that updates one parameter. What it raises comes out of
-            `backward`.
+        optimizer: whose parameters are updated. What an update raises comes out of `backward`.
     """
 
-    def __init__(self, update: Callable[[Tensor], None]) -> None:
-        self._update = weakref.WeakMethod(update)
+    def __init__(self, optimizer: "ControlledOptimizer") -> None:
+        self._optimizer = weakref.ref(optimizer)
         self._handles: dict[Tensor, RemovableHandle] = {}
         self._done: set[Tensor] = set()
+        self._pass: Pass | None = None
+        self._indices: dict[Tensor, int] = {}
 
     def register(self, params: Iterable[Tensor]) -> None:
         """Hooks those that are trained and not hooked yet."""
         new = [p for p in params if p.requires_grad and p not in self._handles]
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if several and not all(map(is_sharded, new)):
+        if in_processes() and not all(map(is_sharded, new)):
             raise ValueError(
                 "with several processes every parameter must be a DTensor to release its gradient, "
                 "got plain ones: DistributedDataParallel and FSDP 1 average a gradient after it "
@@ -118,13 +58,7 @@ class Hooks:
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
-        self._done.clear()
-
-    def forget(self) -> bool:
-        """Begins a new pass; returns whether the last one updated anything."""
-        anything = bool(self._done)
-        self._done.clear()
-        return anything
+        self.forget()
 
     def __call__(self, param: Tensor) -> None:
         """Updates a parameter and frees its gradient."""
@@ -136,16 +70,137 @@ class Hooks:
                 "call step() after each backward(), make the batch larger in place of accumulating "
                 "gradients, or call remove_hooks()."
             )
-        update = self._update()
-        if update is None:
+        optimizer = self._optimizer()
+        if optimizer is None:
             return
         with torch.no_grad():
-            update(param)
+            self._update(optimizer, param)
         param.grad = None
         self._done.add(param)
 
+    def _update(self, optimizer: "ControlledOptimizer", param: Tensor) -> None:
+        native, _ = optimizer._path(param.device)
+        if self._pass is None:
+            groups = optimizer.param_groups
+            limited = [g for g in groups if g["relative_limit"] is not None]
+            trained = [[p for p in group["params"] if p.requires_grad] for group in limited]
+            whole = whole_mean_square([sizes(ps, native=native) for ps in trained if ps])
+            self._pass = Pass(optimizer._settings, optimizer._law(param.grad), whole)
+            self._indices = {p: i for i, group in enumerate(groups) for p in group["params"]}
+        self._pass.update(optimizer._group(self._indices[param], param), native=native)
 
-def _hook(hooks: "weakref.ref[Hooks]", param: Tensor) -> None:
-    owner = hooks()
+    def close(self, optimizer: "ControlledOptimizer", losses: list[float | Tensor]) -> bool:
+        """Ends the pass; returns whether it updated anything.
+
+        A gradient that no hook has seen is used first.
+
+        Args:
+            optimizer: whose step it is.
+            losses: of this step.
+
+        Raises:
+            RuntimeError: under a `GradScaler`, whose factor the updates could not know.
+        """
+        try:
+            if getattr(optimizer, "grad_scale", None) is not None:
+                raise RuntimeError(
+                    "gradients must not be scaled while hooks are registered, got a step under "
+                    "GradScaler: they were used as they came, before it could unscale them; "
+                    "use torch.bfloat16 without a scaler, or call remove_hooks()."
+                )
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    if param.grad is not None:
+                        self(param)
+            if self._pass is None:
+                return False
+            device = optimizer._law()["step"].device
+            self._pass.close(optimizer._group(0), mean_loss(losses, device))
+            return True
+        finally:
+            self.forget()
+
+    def forget(self) -> None:
+        """Begins a new pass, whatever the last one has come to."""
+        self._done.clear()
+        self._pass = None
+
+
+def _hook(release: "weakref.ref[Release]", param: Tensor) -> None:
+    owner = release()
     if owner is not None:
         owner(param)
+
+
+class Pass:
+    """A step spread over a backward pass, from the first gradient to `close`.
+
+    What the law ordered on the last good step holds for all of it. Two things are decided anew for
+    each parameter, from its own gradient: whether it is finite, and by how much it is clipped.
+
+    Args:
+        settings: see there.
+        law_state: see `_law_state`.
+        whole: the mean square of all tensors under a limit, see `_step.with_limits`.
+    """
+
+    def __init__(
+        self, settings: _step.Settings, law_state: dict[str, Tensor], whole: Tensor | None
+    ) -> None:
+        self._settings, self._law_state, self._whole = settings, law_state, whole
+        self._xp = _law_state.namespace(law_state)
+        last = _law_state.last_controls(law_state)
+        self._controls = last._replace(clip_scale=self._xp.ones_like(last.clip_scale))
+        device = law_state["step"].device
+        self._key: Any = None
+        self._one = torch.ones((), dtype=torch.float32, device=device)
+        self._total = torch.zeros(2, dtype=torch.float32, device=device)
+        self._meshes: dict[Any, None] = {}
+        self._ordered: dict[int, Orders] = {}
+
+    def update(self, group: _step.Group, *, native: bool) -> None:
+        """Measures and updates one parameter; what it measured counts at `close`.
+
+        Args:
+            group: with that parameter alone.
+            native: takes the C library where it can.
+        """
+        (grad,) = group.grads
+        if is_sharded(grad):
+            self._meshes[grad.device_mesh] = None
+        gamma = self._settings.law.gamma
+        total = whole_sums(grad, gamma, self._one, native=native)
+        self._total += total
+        sensed = signals(total, self._one, gamma)
+        norms = (sensed.grad_norm, sensed.gamma_norm)
+        norm, sigma = _law_state.as_scalars(norms, self._xp)
+        with _law_state.quiet(self._xp):
+            ok = self._xp.isfinite(norm) & self._xp.isfinite(sigma)
+            factor = clip_scale(self._controls.clip_threshold, norm, xp=self._xp)
+            orders = self._orders(group).guarded(ok, factor, xp=self._xp)
+            (count,) = _law_state.as_scalars([self._law_state["step"]], self._xp)
+            sizes = group.sizes(native=native)
+            orders = _step.with_limits(group, orders, count, sizes, self._whole, xp=self._xp)
+        group.update(orders, native=native, foreach=False)
+
+    def close(self, group: _step.Group, loss: Tensor) -> None:
+        """Steps the law with what the whole pass has measured.
+
+        Args:
+            group: the first, whose rate and betas are reported.
+            loss: float32, 0-d, NaN where there is none.
+        """
+        sensed = conclude(self._total, loss, self._meshes, self._settings.law.gamma)
+        settings = self._settings
+        controls = _law_state.advance(settings.law, settings.names, self._law_state, sensed)
+        _step.record(self._law_state, sensed, controls, self._orders(group))
+
+    def _orders(self, group: _step.Group) -> Orders:
+        """What a group applies to a gradient that is finite and not clipped."""
+        if group.rounds and self._key is None:
+            self._key = _step.random_key(self._law_state)
+        if group.index not in self._ordered:
+            self._ordered[group.index] = _step.orders_of(
+                group, self._controls, self._one, 0, self._settings, xp=self._xp
+            )
+        return self._ordered[group.index]._replace(key=self._key if group.rounds else 0)

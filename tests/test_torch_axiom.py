@@ -12,8 +12,12 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 from cruxy_control import Meta3  # noqa: E402
-from cruxy_torch import AXIOM, estimate_memory, state_bytes  # noqa: E402
-from cruxy_torch._actuators import apply as _kernels  # noqa: E402
+from cruxy_torch import (  # noqa: E402
+    AXIOM,
+    _blocks,
+    estimate_memory,
+    state_bytes,
+)
 from torch_models import trained_with_and_without_scaler  # noqa: E402
 
 STILL = Meta3(
@@ -118,7 +122,7 @@ def reading(
 @pytest.mark.parametrize("name", OPTIONS)
 def test_ten_steps_are_those_of_the_formulas(name, block, monkeypatch):
     if block:  # tensors of more elements are treated in blocks
-        monkeypatch.setattr(_kernels, "BLOCK", block)
+        monkeypatch.setattr(_blocks, "BLOCK", block)
     params = [nn.Parameter(torch.tensor(x)) for x in tensors()]
     opt = optimizer(params, **OPTIONS[name])
     grads = [gradients(step) for step in range(10)]

@@ -5,11 +5,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch_models as models  # noqa: E402
-from cruxy_torch._native import library as _native  # noqa: E402
+from cruxy_torch._native import library  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not _native.available(), reason="torch.compile needs a C compiler too"),
+    pytest.mark.skipif(not library.available(), reason="torch.compile needs a C compiler too"),
 ]
 STEPS = 12
 

@@ -12,10 +12,9 @@ torch = pytest.importorskip("torch")
 from cruxy_control import Meta3  # noqa: E402
 from cruxy_exact.codes import BlockCode, pack  # noqa: E402
 from cruxy_exact.random_bits import random_bits, stream_key  # noqa: E402
-from cruxy_torch import CruxyOptimizer  # noqa: E402
-from cruxy_torch._actuators import apply as _kernels  # noqa: E402
-from cruxy_torch._memory import state as _state  # noqa: E402
-from cruxy_torch._native import library as _native  # noqa: E402
+from cruxy_torch import CruxyOptimizer, _blocks  # noqa: E402
+from cruxy_torch._memory.state import value_of  # noqa: E402
+from cruxy_torch._native import library  # noqa: E402
 from torch_low_bit import PATHS, assert_same, gradients, parameters, state_of, train  # noqa: E402
 
 FAST = [path for path in PATHS if path != "single"]
@@ -141,7 +140,7 @@ def test_cutting_large_tensors_into_blocks_changes_nothing(bits, monkeypatch):
         return params, state_of(optimizer)
 
     whole, states = run()
-    monkeypatch.setattr(_kernels, "BLOCK", 1500)
+    monkeypatch.setattr(_blocks, "BLOCK", 1500)
     cut, others = run()
     # The norms are summed in another order, which is the only thing that may differ.
     for p, q in zip(whole, cut, strict=True):
@@ -152,7 +151,7 @@ def test_cutting_large_tensors_into_blocks_changes_nothing(bits, monkeypatch):
                 assert torch.ne(one[key], other[key]).float().mean() < 1e-3
 
 
-@pytest.mark.skipif(not _native.available(), reason="needs a C compiler")
+@pytest.mark.skipif(not library.available(), reason="needs a C compiler")
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_native_codes_do_not_depend_on_the_number_of_threads(bits):
     def run(threads):
@@ -214,7 +213,7 @@ class TestRounding:
         p.grad[::256] = 1.0  # each block's scale
         for _ in range(50):
             optimizer.step()
-        mean = _state.value_of(p, optimizer.state[p], "exp_avg").view(-1, 256)[:, 1:].mean()
+        mean = value_of(p, optimizer.state[p], "exp_avg").view(-1, 256)[:, 1:].mean()
         exact = 0.1 * (1 - 0.999**50)
         # Fifty roundings of each of 65,280 elements, each off by at most a step: at this value
         # below 0.1 times the scale, 1 - 0.999^50, for 4 bits. Five standard deviations.
@@ -311,7 +310,7 @@ class TestErrors:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not _native.available(), reason="torch.compile needs a C compiler too")
+@pytest.mark.skipif(not library.available(), reason="torch.compile needs a C compiler too")
 @pytest.mark.parametrize("options", [{"state_bits": 8}, {"state_bits": 4, "use_lion": True}])
 def test_a_compiled_step_computes_the_same_codes(options):
     def run(**more):

@@ -15,8 +15,7 @@ from cruxy_control import (
     betas,
     meta_learning_rate,
 )
-from cruxy_torch import _law_state as _controller
-from cruxy_torch import _scalar_numpy as _numpy
+from cruxy_torch import _law_state, _scalar_numpy
 
 VALUES = [np.float32(x) for x in (0.0, 1.0, -2.5, np.inf, -np.inf, np.nan)]
 
@@ -38,21 +37,21 @@ def replay(law, xp):
         state, controls = law.step(state, Signals(norm, norm, loss), xp=xp)
         rate = meta_learning_rate(controls, 1e-3, (1e-7, 1e-2), xp=xp)
         used = (*controls, *betas(controls, 0.9, 0.999, xp=xp), rate)
-        rows.append(bits(_controller.leaves(state)) + bits(np.array(used, np.float32)))
+        rows.append(bits(_law_state.leaves(state)) + bits(np.array(used, np.float32)))
     return rows
 
 
 @pytest.mark.parametrize("law", [Meta3(), Meta3.cruxy_2_1_0(), StabilityV2(), StabilityV1()])
 def test_every_law_gives_the_same_bits_as_on_numpy(law):
     with np.errstate(all="ignore"):
-        assert replay(law, _numpy) == replay(law, np)
+        assert replay(law, _scalar_numpy) == replay(law, np)
 
 
 @pytest.mark.parametrize("name", ["minimum", "maximum"])
 @pytest.mark.parametrize(("x", "y"), list(itertools.product(VALUES, VALUES)))
 def test_the_smaller_and_the_larger_of_two_are_those_of_numpy(name, x, y):
     for pair in ((x, y), (x, float(y)), (np.stack([x, y]), y)):
-        ours, theirs = (getattr(xp, name)(*pair) for xp in (_numpy, np))
+        ours, theirs = (getattr(xp, name)(*pair) for xp in (_scalar_numpy, np))
         np.testing.assert_array_equal(ours, theirs, strict=True)
 
 
@@ -68,4 +67,4 @@ def test_what_is_no_scalar_and_what_it_does_not_name_is_numpys():
         lambda xp: xp.roll(ring, 1),
         lambda xp: xp.log1p(ring),
     ):
-        np.testing.assert_array_equal(call(_numpy), call(np), strict=True)
+        np.testing.assert_array_equal(call(_scalar_numpy), call(np), strict=True)

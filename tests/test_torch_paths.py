@@ -9,10 +9,9 @@ torch = pytest.importorskip("torch")
 
 import torch_models as models  # noqa: E402
 from cruxy_control import SelfDriving  # noqa: E402
-from cruxy_torch import CruxyOptimizer  # noqa: E402
-from cruxy_torch._actuators import apply as _kernels  # noqa: E402
-from cruxy_torch._native import library as _native  # noqa: E402
-from cruxy_torch._sensors import measure as _sensors  # noqa: E402
+from cruxy_torch import CruxyOptimizer, _blocks  # noqa: E402
+from cruxy_torch._native import library  # noqa: E402
+from cruxy_torch._sensors.sizes import sizes  # noqa: E402
 from torch_low_bit import parameters  # noqa: E402
 from torch_models import OPTIONS  # noqa: E402
 
@@ -22,7 +21,7 @@ PATHS: dict[str, dict[str, Any]] = {
     "foreach": {"foreach": True},
     "native": {"fused": True},
 }
-needs_compiler = pytest.mark.skipif(not _native.available(), reason="needs a C compiler")
+needs_compiler = pytest.mark.skipif(not library.available(), reason="needs a C compiler")
 
 
 def run(options, path, dtype=torch.float32):
@@ -163,7 +162,7 @@ def test_native_mean_squares_are_those_of_the_reference():
     tensors = [*parameters((300, 200), (7,), (), (0, 3)), torch.randn(30, 20).t()[::2]]
     tensors += parameters((20, 5), dtype=torch.bfloat16)
     with torch.no_grad():
-        ours, theirs = (_sensors.sizes(tensors, native=n) for n in (True, False))
+        ours, theirs = (sizes(tensors, native=n) for n in (True, False))
     torch.testing.assert_close(ours.mean_squares, theirs.mean_squares, rtol=1e-6, atol=0.0)
     assert ours.counts == theirs.counts == [60_000, 7, 1, 0, 300, 100]
 
@@ -191,7 +190,7 @@ def test_native_result_does_not_depend_on_the_number_of_threads(mode):
 
 def test_blocks_and_buckets_change_nothing(monkeypatch):
     whole = {path: run(OPTIONS["meta3_centralized"], path) for path in ("single", "foreach")}
-    monkeypatch.setattr(_kernels, "BLOCK", 50)
+    monkeypatch.setattr(_blocks, "BLOCK", 50)
     for path, theirs in whole.items():
         ours = run(OPTIONS["meta3_centralized"], path)
         for key, value in theirs.items():
@@ -224,7 +223,7 @@ def test_no_temporary_is_larger_than_the_largest_parameter(path, lion):
 
 
 def test_without_a_compiler_the_default_still_steps(monkeypatch):
-    monkeypatch.setattr(_native, "_library", lambda: None)
+    monkeypatch.setattr(library, "_library", lambda: None)
     net = models.model()
     optimizer = models.optimizer(net)
     models.train(net, optimizer, 2)
@@ -236,30 +235,30 @@ def test_without_a_compiler_the_default_still_steps(monkeypatch):
 def test_a_broken_compiler_is_no_error(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", "false")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    _native._library.cache_clear()
+    library._library.cache_clear()
     try:
-        assert not _native.available()
+        assert not library.available()
     finally:
-        _native._library.cache_clear()
+        library._library.cache_clear()
 
 
 @needs_compiler
 def test_the_library_is_built_once_and_survives_an_unwritable_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    _native._library.cache_clear()
+    library._library.cache_clear()
     try:
-        assert _native.available()
+        assert library.available()
         (built,) = (tmp_path / "cruxy_torch").glob("*.so")
         before = built.stat().st_mtime_ns
-        _native._library.cache_clear()
-        assert _native.available()
+        library._library.cache_clear()
+        assert library.available()
         assert built.stat().st_mtime_ns == before
         (tmp_path / "file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-        _native._library.cache_clear()
-        assert _native.available()
+        library._library.cache_clear()
+        assert library.available()
     finally:
-        _native._library.cache_clear()
+        library._library.cache_clear()
 
 
 @pytest.mark.parametrize(

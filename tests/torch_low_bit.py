@@ -2,10 +2,10 @@
 
 import torch
 
-from cruxy_torch._native import library as _native
+from cruxy_torch._native import library
 
 PATHS = {"single": {"fused": False}, "foreach": {"foreach": True}}
-if _native.available():
+if library.available():
     PATHS["native"] = {"fused": True}
 
 

@@ -23,7 +23,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "self_driving": {"mode": "self_driving"},
     "self_driving_lion": {"mode": "self_driving", "use_lion": True, "averaging": None},
     "limited": {"relative_limit": 0.01, "averaging": 0.0},
-    "compatible": {"bias_correction": "cruxy_2_1_0"},
 }
 """Every mode and option of the constructor that changes the mathematics."""
 

@@ -2,7 +2,7 @@
 
 import torch_models as models
 from cruxy_control import Meta3
-from cruxy_torch._native import library as _native
+from cruxy_torch._native import library
 from torch_models import OPTIONS
 
 OFF = Meta3(
@@ -12,7 +12,7 @@ OFF = Meta3(
 """The controller off: everything it moves stays at 1."""
 
 PATHS = {"single": {"fused": False}, "foreach": {"foreach": True}}
-if _native.available():
+if library.available():
     PATHS["native"] = {"fused": True}
 
 COUNTERS = ("controller.skipped_total", "controller.skipped_in_a_row")

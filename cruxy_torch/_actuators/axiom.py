@@ -1,151 +1,124 @@
-"""AXIOM's update, tensor by tensor, in blocks that keep temporaries small."""
+"""AXIOM's direction: the gradient over the root of a factored second moment, averaged or not."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cruxy_control.formulas.factored import second_moment_decay, snr_factor, streak_factor
-from cruxy_torch import _kept as _storage
-from cruxy_torch._actuators import apply as _kernels
-from cruxy_torch._actuators import factored as _factored
-from cruxy_torch._actuators.apply import Scalars
-from cruxy_torch._actuators.factored import over_ranks
-from cruxy_torch._kept import Kept
-from cruxy_torch._sensors.measure import local
-from cruxy_torch._step import Group
+from cruxy_torch._actuators import factored
+from cruxy_torch._actuators.direction import Direction
+from cruxy_torch._actuators.moments import advanced, seen
+from cruxy_torch._actuators.stepped import SteppedTensor
+from cruxy_torch._columns import Columns
+from cruxy_torch._kept import assign
+from cruxy_torch._orders import Orders
 
 SMALLEST_RMS = 1e-3
 """A tensor of a smaller root mean square moves as if it had this one (Adafactor, section 8)."""
 
 
-class Tensors(NamedTuple):
-    """Parameters that have a gradient with all that belongs to them, one list per kind.
-
-    Attributes:
-        params: this rank's parameters.
-        grads: their raw gradients, a `DTensor` where the parameter is one.
-        seconds: second moments, as `_factored.start` makes them.
-        exp_avgs: averages of the normalised gradients; empty without momentum.
-        steps: good steps of each; int32, `()`.
-        products: of the decay rates of each average; float32, `()`; empty without momentum.
-    """
-
-    params: list[Kept]
-    grads: list[Tensor]
-    seconds: list[dict[str, Tensor]]
-    exp_avgs: list[Kept]
-    steps: list[Tensor]
-    products: list[Tensor]
-
-    def select(self, indices: list[int]) -> "Tensors":
-        """The same lists with only these parameters, given in order."""
-        columns: tuple[list[Any], ...] = tuple(self)
-        return Tensors(*([column[i] for i in indices] if column else [] for column in columns))
-
-
-class Options(NamedTuple):
-    """What a parameter group fixes.
+@dataclasses.dataclass(frozen=True)
+class FactoredDirection(Direction):
+    """What `AXIOM` documents.
 
     Attributes:
         momentum: decay rate of the average of the normalised gradient; 0 for none.
         decay_rate: exponent of the second moment's decay.
         clip_rms: the largest root mean square of a normalised gradient; `None` for no limit.
         relative_step: multiplies a tensor's step by the tensor's root mean square.
-        weight_decay: its coefficient.
         streak_boost: largest factor on coordinates whose sign persists; 1 for none.
         snr_floor: signal-to-noise ratio below which a row is damped; 0 for none.
+        min_dim_size_to_factor: the shortest axis over which a tensor is factored.
     """
 
     momentum: float
     decay_rate: float
     clip_rms: float | None
     relative_step: bool
-    weight_decay: float
     streak_boost: float
     snr_floor: float
+    min_dim_size_to_factor: int
 
+    @property
+    def moments(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The average of the normalised gradient, where there is momentum."""
+        return ("exp_avg",) if self.momentum else ()
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AxiomGroup(Group):
-    """Parameters that have a gradient, with what AXIOM keeps of them."""
+    @property
+    def clocks(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The product of the average's decay rates."""
+        return ("beta1_product",) if self.momentum else ()
 
-    tensors: Tensors
-    options: Options
+    def start(self, state: dict[str, Any], param: Tensor, add: Callable[[str], None]) -> None:
+        """Adds what is missing: the second moment, a counter, the average."""
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.int32, device=param.device)
+            state |= factored.start(param, self.min_dim_size_to_factor)
+        super().start(state, param, add)
 
-    def update(self, scalars: Scalars, *, native: bool, foreach: bool) -> None:
-        """Updates parameters and state in place, tensor by tensor."""
-        for device, indices in _kernels.by_device(self.grads).items():
-            _update(self.tensors.select(indices), scalars.to(device), self.options)
+    def advance(self, columns: Columns, orders: Orders) -> Sequence[Any]:
+        """Of each tensor the second moment's decay, and the normaliser of the average."""
+        if not columns.states:
+            return []
+        counters = [state["step"] for state in columns.states]
+        steps = torch.stack(counters)
+        decays = second_moment_decay(steps.to(torch.float32), self.decay_rate, xp=torch)
+        decays = torch.where(orders.ok, decays, 1.0).unbind()
+        assign(counters, (steps + orders.ok).unbind())
+        if not self.momentum:
+            return [(decay, None) for decay in decays]
+        products = [state["beta1_product"] for state in columns.states]
+        gains = 1.0 / seen(advanced(products, self._beta(orders)))
+        return list(zip(decays, gains.unbind(), strict=True))
 
+    def blocks(
+        self, tensor: SteppedTensor, factors: Any, orders: Orders
+    ) -> Callable[[int], Tensor]:
+        """The normalised gradient, its size limited, averaged, and in units of the tensor's."""
+        decay, gain = factors
+        u = factored.normalise(tensor, decay, orders.ok)
+        squares = [u.squares]
+        if self.relative_step:
+            each = [tensor.value(i).square().sum() for i in range(tensor.blocks)]
+            squares.append(torch.stack(each).sum())
+        sizes = (tensor.total(torch.stack(squares)) / max(1, tensor.numel)).sqrt().unbind()
+        clip = 1.0 if self.clip_rms is None else 1.0 / (sizes[0] / self.clip_rms).clip(min=1.0)
 
-def _update(tensors: Tensors, s: Scalars, o: Options) -> None:
-    steps = torch.stack(tensors.steps)
-    decays = torch.where(s.ok, second_moment_decay(steps, o.decay_rate, xp=torch), 1.0)
-    _storage.assign(tensors.steps, (steps + s.ok).unbind())
-    columns = (tensors.params, tensors.grads, tensors.seconds, decays.unbind())
-    if not tensors.exp_avgs:
-        for p, g, v, decay in zip(*columns, strict=True):
-            _update_one(p, g, v, None, decay, None, s, o)
-        return
-    s = s._replace(beta1=torch.where(s.ok, o.momentum, 1.0))  # not the law's to move
-    products = torch.stack(tensors.products) * s.beta1
-    _storage.assign(tensors.products, products.unbind())
-    gains = (1.0 / _kernels.seen(products)).unbind()
-    for p, g, v, decay, m, gain in zip(*columns, tensors.exp_avgs, gains, strict=True):
-        _update_one(p, g, v, m, decay, gain, s, o)
+        def block(number: int) -> Tensor:
+            direction = u.block(number) * clip
+            if gain is not None:
+                direction = self._averaged(tensor, number, direction, gain, orders)
+            if self.relative_step:
+                direction = direction * sizes[1].clip(min=SMALLEST_RMS)
+            return direction
 
+        return block
 
-def _update_one(
-    p: Kept,
-    g: Tensor,
-    v: dict[str, Tensor],
-    m: Kept | None,
-    decay: Tensor,
-    gain: Tensor | None,
-    s: Scalars,
-    o: Options,
-) -> None:
-    kept = (p,) if m is None else (p, m)
-    blocks = list(_kernels.blocks(local(g), *kept))
-    u = _factored.normalise(g, [block[0] for block in blocks], v, decay, s.scale, s.ok)
-    dtype = _storage.compute_dtype(p)
-    squares = [u.squares]
-    if o.relative_step:
-        thetas = (_storage.read([block[1]], [dtype])[0] for block in blocks)
-        squares.append(torch.stack([theta.square().sum() for theta in thetas]).sum())
-    sizes = (over_ranks(torch.stack(squares), g) / max(1, g.numel())).sqrt().unbind()
-    clip = 1.0 if o.clip_rms is None else 1.0 / (sizes[0] / o.clip_rms).clip(min=1.0)
-    for i, block in enumerate(blocks):
-        direction = u.block(i) * clip
-        if gain is not None:
-            direction = _with_momentum(direction, block[2], gain, g, s, o)
-        if o.relative_step:
-            direction = direction * sizes[1].clip(min=SMALLEST_RMS)
-        (theta,) = _storage.read([block[1]], [dtype])
-        if o.weight_decay:
-            direction = direction + o.weight_decay * theta
-        _storage.write([block[1]], [theta - s.rate * direction], s.key, s.ok)
+    def _beta(self, orders: Orders) -> Tensor:
+        """The decay rate of the average, which is not the law's to move; 1 on a skipped step."""
+        return torch.where(orders.ok, torch.full_like(orders.rate, self.momentum), 1.0)
 
+    def _averaged(
+        self, tensor: SteppedTensor, number: int, u: Tensor, gain: Tensor, orders: Orders
+    ) -> Tensor:
+        """The average of `u`, bias-corrected, louder where signs persist, softer where none do.
 
-def _with_momentum(
-    u: Tensor, kept: Kept, gain: Tensor, g: Tensor, s: Scalars, o: Options
-) -> Tensor:
-    """The average of `u`, bias-corrected, louder where signs persist and softer where all is noise.
-
-    As `u` has size 1, the average's square is the signal-to-noise ratio.
-    """
-    (average,) = _storage.read([kept], [u.dtype])
-    average = s.beta1 * average + (1.0 - s.beta1) * u
-    _storage.write([kept], [average], s.key, s.ok)
-    m_hat = average * gain
-    direction = m_hat
-    if o.streak_boost > 1.0:
-        direction = direction * streak_factor(m_hat, o.streak_boost, xp=torch)
-    if o.snr_floor > 0.0:
-        snr = m_hat.square()
-        if g.ndim:
-            snr = over_ranks(snr.sum(-1, keepdim=True), g, g.ndim - 1) / g.shape[-1]
-        direction = direction * snr_factor(snr, o.snr_floor, xp=torch)
-    return direction
+        As `u` has size 1, the average's square is the signal-to-noise ratio.
+        """
+        beta = self._beta(orders)
+        average = beta * tensor.read("exp_avg", number) + (1.0 - beta) * u
+        tensor.write("exp_avg", number, average)
+        m_hat = average * gain
+        direction = m_hat
+        if self.streak_boost > 1.0:
+            direction = direction * streak_factor(m_hat, self.streak_boost, xp=torch)
+        if self.snr_floor > 0.0:
+            snr = m_hat.square()
+            if tensor.shape:
+                last = len(tensor.shape) - 1
+                snr = tensor.total(snr.sum(-1, keepdim=True), last) / tensor.shape[-1]
+            direction = direction * snr_factor(snr, self.snr_floor, xp=torch)
+        return direction

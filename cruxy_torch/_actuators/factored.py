@@ -6,21 +6,18 @@ a sharded gradient gives what the whole one would: sums over a sharded axis are 
 mesh.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from cruxy_torch._actuators.stepped import SteppedTensor
+from cruxy_torch._distributed.shards import local, zeros_without
 from cruxy_torch._kept import compute_dtype
-from cruxy_torch._sensors.measure import is_sharded, local
 
 EPS = 1e-30
 """Added to every mean square (optax's `epsilon`), so that zeros are not divided by zero."""
-
-NAMES = ("row_var", "col_var", "variance")
-"""What a second moment is kept under in a parameter's state."""
 
 
 class Normalised(NamedTuple):
@@ -54,57 +51,50 @@ def start(param: Tensor, min_dim: int) -> dict[str, Tensor]:
     is kept with one element; or `variance`, of the shape of the parameter, where it has no two axes
     of at least `min_dim`.
     """
-    axes = factored_axes(param.shape, min_dim)
+    axes, dtype = factored_axes(param.shape, min_dim), compute_dtype(param)
     if axes is None:
-        return {"variance": torch.zeros_like(param, dtype=compute_dtype(param))}
+        return {"variance": torch.zeros_like(param, dtype=dtype)}
     second, first = axes
-    return {"row_var": _zeros_without(param, first), "col_var": _zeros_without(param, second)}
+    return {
+        "row_var": zeros_without(param, first, dtype),
+        "col_var": zeros_without(param, second, dtype),
+    }
 
 
-def normalise(
-    grad: Tensor,
-    blocks: Sequence[Tensor],
-    state: dict[str, Tensor],
-    decay: Tensor,
-    scale: Tensor,
-    ok: Tensor,
-) -> Normalised:
+def normalise(tensor: SteppedTensor, decay: Tensor, ok: Tensor) -> Normalised:
     """Takes a gradient into its second moment and divides it by the root of that.
 
     Args:
-        grad: the raw gradient, read alone; plain or a `DTensor`.
-        blocks: this rank's part of it, taken apart along the first axis.
-        state: from `start`; changed in place.
+        tensor: with its gradient, and in its state what `start` gave; changed in place.
         decay: of the second moment; 1 on a skipped step.
-        scale: factor on the gradient.
         ok: whether the step counts; where false `u` is 0, whatever the gradient.
     """
-    dtype = compute_dtype(next(iter(state.values())))
-    read = _Blocks(len(blocks), lambda i: torch.where(ok, blocks[i], 0).to(dtype) * scale)
-    where = _places(blocks)
-    if "variance" in state:
-        variance = local(state["variance"])
+    read = _Blocks(tensor.blocks, tensor.gradient)
+    where = [tensor.place(i) for i in range(tensor.blocks)]
+    if "variance" in tensor.state:
+        variance = local(tensor.state["variance"])
         for i, place in enumerate(where):
             variance[place].mul_(decay).add_((read(i).square() + EPS) * (1.0 - decay))
         # A skipped first step leaves zeros, whose inverse times a gradient of 0 is NaN.
         unit = _Blocks(
-            len(blocks), lambda i: read(i) * torch.where(ok, variance[where[i]].rsqrt(), 0)
+            tensor.blocks, lambda i: read(i) * torch.where(ok, variance[where[i]].rsqrt(), 0)
         )
     else:
-        rows, columns = _factors(grad, read, state, decay, ok)
+        rows, columns = _factors(tensor, read, decay, ok)
         unit = _Blocks(
-            len(blocks), lambda i: read(i) * _at(rows, where[i]) * _at(columns, where[i])
+            tensor.blocks, lambda i: read(i) * _at(rows, where[i]) * _at(columns, where[i])
         )
-    squares = torch.stack([unit(i).square().sum() for i in range(len(blocks))]).sum()
+    squares = torch.stack([unit(i).square().sum() for i in range(tensor.blocks)]).sum()
     return Normalised(unit, squares)
 
 
 def _factors(
-    grad: Tensor, read: "_Blocks", state: dict[str, Tensor], decay: Tensor, ok: Tensor
+    tensor: SteppedTensor, read: "_Blocks", decay: Tensor, ok: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Advances both means; the two factors whose product is one over the root of the moment."""
-    second, first = factored_axes(grad.shape, 0) or (0, 0)
-    row, column = local(state["row_var"]), local(state["col_var"])
+    shape = tensor.shape
+    second, first = factored_axes(shape, 0) or (0, 0)
+    row, column = local(tensor.state["row_var"]), local(tensor.state["col_var"])
     found: dict[int, list[Tensor]] = {first: [], second: []}
     for i in range(read.count):
         square = read(i).square()
@@ -113,28 +103,11 @@ def _factors(
     for kept, axis in ((row, first), (column, second)):
         sums = found[axis]
         total = torch.stack(sums).sum(0) if axis == 0 else torch.cat(sums)
-        mean = over_ranks(total, grad, axis) / grad.shape[axis] + EPS
+        mean = tensor.total(total, axis) / shape[axis] + EPS
         kept.mul_(decay).add_(mean * (1.0 - decay))
-    mean = over_ranks(row.sum(second, keepdim=True), grad, second) / grad.shape[second]
+    mean = tensor.total(row.sum(second, keepdim=True), second) / shape[second]
     # A skipped first step leaves zeros, whose inverse times a gradient of 0 is NaN.
     return torch.where(ok, (row / mean).rsqrt(), 0), torch.where(ok, column.rsqrt(), 0)
-
-
-def over_ranks(total: Tensor, whole: Tensor, axis: int | None = None) -> Tensor:
-    """A sum over this rank's part of `whole`, added up over the ranks that split it.
-
-    Args:
-        total: the sum.
-        whole: a `DTensor`, or a plain tensor, which nobody splits.
-        axis: the axis that was summed over, the others kept; `None` for all.
-    """
-    if not is_sharded(whole):
-        return total
-    for dimension, placement in enumerate(whole.placements):
-        if placement.is_shard() and (axis is None or placement.is_shard(axis)):
-            total = total.contiguous()
-            dist.all_reduce(total, group=whole.device_mesh.get_group(dimension))
-    return total
 
 
 class _Blocks:
@@ -153,28 +126,6 @@ class _Blocks:
         return self._only
 
 
-def _places(blocks: Sequence[Tensor]) -> list[Any]:
-    """Where along the first axis each block is."""
-    if len(blocks) == 1:
-        return [...]
-    places, start = [], 0
-    for block in blocks:
-        places.append(slice(start, start + len(block)))
-        start += len(block)
-    return places
-
-
 def _at(factor: Tensor, place: Any) -> Tensor:
     """A block of a factor, which may be the same for all rows."""
     return factor if len(factor) == 1 else factor[place]
-
-
-def _zeros_without(param: Tensor, axis: int) -> Tensor:
-    shape = [1 if index == axis else size for index, size in enumerate(param.shape)]
-    dtype = compute_dtype(param)
-    if not is_sharded(param):
-        return torch.zeros(shape, dtype=dtype, device=param.device)
-    from torch.distributed.tensor import Replicate, zeros
-
-    placements = [Replicate() if p.is_shard(axis) else p for p in param.placements]
-    return zeros(shape, dtype=dtype, device_mesh=param.device_mesh, placements=placements)

@@ -1,76 +1,157 @@
-"""A group of parameters that Adam or Lion updates."""
+"""Adam's and Lion's directions, with decay rates that the controller moves."""
+
+# torch's foreach calls are what torch.optim itself is built on, underscore and all.
+# pyright: reportPrivateImportUsage=false
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from cruxy_torch._actuators import apply as _kernels
-from cruxy_torch._actuators.apply import Options, Scalars, Tensors
-from cruxy_torch._kept import Kept
-from cruxy_torch._memory import state as _state
-from cruxy_torch._native import library as _native
-from cruxy_torch._sensors import measure as _sensors
-from cruxy_torch._step import Group
+from cruxy_torch._actuators.direction import Direction
+from cruxy_torch._actuators.stepped import Bucket, Frame
+from cruxy_torch._columns import Columns
+from cruxy_torch._kept import assign
+from cruxy_torch._native import passes
+from cruxy_torch._orders import Orders
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MomentsGroup(Group):
-    """Parameters that have a gradient, with the moments that Adam or Lion keeps of them.
+@dataclasses.dataclass(frozen=True)
+class Adam(Direction):
+    """Adam's direction, normalised by what the moments really weigh.
+
+    With moving decay rates the normaliser of the first moment is one minus the product of all of
+    them; of the Nesterov numerator, one minus that product times today's.
 
     Attributes:
-        columns: the parameters, their gradients and their state.
-        halved: whether bfloat16 moments are rounded by chance.
-        options: what the group fixes.
-        stochastic: whether bfloat16 parameters are rounded by chance.
+        eps: added to the root of the second moment.
+        nesterov: the numerator is `beta1 m + (1 - beta1) g` instead of `m`.
     """
 
-    columns: _state.Columns
-    halved: bool
-    options: Options
-    stochastic: bool
+    eps: float
+    nesterov: bool
 
-    def momenta(self) -> Sequence[Kept]:
-        """The first moment that belongs to each gradient, this rank's shards of them."""
-        return self._tensors().exp_avgs
+    moments = ("exp_avg", "exp_avg_sq")
+    clocks = ("beta1_product", "beta2_product")
 
-    def sizes(self, *, native: bool) -> _sensors.Sizes | None:
-        """Of every tensor with a gradient; `None` without a relative limit."""
-        if self.relative_limit is None or not self.grads:
-            return None
-        return _sensors.sizes(self.columns.params, native=native)
+    def advance(
+        self, columns: Columns, orders: Orders, gates: Sequence[Tensor] = ()
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The factors on the numerator and on the second moment, and `eps`.
 
-    def _tensors(self) -> Tensors:
-        return _state.kept(self.columns, halved=self.halved, stochastic=self.stochastic)
+        Args:
+            columns: see `Direction.advance`.
+            orders: likewise.
+            gates: factors on the direction of each tensor; empty for none.
+        """
+        if not columns.states:
+            return []
+        product1, product2 = (
+            advanced([state[name] for state in columns.states], beta)
+            for name, beta in zip(self.clocks, (orders.beta1, orders.beta2), strict=True)
+        )
+        if self.nesterov:
+            product1 = product1 * orders.beta1
+        gain, spread = 1.0 / seen(product1), 1.0 / seen(product2)
+        # A skipped step multiplies what comes out by 0, which 0 / 0 would survive.
+        eps = torch.where(orders.ok, self.eps * torch.ones_like(spread), 1.0)
+        if gates:
+            gain = gain * torch.stack(list(gates))
+        return list(zip(gain.unbind(), spread.unbind(), eps.unbind(), strict=True))
 
-    def update(self, scalars: Scalars, *, native: bool, foreach: bool) -> None:
-        """Updates the parameters, moments and averages of one group in place."""
-        options = self.options
-        if options.centralize:
-            _check_centralizable(self.columns.grads)
-        tensors = self._tensors()
-        if scalars.limits is not None:
-            tensors = tensors._replace(limits=scalars.limits.unbind())
-        if native and tensors.params and not options.power:
-            whole = [c for c in (tensors.grads, tensors.params, tensors.averages) if c]
-            moments = [c for c in (tensors.exp_avgs, tensors.exp_avg_sqs) if c]
-            fast, slow = _native.parts(whole, moments, centralize=options.centralize)
-            for part in fast:
-                _native.update(tensors.select(part), scalars, options)
-            tensors = tensors.select(slow)
-        step = _kernels.foreach if foreach else _kernels.single
-        for device, indices in _kernels.by_device(tensors.params).items():
-            step(tensors.select(indices), scalars.to(device), options)
-        _kernels.average(tensors, scalars.average_weight)
+    def formula(
+        self, x: Tensor, moments: dict[str, Tensor], factors: Any, orders: Orders
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`m gain / (sqrt(v spread) + eps)`."""
+        gain, spread, eps = factors
+        m = u = orders.beta1 * moments["exp_avg"] + (1.0 - orders.beta1) * x
+        square = moments["exp_avg_sq"]
+        square.mul_(orders.beta2).addcmul_(x * (1.0 - orders.beta2), x)
+        if self.nesterov:
+            u = orders.beta1 * u + (1.0 - orders.beta1) * x
+        direction = u * gain / ((square * spread).sqrt_() + eps)
+        return direction, {"exp_avg": m, "exp_avg_sq": square}
+
+    def foreach(self, bucket: Bucket, factors: Sequence[Any], orders: Orders) -> list[Tensor]:
+        """The same, for many tensors at once."""
+        gains, spreads, epses = (list(column) for column in zip(*factors, strict=True))
+        xs = bucket.gradients
+        us = _mix(bucket.read("exp_avg"), xs, orders.beta1)
+        bucket.write("exp_avg", us)
+        squares = torch._foreach_mul(xs, xs)
+        torch._foreach_mul_(squares, 1.0 - orders.beta2)
+        averages = bucket.read("exp_avg_sq")
+        torch._foreach_mul_(averages, orders.beta2)
+        torch._foreach_add_(averages, squares)
+        bucket.write("exp_avg_sq", averages)
+        del squares
+        if self.nesterov:
+            us = _mix(us, xs, orders.beta1)
+        torch._foreach_mul_(us, gains)
+        denominators = torch._foreach_mul(averages, spreads)
+        torch._foreach_sqrt_(denominators)
+        torch._foreach_add_(denominators, epses)
+        torch._foreach_div_(us, denominators)
+        return us
+
+    def native(self, columns: Columns, orders: Orders, frame: Frame) -> None:
+        """The whole update in one pass."""
+        passes.update(
+            columns,
+            orders,
+            self.moments,
+            self.clocks,
+            decay=frame.decay,
+            l2=frame.l2,
+            eps=self.eps,
+            nesterov=self.nesterov,
+            centralize=frame.centralize,
+        )
 
 
-def _check_centralizable(grads: list[Tensor]) -> None:
-    for grad in grads:
-        if _sensors.is_sharded(grad) and any(
-            placement.is_shard() and not placement.is_shard(0) for placement in grad.placements
-        ):
-            raise ValueError(
-                "use_gc needs whole rows on each rank, got a gradient placed as "
-                f"{grad.placements}; shard that parameter along its first axis, or give it a "
-                "parameter group with use_gc=False."
-            )
+@dataclasses.dataclass(frozen=True)
+class Lion(Direction):
+    """Lion's direction (WP 11, 12): a sign, of one moment."""
+
+    moments = ("exp_avg",)
+
+    def formula(
+        self, x: Tensor, moments: dict[str, Tensor], factors: Any, orders: Orders
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`sign(beta1 m + (1 - beta1) g)`; the moment decays by `beta2`."""
+        m = moments["exp_avg"]
+        direction = (orders.beta1 * m + (1.0 - orders.beta1) * x).sign_()
+        return direction, {"exp_avg": orders.beta2 * m + (1.0 - orders.beta2) * x}
+
+    def foreach(self, bucket: Bucket, factors: Sequence[Any], orders: Orders) -> list[Tensor]:
+        """The same, for many tensors at once."""
+        momenta = bucket.read("exp_avg")
+        us = _mix(momenta, bucket.gradients, orders.beta1)
+        torch._foreach_sign_(us)
+        bucket.write("exp_avg", _mix(momenta, bucket.gradients, orders.beta2))
+        return us
+
+    def native(self, columns: Columns, orders: Orders, frame: Frame) -> None:
+        """The whole update in one pass."""
+        passes.update(columns, orders, self.moments, decay=frame.decay, centralize=frame.centralize)
+
+
+def advanced(products: list[Tensor], beta: Tensor) -> Tensor:
+    """The products of decay rates with one more factor, which are kept."""
+    new = torch.stack(products) * beta
+    assign(products, new.unbind())
+    return new
+
+
+def seen(product: Tensor) -> Tensor:
+    """The weight of what a moment has seen, `1 - product`; 1 where it has seen nothing."""
+    return torch.where(product < 1.0, 1.0 - product, 1.0)
+
+
+def _mix(averages: Sequence[Tensor], xs: Sequence[Tensor], beta: Tensor) -> list[Tensor]:
+    """`beta m + (1 - beta) x` as new tensors."""
+    mixed = torch._foreach_mul(list(xs), 1.0 - beta)
+    torch._foreach_add_(mixed, torch._foreach_mul(list(averages), beta))
+    return list(mixed)

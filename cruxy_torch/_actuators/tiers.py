@@ -1,133 +1,132 @@
-"""COSMIC's update: each tensor's sign, scaled sign or Adam's direction, behind its noise gate."""
+"""COSMIC's direction: each tensor's sign, scaled sign or Adam's, behind its noise gate."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cruxy_control import filters, tiers
 from cruxy_control.tiers import FAST_DECAY, SLOW_DECAY
-from cruxy_torch import _kept as _storage
-from cruxy_torch._actuators import apply as _kernels
-from cruxy_torch._actuators.apply import Options, Scalars, Tensors
-from cruxy_torch._actuators.factored import over_ranks
-from cruxy_torch._kept import Kept, compute_dtype
-from cruxy_torch._sensors.measure import local
-from cruxy_torch._step import Group
+from cruxy_torch._actuators.direction import Direction
+from cruxy_torch._actuators.moments import Adam
+from cruxy_torch._actuators.stepped import Bucket, SteppedTensor
+from cruxy_torch._columns import Columns
+from cruxy_torch._distributed.shards import local, over_ranks
+from cruxy_torch._kept import assign, compute_dtype
+from cruxy_torch._orders import Orders
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CosmicGroup(Group):
-    """Parameters that have a gradient, by tier, with the averages that every tensor has.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tiered(Direction):
+    """What `Cosmic` documents. What a tensor keeps says at which tier it is.
 
     Attributes:
-        params: this rank's parameters.
-        fasts: fast averages of the gradients' sizes; float32, `()`.
-        slows: slow ones.
-        steps: good steps of each tensor; int32, `()`.
-        scalars: of each tensor at tier 1 its averaged mean square, float32 `()`; else `None`.
-        peers: those of the tensors of tier 1 in this group that are not updated now.
-        moments: the tensors of tier 2 with their moments, in the order of `params`.
-        at_moments: their indices in `params`.
-        options: what the group fixes for Adam.
+        adam: the direction at tier 2.
+        peers: averaged mean squares of the tensors of tier 1 in this group that do not move now;
+            float32, `()`.
         unscale: one over the factor of a `GradScaler`; `None` for 1.
     """
 
-    params: list[Kept]
-    fasts: list[Tensor]
-    slows: list[Tensor]
-    steps: list[Tensor]
-    scalars: list[Tensor | None]
-    peers: list[Tensor]
-    moments: Tensors
-    at_moments: list[int]
-    options: Options
-    unscale: Tensor | None
+    adam: Adam
+    peers: Sequence[Tensor] = ()
+    unscale: Tensor | None = None
 
-    def update(self, scalars: Scalars, *, native: bool, foreach: bool) -> None:
-        """Updates parameters and state in place."""
-        for device, indices in _kernels.by_device(self.grads).items():
-            self._update(indices, scalars.to(device), foreach=foreach)
+    moments = Adam.moments
 
-    def _update(self, indices: list[int], s: Scalars, *, foreach: bool) -> None:
-        squares = torch.stack([_mean_square(self.grads[i]) for i in indices])
+    def start(self, state: dict[str, Any], param: Tensor, add: Callable[[str], None]) -> None:
+        """Nothing: a plan has given the tensor what its tier takes."""
+
+    def advance(self, columns: Columns, orders: Orders) -> Sequence[Any]:
+        """Of a tensor of tier 2 Adam's factors, gated; of another the size of its step."""
+        if not columns.states:
+            return []
+        squares = torch.stack([_mean_square(whole) for whole in columns.wholes])
         if self.unscale is not None:
             squares = squares * self.unscale.to(squares.device).square()
-        weight, gates = self._observe(indices, squares, s.ok)
-        factors = self._relative(indices, squares, weight, s.ok)
-        at = {index: place for place, index in enumerate(self.at_moments)}
-        adam: list[int] = []
-        adam_gates: list[Tensor] = []
-        for i, gate, factor in zip(indices, gates.unbind(), factors, strict=True):
-            if i in at:
-                adam.append(at[i])
-                adam_gates.append(gate)
-            else:
-                factor = gate if factor is None else gate * factor
-                _sign_step(self.params[i], local(self.grads[i]), factor, s, self.options)
-        if adam:
-            step = _kernels.foreach if foreach else _kernels.single
-            step(self.moments.select(adam)._replace(gates=adam_gates), s, self.options)
-
-    def _observe(self, indices: list[int], squares: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
-        """Advances the averages; the slow ones' old weights, and the gate of each tensor."""
-        fast, slow, step = (
-            torch.stack([column[i] for i in indices])
-            for column in (self.fasts, self.slows, self.steps)
+        weight, gates = _observed(columns.states, squares, orders.ok)
+        relative = self._relative(columns.states, squares, weight, orders.ok)
+        at_moments = [i for i, state in enumerate(columns.states) if has_moments(state)]
+        factors: list[Any] = [
+            gate if factor is None else gate * factor
+            for gate, factor in zip(gates.unbind(), relative, strict=True)
+        ]
+        own = self.adam.advance(
+            columns.select(at_moments), orders, [factors[i] for i in at_moments]
         )
-        old = windows(fast, slow, step)
-        new = filters.select(ok, tiers.observe(old, squares.sqrt(), xp=torch), old, xp=torch)
-        for column, values in (
-            (self.fasts, new.fast.value),
-            (self.slows, new.slow.value),
-            (self.steps, step + ok),
-        ):
-            _storage.assign([column[i] for i in indices], values.unbind())
-        # A skipped step multiplies by 0 what a gradient that is not finite would have gated.
-        return old.slow.weight, torch.where(ok, tiers.noise_gate(new, xp=torch), 0.0)
+        for index, adam in zip(at_moments, own, strict=True):
+            factors[index] = adam
+        return factors
+
+    def blocks(
+        self, tensor: SteppedTensor, factors: Any, orders: Orders
+    ) -> Callable[[int], Tensor]:
+        """Adam's direction, or `factor 0.2 sign(g)`."""
+        if has_moments(tensor.state):
+            return self.adam.blocks(tensor, factors, orders)
+        size = tiers.SIGN_STEP * factors
+        return lambda number: tensor.gradient(number).sign() * size
+
+    def foreach(self, bucket: Bucket, factors: Sequence[Any], orders: Orders) -> list[Tensor]:
+        """The same, for many tensors that all have moments or all have none."""
+        if bucket.has("exp_avg"):
+            return self.adam.foreach(bucket, factors, orders)
+        signs = list(torch._foreach_sign(bucket.gradients))  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(signs, [tiers.SIGN_STEP * factor for factor in factors])  # pyright: ignore[reportPrivateImportUsage]
+        return signs
 
     def _relative(
-        self, indices: list[int], squares: Tensor, weight: Tensor, ok: Tensor
+        self, states: Sequence[dict[str, Any]], squares: Tensor, weight: Tensor, ok: Tensor
     ) -> Sequence[Tensor | None]:
         """Advances the scalars of tier 1; their factor on each tensor's sign, else `None`."""
-        places = [place for place, i in enumerate(indices) if self.scalars[i] is not None]
+        places = [place for place, state in enumerate(states) if "mean_square" in state]
         if not places:
-            return [None] * len(indices)
-        kept = [scalar for i in indices if (scalar := self.scalars[i]) is not None]
+            return [None] * len(states)
+        kept = [states[place]["mean_square"] for place in places]
         old = torch.stack(kept)
         new = tiers.averaged_square(old, weight[places], squares[places])
         new = torch.where(ok, new, old)
-        _storage.assign(kept, new.unbind())
+        assign(kept, new.unbind())
         peers = [peer.to(new.device) for peer in self.peers]
         mean = torch.cat([new, torch.stack(peers)]).mean() if peers else new.mean()
-        factors: list[Tensor | None] = [None] * len(indices)
+        factors: list[Tensor | None] = [None] * len(states)
         relative = tiers.relative_scale(new, mean, xp=torch)
         for place, factor in zip(places, relative.unbind(), strict=True):
             factors[place] = factor
         return factors
 
 
-def _sign_step(p: Kept, g: Tensor, factor: Tensor, s: Scalars, o: Options) -> None:
-    """`p <- p - rate (factor 0.2 sign(g) + weight_decay p)`."""
-    dtype = compute_dtype(p)
-    for g_block, p_block in _kernels.blocks(g, p):
-        (theta,) = _storage.read([p_block], [dtype])
-        u = (torch.where(s.ok, g_block, 0).to(dtype) * s.scale).sign() * (tiers.SIGN_STEP * factor)
-        if o.weight_decay:
-            u = u + o.weight_decay * theta
-        _storage.write([p_block], [theta - s.rate * u], s.key, s.ok)
+def has_moments(state: dict[str, Any]) -> bool:
+    """Whether a tensor is at tier 2."""
+    return "beta1_product" in state
+
+
+def _observed(
+    states: Sequence[dict[str, Any]], squares: Tensor, ok: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Advances the averages; the slow ones' old weights, and the gate of each tensor."""
+    columns = [[state[name] for state in states] for name in ("grad_fast", "grad_slow", "step")]
+    fast, slow, step = (torch.stack(column) for column in columns)
+    old = windows(fast, slow, step)
+    new = filters.select(ok, tiers.observe(old, squares.sqrt(), xp=torch), old, xp=torch)
+    values = (new.fast.value, new.slow.value, step + ok)
+    for column, moved in zip(columns, values, strict=True):
+        assign(column, moved.unbind())
+    # A skipped step multiplies by 0 what a gradient that is not finite would have gated.
+    return old.slow.weight, torch.where(ok, tiers.noise_gate(new, xp=torch), 0.0)
 
 
 def _mean_square(grad: Tensor) -> Tensor:
     """Of the raw gradient, over all ranks; float32."""
     part = local(grad)
     norm = torch.linalg.vector_norm(part, dtype=compute_dtype(part))
-    return (over_ranks(norm.square(), grad) / max(1, grad.numel())).float()
+    return (over_ranks(norm.square(), grad) / max(1, grad.numel())).to(torch.float32)
 
 
 def windows(fast: Tensor, slow: Tensor, step: Tensor) -> filters.Windows:
     """The averages of some tensors, filled as far as their steps say: to `1 - decay^step`."""
-    weights = (-torch.expm1(step * math.log(decay)) for decay in (FAST_DECAY, SLOW_DECAY))
+    count = step.to(torch.float32)
+    weights = (-torch.expm1(count * math.log(decay)) for decay in (FAST_DECAY, SLOW_DECAY))
     return filters.Windows(*map(filters.Ema, (fast, slow), weights))

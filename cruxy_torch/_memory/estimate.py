@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-from cruxy_torch._sensors.measure import local
+from cruxy_torch._distributed.shards import local
 
 
 @dataclasses.dataclass(frozen=True)

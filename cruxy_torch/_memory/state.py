@@ -1,16 +1,16 @@
-"""What `CruxyOptimizer` keeps beside each parameter: how it is made, found again and loaded."""
+"""What is kept beside each parameter: how it is made, found again, opened for a step and loaded."""
 
 import math
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cruxy_exact.codes import BlockCode
-from cruxy_torch._actuators.apply import Tensors
+from cruxy_torch._columns import Columns
+from cruxy_torch._distributed.shards import any_sharded, local, placed, shard_elements
 from cruxy_torch._kept import BLOCK_SIZE, Coded, Kept, Rounded, read, write
-from cruxy_torch._sensors import measure as _sensors
 
 SMALLEST = 4096
 """Parameters of fewer elements keep their moments in float32."""
@@ -19,39 +19,6 @@ SHARD = "shard_elements"
 """Beside codes: elements of the largest shard, each of which has blocks of its own; int64, `()`."""
 
 _CODES = {(bits, signed): BlockCode(bits, signed) for bits in (8, 4) for signed in (True, False)}
-
-
-class Columns(NamedTuple):
-    """The parameters of a group that have a gradient with their state, one list per kind.
-
-    Attributes:
-        params: the parameters.
-        grads: their gradients.
-        firsts: first moments, or the codes of them.
-        first_scales: the scales of the codes; `None` where there are none.
-        seconds: second moments, or the codes of them; empty for Lion.
-        second_scales: as `first_scales`.
-        clocks1: see `_kernels.Tensors`.
-        clocks2: see there.
-        numbers: the number of each parameter's first element, see `numbered`.
-        averages: the average of each parameter; empty where none is kept.
-    """
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    firsts: list[Tensor]
-    first_scales: list[Tensor | None]
-    seconds: list[Tensor]
-    second_scales: list[Tensor | None]
-    clocks1: list[Tensor]
-    clocks2: list[Tensor]
-    numbers: list[int]
-    averages: list[Tensor]
-
-
-def empty_columns() -> Columns:
-    """Columns to be filled."""
-    return Columns([], [], [], [], [], [], [], [], [], [])
 
 
 def numbered(params: Iterable[Tensor]) -> dict[Tensor, int]:
@@ -67,6 +34,21 @@ def numbered(params: Iterable[Tensor]) -> dict[Tensor, int]:
     return numbers
 
 
+def bits_of(param: Tensor, bits: int) -> int:
+    """Bits an element of a parameter's moments, where so many are asked for."""
+    return 32 if param.numel() < SMALLEST else bits
+
+
+def is_signed(name: str) -> bool:
+    """Whether a moment of this name may be negative."""
+    return not name.endswith("_sq")
+
+
+def has_moment(state: dict[str, Any], name: str) -> bool:
+    """Whether the state has a moment of that name, in any form."""
+    return name in state or f"{name}_codes" in state
+
+
 def add_moment(
     state: dict[str, Any], name: str, param: Tensor, dtype: torch.dtype, bits: int
 ) -> None:
@@ -74,7 +56,7 @@ def add_moment(
 
     Args:
         state: of the parameter.
-        name: `"exp_avg"` or `"exp_avg_sq"`, of which the second is never negative.
+        name: of the moment, see `is_signed`.
         param: the parameter.
         dtype: of a moment of 32 bits.
         bits: 32, 16, 8 or 4.
@@ -85,13 +67,13 @@ def add_moment(
         return
     each = shard_elements(param)
     count = math.ceil(each / BLOCK_SIZE)
-    kind = torch.int8 if bits == 8 and name == "exp_avg" else torch.uint8
-    device = _sensors.local(param).device
+    kind = torch.int8 if bits == 8 and is_signed(name) else torch.uint8
+    device = local(param).device
     codes = torch.zeros(count, BLOCK_SIZE * bits // 8, dtype=kind, device=device)
-    state[f"{name}_codes"] = _placed(codes, param)
+    state[f"{name}_codes"] = placed(codes, param)
     scales = torch.zeros(count, dtype=torch.bfloat16, device=device)
-    state[f"{name}_scales"] = _placed(scales, param)
-    state[SHARD] = torch.full((), each, device=device)
+    state[f"{name}_scales"] = placed(scales, param)
+    state[SHARD] = torch.full((), each, dtype=torch.int64, device=device)
 
 
 def moment(
@@ -100,96 +82,81 @@ def moment(
     """The state of one moment that has this value, in `bits` to the nearest; see `add_moment`."""
     state: dict[str, Tensor] = {}
     add_moment(state, name, param, dtype, bits)
-    write([_of_state(state, param, name)], [value], None, torch.ones((), dtype=torch.bool))
+    ok = torch.ones((), dtype=torch.bool)
+    write([_kept(state, name, local(param), 0, halved=False)], [value], None, ok)
     return state
 
 
 def value_of(param: Tensor, state: dict[str, Any], name: str) -> Tensor:
     """The value of a moment, as a tensor like the parameter."""
-    kept = _of_state(state, param, name)
+    kept = _kept(state, name, local(param), 0, halved=False)
     return kept if isinstance(kept, Tensor) else read([kept], [torch.float32])[0]
 
 
-def _of_state(state: dict[str, Any], param: Tensor, name: str) -> Kept:
-    moments: list[Tensor] = []
-    scales: list[Tensor | None] = []
-    append(moments, scales, state, name)
-    return _kept(moments[0], scales[0], param, 0, name == "exp_avg", False)
-
-
-def has_moment(state: dict[str, Any], name: str) -> bool:
-    """Whether the state has a moment of that name, in any form."""
-    return name in state or f"{name}_codes" in state
-
-
-def append(
-    moments: list[Tensor], scales: list[Tensor | None], state: dict[str, Any], name: str
-) -> None:
-    """Adds a moment to two of the columns."""
-    whole = state.get(name)
-    moments.append(state[f"{name}_codes"] if whole is None else whole)
-    scales.append(state[f"{name}_scales"] if whole is None else None)
-
-
-def kept(columns: Columns, *, halved: bool, stochastic: bool) -> Tensors:
+def as_stepped(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
+    numbers: list[int],
+    names: Sequence[str],
+    *,
+    halved: bool,
+    stochastic: bool,
+) -> Columns:
     """Parameters, gradients and state as a step takes them, each rank's own shard of a `DTensor`.
 
     Args:
-        columns: see there.
+        params: the parameters.
+        grads: their gradients.
+        states: what is kept of each.
+        numbers: of each parameter's first element, see `numbered`.
+        names: of the moments.
         halved: whether bfloat16 moments are rounded by chance.
         stochastic: whether bfloat16 parameters are.
     """
-    coded = any(scales is not None for scales in columns.first_scales)
-    if not (coded or halved or stochastic or _sensors.any_sharded(columns.grads)):
-        c = columns
-        whole = Tensors(c.params, c.grads, c.firsts, c.seconds, c.clocks1, c.clocks2)  # pyright: ignore[reportArgumentType]
-        return whole._replace(averages=c.averages)
-    params: list[Kept] = []
-    firsts: list[Kept] = []
-    seconds: list[Kept] = []
-    for i, number in enumerate(columns.numbers):
-        param, padded = _sensors.local(columns.params[i]), _padded(columns.params[i])
-        first = _kept(columns.firsts[i], columns.first_scales[i], param, number, True, halved)
-        firsts.append(first)
-        if columns.seconds:
-            moment, scales = columns.seconds[i], columns.second_scales[i]
-            seconds.append(_kept(moment, scales, param, number, False, halved))
-        params.append(_rounded(param, number + padded) if stochastic else param)
-    grads = [_sensors.local(grad) for grad in columns.grads]
-    clocks = columns.clocks1, columns.clocks2
-    averages = [_sensors.local(average) for average in columns.averages]
-    return Tensors(params, grads, firsts, seconds, *clocks, averages=averages)
+    sharded = any_sharded(grads)
+    own = [local(p) for p in params] if sharded else params
+    moments: dict[str, Sequence[Any]] = {}
+    for name in names:
+        column: list[Kept | None] = [state.get(name) for state in states]
+        if halved or sharded or any(kept is None for kept in column):
+            rows = zip(states, own, numbers, strict=True)
+            column = [_kept_or_none(*row, name, halved=halved) for row in rows]
+        moments[name] = column
+    stepped: list[Kept] = list(own)
+    if stochastic:
+        rows = zip(own, params, numbers, strict=True)
+        stepped = [_rounded(p, number + _padded(whole)) for p, whole, number in rows]
+    averages = [local(state["average"]) for state in states if "average" in state]
+    local_grads = [local(grad) for grad in grads] if sharded else grads
+    return Columns(stepped, local_grads, grads, states, moments, averages)
 
 
-def kept_param(param: Tensor, number: int, *, stochastic: bool) -> Kept:
-    """This rank's parameter as a step takes it."""
-    whole = _sensors.local(param)
-    return _rounded(whole, number + _padded(param)) if stochastic else whole
+def _kept_or_none(
+    state: dict[str, Any], param: Tensor, number: int, name: str, *, halved: bool
+) -> Kept | None:
+    return _kept(state, name, param, number, halved=halved) if has_moment(state, name) else None
 
 
-def kept_moment(state: dict[str, Any], name: str, param: Tensor, number: int) -> Kept:
-    """This rank's moment as a step takes it; one in bfloat16 is rounded by chance."""
-    values = state[name] if name in state else state[f"{name}_codes"]
-    scales = state.get(f"{name}_scales")
-    return _kept(values, scales, _sensors.local(param), number, name == "exp_avg", True)
-
-
-def _kept(
-    moment: Tensor, scales: Tensor | None, param: Tensor, number: int, signed: bool, halved: bool
-) -> Kept:
-    moment = _sensors.local(moment)
-    if scales is None:
-        return _rounded(moment, number) if halved else moment
-    bits = 8 * moment.shape[1] // BLOCK_SIZE
+def _kept(state: dict[str, Any], name: str, param: Tensor, number: int, *, halved: bool) -> Kept:
+    """This rank's moment as a step takes it, of this rank's parameter."""
+    if name in state:
+        whole = local(state[name])
+        return _rounded(whole, number) if halved else whole
+    codes, scales = local(state[f"{name}_codes"]), local(state[f"{name}_scales"])
+    bits = 8 * codes.shape[1] // BLOCK_SIZE
     count = math.ceil(param.numel() / BLOCK_SIZE)
-    scales = _sensors.local(scales)
     if len(scales) != count:  # another rank's shard is larger
-        moment, scales = moment[:count], scales[:count]
-    return Coded(moment, scales, _CODES[bits, signed], param.shape, number)
+        codes, scales = codes[:count], scales[:count]
+    return Coded(codes, scales, _CODES[bits, is_signed(name)], param.shape, number)
 
 
 def _rounded(tensor: Tensor, number: int) -> Kept:
     return Rounded(tensor, number) if tensor.dtype == torch.bfloat16 else tensor
+
+
+def _padded(param: Tensor) -> int:
+    return math.ceil(param.numel() / BLOCK_SIZE) * BLOCK_SIZE
 
 
 def restored(
@@ -232,28 +199,3 @@ def _check_shards(param: Tensor, saved: dict[str, Any]) -> None:
             f"for shards of {here}; load them on as many processes as saved them, or save with "
             "state_bits=32."
         )
-
-
-def _padded(param: Tensor) -> int:
-    return math.ceil(param.numel() / BLOCK_SIZE) * BLOCK_SIZE
-
-
-def shard_elements(param: Tensor) -> int:
-    """Elements of the largest shard."""
-    shape = list(param.shape)
-    if _sensors.is_sharded(param):
-        for axis, placement in enumerate(param.placements):
-            if not placement.is_replicate():
-                dim: int = placement.dim  # pyright: ignore[reportAttributeAccessIssue]
-                shape[dim] = math.ceil(shape[dim] / param.device_mesh.size(axis))
-    return math.prod(shape)
-
-
-def _placed(local: Tensor, param: Tensor) -> Tensor:
-    """One tensor over the parameter's mesh of which each rank holds its own blocks."""
-    if not _sensors.is_sharded(param):
-        return local
-    from torch.distributed.tensor import DTensor, Shard
-
-    placements = [p if p.is_replicate() else Shard(0) for p in param.placements]
-    return DTensor.from_local(local, param.device_mesh, placements, run_check=False)

@@ -106,10 +106,10 @@ enum { FLOAT32, BFLOAT16, BYTE, NIBBLE };
 /* One moment of every tensor. `scales`, `shift`, `top` and `least` belong to codes: see BlockCode,
  * whose levels, rounding and scale these are. */
 typedef struct {
-    int32_t format, stochastic, is_signed, shift;
-    float top, least;
     void *const *values;
     uint16_t *const *scales;
+    int32_t format, stochastic, is_signed, shift;
+    float top, least;
 } Moments;
 
 static float as_float(uint32_t bits) {
@@ -310,20 +310,34 @@ static void add_products(int64_t n, const float *g, const float *m, float scale,
     sums[3] += squares;
 }
 
+/* What `cruxy_sums` takes. `first` is NULL without first moments; `signs` belong to them. */
+typedef struct {
+    const float *const *grads;
+    const Moments *first;
+    const float *signs;
+    const int64_t *numel;
+    double *out;
+    int64_t tensors;
+    double gamma;
+    float scale;
+    int32_t threads;
+} Sums;
+
 /* out = {sum (scale g)^2, sum |scale g|^gamma, sum sign scale g m, sum m^2} with the first moments
- * m, the last two 0 where `first` is NULL. Returns 0, or 1 without memory. */
-int cruxy_sums(int64_t tensors, const float *const *grads, const Moments *first,
-               const float *signs, const int64_t *numel, const float *scale, double gamma,
-               int threads, double *out) {
+ * m, the last two 0 without them. Returns 0, or 1 without memory. */
+int cruxy_sums(const Sums *s) {
     int64_t count;
-    Chunk *chunks = cut(tensors, numel, NULL, &count, &threads);
+    int threads = s->threads;
+    Chunk *chunks = cut(s->tensors, s->numel, NULL, &count, &threads);
     double *parts = calloc((size_t)(count ? count : 1), 4 * sizeof(double));
     if (!chunks || !parts) {
         free(chunks);
         free(parts);
         return 1;
     }
-    const float factor = *scale;
+    const Moments *first = s->first;
+    const float factor = s->scale;
+    const double gamma = s->gamma;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t c = 0; c < count; c++) {
         const Chunk k = chunks[c];
@@ -332,25 +346,33 @@ int cruxy_sums(int64_t tensors, const float *const *grads, const Moments *first,
         float wide[BLOCK];
         for (int64_t at = k.offset; at < end; at += BLOCK) {
             const int64_t n = end - at < BLOCK ? end - at : BLOCK;
-            const float *g = grads[k.index] + at;
+            const float *g = s->grads[k.index] + at;
             add_powers(n, g, factor, gamma, sums);
             if (first) add_products(n, g, load(first, k.index, at, n, wide), factor, sums);
         }
-        if (first) sums[2] *= signs[k.index];
+        if (first) sums[2] *= s->signs[k.index];
     }
-    memset(out, 0, 4 * sizeof(double));
-    for (int64_t c = 0; c < 4 * count; c++) out[c % 4] += parts[c];
+    memset(s->out, 0, 4 * sizeof(double));
+    for (int64_t c = 0; c < 4 * count; c++) s->out[c % 4] += parts[c];
     free(chunks);
     free(parts);
     return 0;
 }
 
-/* out[i] = sum p^2 / counts[i] over tensor i: _sensors.mean_squares. Returns 0, or 1 without
- * memory. */
-int cruxy_mean_squares(int64_t tensors, const float *const *params, const int64_t *numel,
-                       const int64_t *counts, int threads, double *out) {
+/* What `cruxy_mean_squares` takes. */
+typedef struct {
+    const float *const *params;
+    const int64_t *numel, *counts;
+    double *out;
+    int64_t tensors;
+    int32_t threads;
+} MeanSquares;
+
+/* out[i] = sum p^2 / counts[i] over tensor i. Returns 0, or 1 without memory. */
+int cruxy_mean_squares(const MeanSquares *s) {
     int64_t count;
-    Chunk *chunks = cut(tensors, numel, NULL, &count, &threads);
+    int threads = s->threads;
+    Chunk *chunks = cut(s->tensors, s->numel, NULL, &count, &threads);
     double *parts = malloc((size_t)(count ? count : 1) * sizeof(double));
     if (!chunks || !parts) {
         free(chunks);
@@ -359,16 +381,16 @@ int cruxy_mean_squares(int64_t tensors, const float *const *params, const int64_
     }
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t c = 0; c < count; c++) {
-        const float *p = params[chunks[c].index] + chunks[c].offset;
+        const float *p = s->params[chunks[c].index] + chunks[c].offset;
         const int64_t n = chunks[c].numel;
         float squares = 0;
 #pragma omp simd reduction(+ : squares)
         for (int64_t j = 0; j < n; j++) squares += p[j] * p[j];
         parts[c] = squares;
     }
-    for (int64_t i = 0; i < tensors; i++) out[i] = 0;
-    for (int64_t c = 0; c < count; c++) out[chunks[c].index] += parts[c];
-    for (int64_t i = 0; i < tensors; i++) out[i] /= (double)counts[i];
+    for (int64_t i = 0; i < s->tensors; i++) s->out[i] = 0;
+    for (int64_t c = 0; c < count; c++) s->out[chunks[c].index] += parts[c];
+    for (int64_t i = 0; i < s->tensors; i++) s->out[i] /= (double)s->counts[i];
     free(chunks);
     free(parts);
     return 0;
@@ -376,31 +398,40 @@ int cruxy_mean_squares(int64_t tensors, const float *const *params, const int64_
 
 static float gain_of(float product) { return product < 1 ? 1 / (1 - product) : 1; }
 
-/* One step of Adam, or of Lion where `second` is NULL.
- *
- * control = {rate, beta1, beta2, scale, ok, average weight}; option = {decay, l2, eps, nesterov};
- * products1 and products2 point at each tensor's products of the decay rates so far, limits at its
- * largest rate (NULL: no limits), averages at its running average (NULL: none); `numbers` are those
- * of each tensor's first element and `key` is this step's, for random bits. Coded tensors are not
- * centralized. Where ok is 0 nothing is touched. Returns 0, or 1 without memory. */
-int cruxy_update(int64_t tensors, float *const *params, const float *const *grads,
-                 const Moments *first, const Moments *second, float *const *products1,
-                 float *const *products2, const float *const *limits, float *const *averages,
-                 const int64_t *numel, const int64_t *row, const int64_t *numbers,
-                 const float *control, const float *option, int32_t key, int threads) {
-    if (control[4] == 0) return 0;
+/* What `cruxy_update` takes. `second`, and with it the products, is NULL for Lion; `limits`,
+ * `averages` and `row` are NULL for none. */
+typedef struct {
+    float *const *params;
+    const float *const *grads;
+    const Moments *first, *second;
+    float *const *products1, *const *products2; /* of each tensor's decay rates so far */
+    const float *const *limits;                 /* each tensor's largest rate */
+    float *const *averages;
+    const int64_t *numel;
+    const int64_t *row;     /* the length of rows that are centralized, 0 for none */
+    const int64_t *numbers; /* of each tensor's first element, for random bits */
+    int64_t tensors;
+    float rate, beta1, beta2, scale, average_weight, decay, l2, eps;
+    int32_t nesterov, key, threads;
+} Update;
+
+/* One step of Adam, or of Lion. Coded tensors are not centralized. Returns 0, or 1 without memory.
+ */
+int cruxy_update(const Update *u) {
     int64_t count;
-    Chunk *chunks = cut(tensors, numel, row, &count, &threads);
+    int threads = u->threads;
+    Chunk *chunks = cut(u->tensors, u->numel, u->row, &count, &threads);
     if (!chunks) return 1;
-    Step all = {control[0], control[1], control[2], control[3], option[0],
-              option[1],  option[2],  1,          0};
-    if (option[3] != 0) {
+    const Moments *first = u->first, *second = u->second;
+    Step all = {.rate = u->rate, .beta1 = u->beta1, .beta2 = u->beta2, .scale = u->scale,
+                .decay = u->decay, .l2 = u->l2, .eps = u->eps, .from_m = 1, .from_g = 0};
+    if (u->nesterov) {
         all.from_m = all.beta1;
         all.from_g = 1 - all.beta1;
     }
-    for (int64_t i = 0; second && i < tensors; i++) {
-        *products1[i] *= all.beta1;
-        *products2[i] *= all.beta2;
+    for (int64_t i = 0; second && i < u->tensors; i++) {
+        *u->products1[i] *= all.beta1;
+        *u->products2[i] *= all.beta2;
     }
     const int chance = first->stochastic || (second && second->stochastic);
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -410,18 +441,19 @@ int cruxy_update(int64_t tensors, float *const *params, const float *const *grad
         float gain = 1, spread = 1, wide1[BLOCK], wide2[BLOCK];
         uint32_t random[BLOCK];
         Step s = all;
-        if (limits && *limits[k.index] < s.rate) s.rate = *limits[k.index];
+        if (u->limits && *u->limits[k.index] < s.rate) s.rate = *u->limits[k.index];
         if (second) {
-            gain = gain_of(option[3] != 0 ? s.beta1 * *products1[k.index] : *products1[k.index]);
-            spread = gain_of(*products2[k.index]);
+            const float product = *u->products1[k.index];
+            gain = gain_of(u->nesterov ? s.beta1 * product : product);
+            spread = gain_of(*u->products2[k.index]);
         }
         for (int64_t row_at = k.offset; row_at < k.offset + k.numel; row_at += width) {
-            float shift = k.row > 0 ? mean(grads[k.index] + row_at, width) : 0;
+            float shift = k.row > 0 ? mean(u->grads[k.index] + row_at, width) : 0;
             for (int64_t at = row_at; at < row_at + width; at += BLOCK) {
                 int64_t n = row_at + width - at < BLOCK ? row_at + width - at : BLOCK;
-                const float *g = grads[k.index] + at;
-                float *p = params[k.index] + at, *m = load(first, k.index, at, n, wide1);
-                if (chance) draw((uint32_t)key, (uint32_t)(numbers[k.index] + at), random);
+                const float *g = u->grads[k.index] + at;
+                float *p = u->params[k.index] + at, *m = load(first, k.index, at, n, wide1);
+                if (chance) draw((uint32_t)u->key, (uint32_t)(u->numbers[k.index] + at), random);
                 if (second) {
                     float *v = load(second, k.index, at, n, wide2);
                     adam(n, p, g, m, v, shift, gain, spread, s);
@@ -430,7 +462,7 @@ int cruxy_update(int64_t tensors, float *const *params, const float *const *grad
                     lion(n, p, g, m, shift, s);
                 }
                 store(first, k.index, at, n, m, random);
-                if (averages) average(n, p, averages[k.index] + at, control[5]);
+                if (u->averages) average(n, p, u->averages[k.index] + at, u->average_weight);
             }
         }
     }

@@ -3,21 +3,22 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from cruxy_control import Law
 from cruxy_control.checks import check_count, check_range
 from cruxy_control.formulas.factored import BOOST_LIMIT
+from cruxy_control.law import needs_alignment
 from cruxy_control.meta3 import Meta3
 from cruxy_torch import _checks
-from cruxy_torch._actuators import factored as _factored
-from cruxy_torch._actuators.axiom import AxiomGroup, Options, Tensors
+from cruxy_torch._actuators.apply import DirectedGroup, group_of
+from cruxy_torch._actuators.axiom import FactoredDirection
+from cruxy_torch._actuators.stepped import Frame
 from cruxy_torch._controlled_optimizer import ControlledOptimizer
 from cruxy_torch._kept import compute_dtype
-from cruxy_torch._memory import state as _state
 from cruxy_torch._memory.estimate import nbytes, state_bytes
+from cruxy_torch._memory.state import add_moment, bits_of
 
 
 class AXIOM(ControlledOptimizer):
@@ -54,7 +55,7 @@ class AXIOM(ControlledOptimizer):
 
     Args:
         params: parameters, or parameter groups, as for every `torch.optim` optimizer. Groups may
-            set every argument up to `maximize` of their own.
+            set every argument up to `averaging` of their own.
         lr: learning rate, at least 0; a number or a tensor of one element.
         momentum: decay rate of the average of the normalised gradient, in `[0, 1)`; 0 keeps none.
             0.9 costs 0.51 bytes a parameter in 4 bits.
@@ -74,15 +75,20 @@ class AXIOM(ControlledOptimizer):
             in `[0, 1)`, are damped in proportion; needs momentum. Noise alone has
             `(1 - momentum) / (1 + momentum)`, 0.053 at 0.9. 0 is none.
         maximize: climbs instead of descending.
+        relative_limit: see `CruxyOptimizer`; `None` for no limit.
+        averaging: see `CruxyOptimizer`; `None` keeps no average. It is as large as the parameters
+            in float32.
         stochastic_rounding: rounds updates of bfloat16 parameters up or down by chance, with the
             right odds; otherwise an update below half a step of bfloat16 is lost.
-        law: the control law with its constants.
+        law: the control law with its constants. One that steers by the first moment, such as
+            `SelfDriving`, needs `momentum` in every group, and a `relative_limit` where the rate
+            may start too high.
         lr_bounds: absolute bounds on the rate times its slow factor; `None` for none.
         process_group: see `CruxyOptimizer`.
 
     Raises:
-        ValueError: where an argument is outside its range, or `streak_boost` or `snr_floor` finds
-            no momentum.
+        ValueError: where an argument is outside its range, or `streak_boost`, `snr_floor` or the
+            law finds no momentum.
 
     Example:
         >>> import torch
@@ -107,7 +113,7 @@ class AXIOM(ControlledOptimizer):
         updates inside the backward pass.
     """
 
-    _kept = (*ControlledOptimizer._kept, "_stochastic")
+    _pickled = (*ControlledOptimizer._pickled, "_stochastic")
 
     def __init__(
         self,
@@ -124,6 +130,8 @@ class AXIOM(ControlledOptimizer):
         streak_boost: float = 1.0,
         snr_floor: float = 0.0,
         maximize: bool = False,
+        relative_limit: float | None = None,
+        averaging: float | None = None,
         stochastic_rounding: bool = True,
         law: Law = Meta3(clip_threshold=None),
         lr_bounds: tuple[float, float] | None = None,
@@ -142,6 +150,8 @@ class AXIOM(ControlledOptimizer):
             "streak_boost": streak_boost,
             "snr_floor": snr_floor,
             "maximize": maximize,
+            "relative_limit": relative_limit,
+            "averaging": averaging,
         }
         super().__init__(
             params, defaults, law=law, lr_bounds=lr_bounds, process_group=process_group
@@ -185,11 +195,10 @@ class AXIOM(ControlledOptimizer):
         return usage | {"total": sum(usage.values())}
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        _checks.check_lr(group["lr"])
+        _checks.check_shared(group)
         remedy = "0.9 is usual, 0 is none"
         check_range("momentum", group["momentum"], 0.0, 1.0, upper_open=True, remedy=remedy)
         _checks.check_bits("momentum_bits", group["momentum_bits"])
-        check_range("weight_decay", group["weight_decay"], 0.0, remedy="0 switches it off")
         remedy = "0.8 is the default"
         check_range("decay_rate", group["decay_rate"], 0.0, 1.0, lower_open=True, remedy=remedy)
         if group["clip_rms"] is not None:
@@ -205,51 +214,42 @@ class AXIOM(ControlledOptimizer):
                 raise ValueError(
                     f"{name} needs momentum, got momentum={group['momentum']!r}; set momentum=0.9."
                 )
+        law = self._settings.law
+        if needs_alignment(law) and not group["momentum"]:
+            raise ValueError(
+                f"law must not steer by the first moment, of which AXIOM keeps none without "
+                f"momentum, got {type(law).__name__}; set momentum=0.9, or use Meta3()."
+            )
 
-    def _group(self, index: int, only: Tensor | None = None) -> AxiomGroup:
+    def _group(self, index: int, only: Tensor | None = None) -> DirectedGroup:
         group = self.param_groups[index]
-        tensors = Tensors([], [], [], [], [], [])
-        for param in group["params"] if only is None else (only,):
-            if param.grad is not None:
-                self._add(param, group, tensors)
-        lr = group["lr"]
-        return AxiomGroup(
-            index=index,
-            grads=tensors.grads,
-            lr=lr.detach().reshape(()) if isinstance(lr, Tensor) else lr,
-            b1=0.0,
-            b2=0.0,
-            maximize=group["maximize"],
-            rounds=self._stochastic or bool(tensors.exp_avgs),
-            tensors=tensors,
-            options=Options(
-                momentum=group["momentum"],
-                decay_rate=group["decay_rate"],
-                clip_rms=group["clip_rms"],
-                relative_step=group["relative_step"],
-                weight_decay=group["weight_decay"],
-                streak_boost=group["streak_boost"],
-                snr_floor=group["snr_floor"],
-            ),
+        return group_of(
+            index,
+            group,
+            self._gather(index, only),
+            _direction_of(group),
+            Frame(group["weight_decay"]),
+            bits=group["momentum_bits"],
+            stochastic=self._stochastic,
         )
 
-    def _add(self, param: Tensor, group: dict[str, Any], tensors: Tensors) -> None:
-        """Adds a parameter that has a gradient, and makes the state that is missing."""
-        tensors.grads.append(_checks.dense_grad(param))
+    def _start(self, param: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.int32, device=param.device)
-            state |= _factored.start(param, group["min_dim_size_to_factor"])
-        number = self._number(param)
-        tensors.params.append(_state.kept_param(param, number, stochastic=self._stochastic))
-        tensors.seconds.append({k: v for k, v in state.items() if k in _factored.NAMES})
-        tensors.steps.append(state["step"])
-        if not group["momentum"]:
-            return
-        if not _state.has_moment(state, "exp_avg"):
-            small = param.numel() < _state.SMALLEST
-            bits = 32 if small else group["momentum_bits"]
-            _state.add_moment(state, "exp_avg", param, compute_dtype(param), bits)
-            state["beta1_product"] = torch.ones((), device=param.device)
-        tensors.exp_avgs.append(_state.kept_moment(state, "exp_avg", param, number))
-        tensors.products.append(state["beta1_product"])
+
+        def add(name: str) -> None:
+            bits = bits_of(param, group["momentum_bits"])
+            add_moment(state, name, param, compute_dtype(param), bits)
+
+        _direction_of(group).start(state, param, add)
+
+
+def _direction_of(group: dict[str, Any]) -> FactoredDirection:
+    return FactoredDirection(
+        momentum=group["momentum"],
+        decay_rate=group["decay_rate"],
+        clip_rms=group["clip_rms"],
+        relative_step=group["relative_step"],
+        streak_boost=group["streak_boost"],
+        snr_floor=group["snr_floor"],
+        min_dim_size_to_factor=group["min_dim_size_to_factor"],
+    )

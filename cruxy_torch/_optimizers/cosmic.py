@@ -11,16 +11,19 @@ from torch import Tensor
 
 from cruxy_control import Law, filters, tiers
 from cruxy_control.checks import check_count, check_range
+from cruxy_control.law import needs_alignment
 from cruxy_control.meta3 import Meta3
 from cruxy_control.tiers import MOMENTS, SCALAR, SIGN, Candidate, parse_bytes
 from cruxy_torch import _checks
-from cruxy_torch._actuators.apply import Options, Tensors
-from cruxy_torch._actuators.tiers import CosmicGroup, windows
+from cruxy_torch._actuators.apply import DirectedGroup, group_of
+from cruxy_torch._actuators.moments import Adam
+from cruxy_torch._actuators.stepped import Frame
+from cruxy_torch._actuators.tiers import Tiered, has_moments, windows
 from cruxy_torch._controlled_optimizer import ControlledOptimizer
+from cruxy_torch._distributed.shards import is_first_rank, shard_elements
 from cruxy_torch._kept import compute_dtype
-from cruxy_torch._memory import state as _state
 from cruxy_torch._memory.estimate import option_bytes, tensor_bytes
-from cruxy_torch._sensors.measure import local
+from cruxy_torch._memory.state import add_moment, bits_of
 
 _AVERAGES = ("step", "grad_fast", "grad_slow")
 """What every tensor has."""
@@ -57,7 +60,8 @@ class Cosmic(ControlledOptimizer):
     Args:
         params: parameters, or parameter groups, as for every `torch.optim` optimizer; names given
             with `model.named_parameters()` (torch 2.6) stand in the log. Groups may set `lr`,
-            `betas`, `eps`, `weight_decay`, `maximize` and `state_bits` of their own.
+            `betas`, `eps`, `weight_decay`, `maximize`, `state_bits`, `relative_limit` and
+            `averaging` of their own.
         lr: learning rate, at least 0; a number or a tensor of one element.
         state_budget: bytes for all of the state on each rank: a number, or a text such as `"64MB"`
             (a million bytes each) or `"0.5 GiB"`.
@@ -67,18 +71,23 @@ class Cosmic(ControlledOptimizer):
         maximize: climbs instead of descending.
         state_bits: 32, 16, 8 or 4 bits an element of the moments; parameters of fewer than 4,096
             elements have 32.
+        relative_limit: see `CruxyOptimizer`; `None` for no limit.
+        averaging: see `CruxyOptimizer`; `None` keeps no average. Averages count in the budget, and
+            every tensor of such a group has one.
         retier_every: steps between two plans, at least 1; `None` leaves it to calls of `retier()`.
         hysteresis: at least 0. What a tensor holds already counts `1 + hysteresis` times, which
             keeps two tensors from taking turns.
         log_path: a file to which each new plan is appended as one line of JSON, see `retier`;
             `None` for none.
         stochastic_rounding: rounds updates of bfloat16 parameters up or down by chance.
-        law: the control law with its constants.
+        law: the control law with its constants; not one that steers by the first moment, such as
+            `SelfDriving`: some tensors keep none, and the next plan may drop another's.
         lr_bounds: absolute bounds on the rate times its slow factor; `None` for none.
         process_group: see `CruxyOptimizer`.
 
     Raises:
-        ValueError: where an argument is outside its range; from `step` where the budget is below
+        ValueError: where an argument is outside its range, or the law steers by the first moment;
+            from `step` where the budget is below
             what the lowest tier of every tensor takes (the message says how much that is).
         TypeError: where `state_budget` is no size.
 
@@ -96,8 +105,8 @@ class Cosmic(ControlledOptimizer):
         True
     """
 
-    _kept = (
-        *ControlledOptimizer._kept,
+    _pickled = (
+        *ControlledOptimizer._pickled,
         *("_budget", "_every", "_hysteresis", "_stochastic", "_log_path"),
     )
 
@@ -112,6 +121,8 @@ class Cosmic(ControlledOptimizer):
         *,
         maximize: bool = False,
         state_bits: int = 32,
+        relative_limit: float | None = None,
+        averaging: float | None = None,
         retier_every: int | None = 100,
         hysteresis: float = 0.2,
         log_path: str | Path | None = None,
@@ -120,6 +131,12 @@ class Cosmic(ControlledOptimizer):
         lr_bounds: tuple[float, float] | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        if needs_alignment(law):
+            raise ValueError(
+                "law must not steer by the first moment, which Cosmic keeps of some tensors only "
+                f"and may drop at the next plan, got {type(law).__name__}; use Meta3(), or "
+                "CruxyOptimizer with state_bits=4."
+            )
         self._budget = parse_bytes("state_budget", state_budget)
         if retier_every is not None:
             check_count("retier_every", retier_every, 1, remedy="None leaves it to retier()")
@@ -134,6 +151,8 @@ class Cosmic(ControlledOptimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "state_bits": state_bits,
+            "relative_limit": relative_limit,
+            "averaging": averaging,
             "steps": 0,
         }
         super().__init__(
@@ -195,7 +214,7 @@ class Cosmic(ControlledOptimizer):
             ValueError: where the groups, the law or the format differ, or what was saved does not
                 fit the budget.
         """
-        saved = tensor_bytes(state_dict["state"]) + self._fixed(0)
+        saved = tensor_bytes(state_dict["state"]) + option_bytes(self)
         if saved > self._budget:
             raise ValueError(
                 f"state_budget must be at least {saved:,} bytes for the state that was saved, got "
@@ -219,9 +238,12 @@ class Cosmic(ControlledOptimizer):
         before = {
             name: _tier(self.state[p]) if p in self.state else SIGN for name, p in named.items()
         }
-        bits = {p: group["state_bits"] for group in self.param_groups for p in group["params"]}
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        bits = {p: group["state_bits"] for p, group in groups.items()}
         candidates = [_candidate(name, p, bits[p], rms[name]) for name, p in named.items()]
-        fixed = self._fixed(len(named))
+        averaged = [p for p in named.values() if groups[p]["averaging"] is not None]
+        fixed = option_bytes(self) + 4 * len(_AVERAGES) * len(named)
+        fixed += sum(shard_elements(p) * compute_dtype(p).itemsize for p in averaged)
         after = tiers.fill(
             candidates, self._budget, fixed=fixed, current=before, hysteresis=self._hysteresis
         )
@@ -237,12 +259,11 @@ class Cosmic(ControlledOptimizer):
         done = tiers.report(
             candidates, before, after, gates, step=step, budget=self._budget, fixed=fixed
         )
-        self._log(done)
+        self._append(done)
         return done
 
-    def _log(self, done: dict[str, Any]) -> None:
-        several = dist.is_available() and dist.is_initialized()
-        if self._log_path is None or (several and dist.get_rank() != 0) or self._unreal():
+    def _append(self, done: dict[str, Any]) -> None:
+        if self._log_path is None or not is_first_rank() or self._unreal():
             return
         with self._log_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(done, allow_nan=False) + "\n")
@@ -254,7 +275,7 @@ class Cosmic(ControlledOptimizer):
     def _averages(self, params: list[Tensor]) -> filters.Windows:
         """The averages of some tensors, on the host."""
         if not params:
-            nothing = torch.zeros(0, device="cpu")
+            nothing = torch.zeros(0, dtype=torch.float32, device="cpu")
             return windows(nothing, nothing, nothing)
         device = params[0].device
         columns = [
@@ -263,78 +284,51 @@ class Cosmic(ControlledOptimizer):
         ]
         return windows(*torch.stack(columns).cpu())
 
-    def _fixed(self, count: int) -> int:
-        """Bytes that no plan changes, of so many tensors."""
-        return option_bytes(self) + 4 * len(_AVERAGES) * count
-
     def _check_group(self, group: dict[str, Any]) -> None:
         _checks.check_group(group)
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
-        """All parameters with their names; group and place where they were given without."""
+        """All parameters with their names; group and place where they have none of their own."""
+        seen: set[str] = set()
         for index, group in enumerate(self.param_groups):
             names = group.get("param_names")
             for place, param in enumerate(group["params"]):
-                yield names[place] if names else f"{index}.{place}", param
+                name = names[place] if names else f"{index}.{place}"
+                name = f"{index}.{name}" if name in seen else name
+                seen.add(name)
+                yield name, param
 
-    def _group(self, index: int, only: Tensor | None = None) -> CosmicGroup:
+    def _group(self, index: int, only: Tensor | None = None) -> DirectedGroup:
         group = self.param_groups[index]
-        params = [p for p in (group["params"] if only is None else [only]) if p.grad is not None]
         if index == 0 or only is not None:
             # Before any group is put together: a plan may take from tensors of every group.
             self._plan_new([only] if only is not None else [p for _, p in self._named()])
-        states = [self.state[p] for p in params]
-        grads = [_checks.dense_grad(p) for p in params]
-        kept = [_state.kept_param(p, self._number(p), stochastic=self._stochastic) for p in params]
-        at_moments = [place for place, state in enumerate(states) if _tier(state) == MOMENTS]
-        moments = Tensors([], [], [], [], [], [])
-        for place in at_moments:
-            state, number = states[place], self._number(params[place])
-            moments.params.append(kept[place])
-            moments.grads.append(local(grads[place]))
-            for name, column in (
-                ("exp_avg", moments.exp_avgs),
-                ("exp_avg_sq", moments.exp_avg_sqs),
-            ):
-                column.append(_state.kept_moment(state, name, params[place], number))
-            moments.clocks1.append(state["beta1_product"])
-            moments.clocks2.append(state["beta2_product"])
-        updated = set(params)
-        others = (self.state[p] for p in group["params"] if p in self.state and p not in updated)
-        lr, (b1, b2) = group["lr"], group["betas"]
+        lists = self._gather(index, only)
+        moving = set(lists[0])
+        still = (self.state[p] for p in group["params"] if p in self.state and p not in moving)
         scale = getattr(self, "grad_scale", None)
-        return CosmicGroup(
-            index=index,
-            grads=grads,
-            lr=lr.detach().reshape(()) if isinstance(lr, Tensor) else lr,
-            b1=b1,
-            b2=b2,
-            maximize=group["maximize"],
-            rounds=self._stochastic or group["state_bits"] < 32,
-            params=kept,
-            fasts=[state["grad_fast"] for state in states],
-            slows=[state["grad_slow"] for state in states],
-            steps=[state["step"] for state in states],
-            scalars=[state.get("mean_square") for state in states],
-            peers=[state["mean_square"] for state in others if "mean_square" in state],
-            moments=moments,
-            at_moments=at_moments,
-            options=Options(
-                lion=False,
-                weight_decay=group["weight_decay"],
-                coupled=False,
-                eps=group["eps"],
-                nesterov=True,
-                centralize=False,
-                power=False,
-            ),
+        direction = Tiered(
+            adam=Adam(group["eps"], nesterov=True),
+            peers=[state["mean_square"] for state in still if "mean_square" in state],
             unscale=None if scale is None else scale.double().reciprocal().float(),
         )
+        return group_of(
+            index,
+            group,
+            lists,
+            direction,
+            Frame(group["weight_decay"]),
+            bits=group["state_bits"],
+            stochastic=self._stochastic,
+        )
+
+    def _start(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Nothing: a plan has given the tensor what its tier takes."""
 
 
 def _tier(state: dict[str, Any]) -> int:
     """What a tensor has says at which tier it is."""
-    if "beta1_product" in state:
+    if has_moments(state):
         return MOMENTS
     return SCALAR if "mean_square" in state else SIGN
 
@@ -343,35 +337,32 @@ def _moved(
     state: dict[str, Any], param: Tensor, tier: int, bits: int, square: float
 ) -> dict[str, Any]:
     """What a tensor has on its first step at a tier, in place of what it had."""
-    state = {name: state[name] for name in _AVERAGES}
+    state = {name: state[name] for name in (*_AVERAGES, "average") if name in state}
     if tier == SCALAR:
-        state["mean_square"] = torch.full((), square, device=param.device)
+        state["mean_square"] = torch.full((), square, dtype=torch.float32, device=param.device)
     elif tier == MOMENTS:
-        _add_moments(state, param, _bits(param, bits))
+        _add_moments(state, param, bits)
     return state
 
 
 def _add_moments(state: dict[str, Any], param: Tensor, bits: int) -> None:
-    for name in ("exp_avg", "exp_avg_sq"):
-        _state.add_moment(state, name, param, compute_dtype(param), bits)
-    for name in ("beta1_product", "beta2_product"):
-        state[name] = torch.ones((), device=param.device)
+    for name in Adam.moments:
+        add_moment(state, name, param, compute_dtype(param), bits_of(param, bits))
+    for name in Adam.clocks:
+        state[name] = torch.ones((), dtype=torch.float32, device=param.device)
 
 
 def _candidate(name: str, param: Tensor, bits: int, rms: float) -> Candidate:
     """A tensor with what each tier of it takes on a rank."""
-    shard = torch.empty(_state.shard_elements(param), dtype=param.dtype, device="meta")
+    shard = torch.empty(shard_elements(param), dtype=param.dtype, device="meta")
     moments: dict[str, Any] = {}
-    _add_moments(moments, shard, _bits(param, bits))
+    _add_moments(moments, shard, bits_of(param, bits))
     return Candidate(name, param.numel(), (0, 4, tensor_bytes(moments)), rms)
-
-
-def _bits(param: Tensor, bits: int) -> int:
-    """Bits an element of a parameter's moments, where its group asks for so many."""
-    return 32 if param.numel() < _state.SMALLEST else bits
 
 
 def _no_averages(param: Tensor) -> dict[str, Tensor]:
     """What every tensor has, before the first step."""
-    zeros = {name: torch.zeros((), device=param.device) for name in ("grad_fast", "grad_slow")}
-    return {"step": torch.zeros((), dtype=torch.int32, device=param.device), **zeros}
+    start = {"step": torch.int32, "grad_fast": torch.float32, "grad_slow": torch.float32}
+    return {
+        name: torch.zeros((), dtype=dtype, device=param.device) for name, dtype in start.items()
+    }

@@ -1,7 +1,7 @@
-"""`CruxyOptimizer`: the control law around Adam and Lion, called like `torch.optim.AdamW`."""
+"""`CruxyOptimizer`: the control law around Adam, Lion and other directions, called like AdamW."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,15 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cruxy_control import Law
+from cruxy_control import Law, Meta3, SelfDriving, StabilityV1, StabilityV2
 from cruxy_control.law import needs_alignment
 from cruxy_torch import _checks, _step
-from cruxy_torch._actuators.apply import Options
-from cruxy_torch._actuators.moments import MomentsGroup
+from cruxy_torch._actuators.apply import DirectedGroup, group_of
+from cruxy_torch._actuators.direction import Direction
+from cruxy_torch._actuators.moments import Adam, Lion
+from cruxy_torch._actuators.stepped import Frame
 from cruxy_torch._controlled_optimizer import ControlledOptimizer
 from cruxy_torch._kept import compute_dtype
-from cruxy_torch._memory import state as _state
-from cruxy_torch._native import library as _native
+from cruxy_torch._memory.state import add_moment, bits_of
+from cruxy_torch._native import library
 
 Mode = Literal["meta3", "self_driving", "stability_v2", "stability_v1"]
 
@@ -53,6 +55,7 @@ class CruxyOptimizer(ControlledOptimizer):
 
     `mode="self_driving"` needs no learning rate: `lr` is only where the search for one starts.
     Evaluate and save under `with optimizer.averaged():`; see `cruxy_optax.self_driving`.
+    `direction` puts a direction of your own in the place of Adam's.
 
     Three options save memory: `state_bits` keeps moments in fewer bits, `register_hooks` releases
     each gradient inside `backward`, `stochastic_rounding` lets bfloat16 parameters learn.
@@ -82,9 +85,9 @@ class CruxyOptimizer(ControlledOptimizer):
         meta_lr_beta2: gain of the slow loop on `beta2` (WP 10).
         meta_interval: steps between two moves of the slow loop.
         gamma_norm: exponent of the norm the sensors take (WP 1), at least 1; not `stability_v1`.
-        log_metrics: appends one JSON line a step to `metrics_path`: the telemetry, with the
-            learning rate as `lr`. Written every 100 steps and at the end; `null` where a number is
-            not finite; under `torch.distributed` by rank 0 alone.
+        log_metrics: appends one JSON line a step to `metrics_path`: `step`, `timestamp` and the
+            telemetry. Written every 100 steps and at the end; `null` where a number is not finite;
+            under `torch.distributed` by rank 0 alone.
         metrics_path: that file.
         compile: compiles the whole step with `torch.compile`; the first step then takes seconds.
         law: a law with constants of one's own, in place of `mode` and its four constants.
@@ -93,8 +96,7 @@ class CruxyOptimizer(ControlledOptimizer):
         momentum_dtype: dtype of the first moment. `None` is the parameter's, but float32 for
             float16; `torch.bfloat16` halves Lion's state. The second moment is float32 always
             (float64 for float64 parameters).
-        bias_correction: `"exact"`, or `"cruxy_2_1_0"` for that package's, which raises today's
-            decay rate to the power of the step.
+        direction: what a gradient becomes, in the place of Adam's or Lion's direction.
         maximize: climbs instead of descending.
         foreach: torch's foreach operations; by default on every device but the CPU.
         fused: the C library on CPU. `None` takes it where it can be built and the tensors fit,
@@ -154,12 +156,11 @@ class CruxyOptimizer(ControlledOptimizer):
         Optimization Algorithms](https://arxiv.org/abs/2302.06675), 2023.
     """
 
-    _kept = (
-        *ControlledOptimizer._kept,
-        *("_momentum_dtype", "_power", "_select", "_stochastic", "_foreach", "_fused", "_compile"),
+    _pickled = (
+        *ControlledOptimizer._pickled,
+        *("_momentum_dtype", "_direction", "_select", "_stochastic"),
+        *("_foreach", "_fused", "_compile"),
     )
-
-    _keeps_first_moments = True
 
     def __init__(
         self,
@@ -184,7 +185,7 @@ class CruxyOptimizer(ControlledOptimizer):
         law: Law | None = None,
         lr_bounds: tuple[float, float] | None = None,
         momentum_dtype: torch.dtype | None = None,
-        bias_correction: Literal["exact", "cruxy_2_1_0"] = "exact",
+        direction: Direction | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -198,17 +199,11 @@ class CruxyOptimizer(ControlledOptimizer):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if law is None:
-            law = _checks.law_of(mode, gamma_norm, meta_lr_eta, meta_lr_beta2, meta_interval)
+            law = _law_of(mode, gamma_norm, meta_lr_eta, meta_lr_beta2, meta_interval)
         _checks.check_choices(
-            momentum_dtype,
-            state_bits,
-            select,
-            bias_correction,
-            foreach,
-            fused,
-            compile,
-            differentiable,
+            momentum_dtype, state_bits, select, foreach, fused, compile, differentiable
         )
+        _check_direction(direction, law, use_lion=use_lion)
         driving = needs_alignment(law)
         if betas is None:
             betas = (0.9, (0.95 if use_lion else 0.99) if driving else 0.999)
@@ -216,7 +211,7 @@ class CruxyOptimizer(ControlledOptimizer):
             relative_limit = (0.01 if use_lion else 0.1) if driving else None
         if averaging == "mode":
             averaging = 16.0 if driving else None
-        self._momentum_dtype, self._power = momentum_dtype, bias_correction == "cruxy_2_1_0"
+        self._momentum_dtype, self._direction = momentum_dtype, direction
         self._select, self._stochastic = select, stochastic_rounding
         self._foreach, self._fused, self._compile = foreach, fused, compile
         defaults = {
@@ -240,108 +235,57 @@ class CruxyOptimizer(ControlledOptimizer):
             law=law,
             lr_bounds=lr_bounds,
             process_group=process_group,
-            metrics=metrics_path if log_metrics else None,
+            log_path=metrics_path if log_metrics else None,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("state_bits", 32)
-            group.setdefault("relative_limit", None)
-            group.setdefault("averaging", None)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         _checks.check_group(group)
-        _checks.check_limit_and_average(group)
 
-    def _group(self, index: int, only: Tensor | None = None) -> MomentsGroup:
-        """A group with what has a gradient, or with one parameter of it."""
-        group = self.param_groups[index]
-        columns = _state.empty_columns()
-        if only is None:
-            self._init_group(group, *columns)
-        else:
-            self._add([only], group, columns)
-        lion, decoupled = group["use_lion"], group["decoupled_weight_decay"]
-        options = Options(
-            lion=lion,
-            weight_decay=group["weight_decay"],
-            coupled=not (lion or decoupled),
-            eps=group["eps"],
-            nesterov=group["use_nesterov"],
-            centralize=group["use_gc"],
-            power=self._power,
-        )
-        lr, (b1, b2) = group["lr"], group["betas"]
-        if isinstance(lr, Tensor):
-            lr = lr.detach().reshape(())
-        elif self._compile and columns.params:
+    def _group(self, index: int, only: Tensor | None = None) -> DirectedGroup:
+        group, lists = self.param_groups[index], self._gather(index, only)
+        if self._compile and lists[0] and not isinstance(group["lr"], Tensor):
             # A number would become part of the compiled code, and a schedule compile anew.
-            lr = torch.full((), lr, device=columns.params[0].device)
-        halved = group["state_bits"] == 16
-        coded = any(scales is not None for scales in columns.first_scales)
-        return MomentsGroup(
-            index=index,
-            grads=columns.grads,
-            columns=columns,
-            halved=halved,
-            options=options,
-            lr=lr,
-            b1=b1,
-            b2=b2,
-            maximize=group["maximize"],
+            device = lists[0][0].device
+            lr = torch.full((), group["lr"], dtype=torch.float32, device=device)
+            group = {**group, "lr": lr}
+        frame = Frame(
+            weight_decay=group["weight_decay"],
+            coupled=not (group["use_lion"] or group["decoupled_weight_decay"]),
+            centralize=group["use_gc"],
+        )
+        return group_of(
+            index,
+            group,
+            lists,
+            self._direction_of(group),
+            frame,
+            bits=group["state_bits"],
             stochastic=self._stochastic,
-            relative_limit=group["relative_limit"],
-            averaging=group["averaging"],
-            rounds=self._stochastic or halved or coded,
         )
 
-    def _init_group(self, group: dict[str, Any], *columns: list[Any]) -> None:
-        """Fills the lists of `_state.Columns` with what has a gradient.
+    def _direction_of(self, group: dict[str, Any]) -> Direction:
+        if self._direction is not None:
+            return self._direction
+        return Lion() if group["use_lion"] else Adam(group["eps"], group["use_nesterov"])
 
-        The name and the form are torch's: `torch.compile` runs a method of this name eagerly.
-        """
-        self._add([p for p in group["params"] if p.grad is not None], group, columns)
+    def _start(self, param: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[param]
 
-    def _add(
-        self, params: list[Tensor], group: dict[str, Any], columns: Sequence[list[Any]]
-    ) -> None:
-        """Fills `columns` with parameters that have a gradient, and makes missing state."""
-        adam, power = not group["use_lion"], self._power
-        out = _state.Columns(*columns)
-        for param in params:
-            grad = _checks.dense_grad(param)
-            state = self.state[param]
-            if not _state.has_moment(state, "exp_avg"):
-                dtype = self._first_dtype(param)
-                _state.add_moment(state, "exp_avg", param, dtype, self._bits(param, group))
-            if adam and not _state.has_moment(state, "exp_avg_sq"):
-                dtype = compute_dtype(param)
-                _state.add_moment(state, "exp_avg_sq", param, dtype, self._bits(param, group))
-                for name in ("step",) if power else ("beta1_product", "beta2_product"):
-                    start = 0.0 if power else 1.0
-                    state[name] = torch.full((), start, device=param.device)
-            out.params.append(param)
-            out.grads.append(grad)
-            out.numbers.append(self._number(param))
-            if group["averaging"] is not None:
-                if "average" not in state:
-                    dtype = compute_dtype(param)
-                    state["average"] = param.detach().to(dtype, copy=True)
-                out.averages.append(state["average"])
-            _state.append(out.firsts, out.first_scales, state, "exp_avg")
-            if not adam:
-                continue
-            _state.append(out.seconds, out.second_scales, state, "exp_avg_sq")
-            out.clocks1.append(state["step" if power else "beta1_product"])
-            if not power:
-                out.clocks2.append(state["beta2_product"])
+        def add(name: str) -> None:
+            dtype = self._first_dtype(param) if name == "exp_avg" else compute_dtype(param)
+            add_moment(state, name, param, dtype, self._bits(param, group))
+
+        self._direction_of(group).start(state, param, add)
 
     def _bits(self, param: Tensor, group: dict[str, Any]) -> int:
         """Bits an element of the moments of a parameter that has none yet."""
-        select = self._select
-        small = param.numel() < _state.SMALLEST
-        return 32 if small or not (select is None or select(param)) else group["state_bits"]
+        chosen = self._select is None or self._select(param)
+        return bits_of(param, group["state_bits"]) if chosen else 32
 
     def _first_dtype(self, param: Tensor) -> torch.dtype:
         if self._momentum_dtype is not None:
@@ -352,11 +296,10 @@ class CruxyOptimizer(ControlledOptimizer):
         return None if group["state_bits"] == 16 else self._first_dtype(param)
 
     def _path(self, device: torch.device) -> tuple[bool, bool]:
-        """Whether to take the C library and whether to take foreach calls."""
         foreach = device.type != "cpu" if self._foreach is None else self._foreach
         tracing = torch.compiler.is_compiling() or self._compile
         native = not tracing and self._fused is not False and not self._foreach
-        return native and device.type == "cpu" and _native.available(), foreach
+        return native and device.type == "cpu" and library.available(), foreach
 
     def _run(self) -> Callable[..., None]:
         return _compiled_run() if self._compile else _step.run
@@ -365,3 +308,43 @@ class CruxyOptimizer(ControlledOptimizer):
 @functools.cache
 def _compiled_run() -> Callable[..., None]:
     return torch.compile(_step.run, dynamic=False)
+
+
+def _law_of(mode: str, gamma: float, rate_gain: float, beta2_gain: float, interval: int) -> Law:
+    """The law that `mode` names, with the four constants that are arguments of their own."""
+    if mode == "meta3":
+        return Meta3(
+            gamma=gamma, rate_gain=rate_gain, beta2_gain=beta2_gain, meta_interval=interval
+        )
+    if mode == "stability_v2":
+        return StabilityV2(gamma=gamma)
+    if mode == "stability_v1":
+        return StabilityV1()
+    if mode == "self_driving":
+        return SelfDriving(gamma=gamma)
+    raise ValueError(
+        f"mode must be 'meta3', 'self_driving', 'stability_v2' or 'stability_v1', got {mode!r}; "
+        "give law= for a law with constants of your own."
+    )
+
+
+def _check_direction(direction: Direction | None, law: Law, *, use_lion: bool) -> None:
+    """Raises unless a direction of the user's own can be taken, under this law."""
+    if direction is None:
+        return
+    if not isinstance(direction, Direction):
+        raise TypeError(
+            f"direction must be an instance of cruxy_torch.Direction, got {direction!r}; derive "
+            "from that class, and give an instance."
+        )
+    if use_lion:
+        raise ValueError(
+            f"use_lion must be False where direction says what a gradient becomes, got "
+            f"{type(direction).__name__} with it; leave one of them out."
+        )
+    if needs_alignment(law) and not direction.moments:
+        raise ValueError(
+            f"law must not steer by the first moment, of which {type(direction).__name__} keeps "
+            f"none to compare with, got {type(law).__name__}; name one in its moments, or use "
+            "Meta3()."
+        )

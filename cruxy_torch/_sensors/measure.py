@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,13 +13,10 @@ from torch import Tensor
 
 from cruxy_control import Signals
 from cruxy_control.signals import alignment
-from cruxy_torch import _kept as _storage
-from cruxy_torch._actuators import apply as _kernels
-from cruxy_torch._kept import Kept
-from cruxy_torch._native import library as _native
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+from cruxy_torch._blocks import blocks, buckets
+from cruxy_torch._distributed.shards import by_mesh, local, over_mesh
+from cruxy_torch._kept import Kept, compute_dtype, read
+from cruxy_torch._native import passes
 
 
 def sums(
@@ -48,9 +45,9 @@ def sums(
     totals = []
     if native:
         moments = [] if momenta is None else [[kept for kept, _ in momenta]]
-        fast, slow = _native.parts([grads], moments)
+        fast, slow = passes.parts([grads], moments)
         for part in fast:
-            totals.append(_native.sums(_at(grads, part), gamma, scale, _at(momenta, part)))
+            totals.append(passes.sums(_at(grads, part), gamma, scale, _at(momenta, part)))
         grads, momenta = _at(grads, slow), _at(momenta, slow)
     if grads or not totals:
         totals.append(_sums(grads, gamma, scale, momenta, foreach=foreach))
@@ -79,15 +76,15 @@ def _sums(
         torch.stack(pair).to(scale.device, torch.float32, non_blocking=True)
         for pair in parts(grads, gamma, scale)
     ]
-    total = _added(norms or [torch.zeros(2, device=scale.device)])
+    total = _added(norms or [torch.zeros(2, dtype=torch.float32, device=scale.device)])
     return total if momenta is None else torch.cat((total, products(grads, momenta, scale)))
 
 
 def _single_parts(grads: list[Tensor], gamma: float, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
     parts = []
     for grad in grads:
-        for (g,) in _kernels.blocks(grad):
-            a = (g.to(_kernels.compute_dtype(g)) * scale.to(g.device)).abs_()
+        for (g,) in blocks(grad):
+            a = (g.to(compute_dtype(g)) * scale.to(g.device)).abs_()
             parts.append((a.square().sum(), _power(a, gamma).sum()))
     return parts
 
@@ -101,8 +98,8 @@ def _power(a: Tensor, gamma: float) -> Tensor:
 
 def _foreach_parts(grads: list[Tensor], gamma: float, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
     parts = []
-    for indices in _kernels.buckets(grads):
-        bucket = _kernels.widened([grads[i] for i in indices])
+    for indices in buckets(grads):
+        bucket = [grads[i].to(compute_dtype(grads[i])) for i in indices]
         sizes = torch._foreach_abs(bucket)
         torch._foreach_mul_(sizes, scale.to(bucket[0].device))
         squares = torch._foreach_norm(torch._foreach_mul(sizes, sizes), 1)
@@ -130,80 +127,16 @@ def products(
     Returns:
         Both as one float32 vector on the device of `scale`.
     """
-    totals = [torch.zeros(2, device=scale.device)]
+    totals = [torch.zeros(2, dtype=torch.float32, device=scale.device)]
     for grad, (kept, sign) in zip(grads, momenta, strict=True):
-        dtype = _kernels.compute_dtype(grad)
-        (moment,) = _storage.read([kept], [dtype])
+        dtype = compute_dtype(grad)
+        (moment,) = read([kept], [dtype])
         moment = moment.reshape(-1)
         along = torch.dot(grad.to(dtype).reshape(-1), moment) * sign
         pair = torch.stack((along, torch.dot(moment, moment)))
         totals.append(pair.to(scale.device, torch.float32, non_blocking=True))
     total = torch.stack(totals).sum(0)
     return torch.stack((total[0] * scale, total[1]))
-
-
-class Sizes(NamedTuple):
-    """How large tensors are.
-
-    Attributes:
-        mean_squares: the mean of the squares of each tensor, a float32 vector.
-        counts: the elements of each, of a `DTensor` in all its shards.
-    """
-
-    mean_squares: Tensor
-    counts: list[int]
-
-
-def sizes(tensors: Sequence[Tensor], *, native: bool) -> Sizes:
-    """Of each tensor, of a `DTensor` over all its shards.
-
-    Args:
-        tensors: of any devices and real dtypes.
-        native: takes the C library for what it can take.
-
-    Returns:
-        With a vector on the device of the first tensor.
-    """
-    device = tensors[0].device
-    shards = list(map(local, tensors))
-    counts = [max(1, tensor.numel()) for tensor in tensors]
-    fast, slow = _native.parts([shards]) if native else ([], list(range(len(shards))))
-    means: dict[int, Tensor] = {}
-    for part in fast:
-        values = _native.mean_squares(_at(shards, part), _at(counts, part))
-        means |= zip(part, values.to(device).unbind(), strict=True)
-    for i in slow:
-        flat = shards[i].detach().reshape(-1).to(_kernels.compute_dtype(shards[i]))
-        means[i] = (torch.dot(flat, flat) / counts[i]).to(device, torch.float32)
-    total = torch.stack([means[i] for i in range(len(tensors))])
-    _add_shards(total, tensors)
-    return Sizes(total, [tensor.numel() for tensor in tensors])
-
-
-def whole_mean_square(sizes: Sequence[Sizes]) -> Tensor | None:
-    """The mean of the squares of all elements together; `None` of no tensors."""
-    if not sizes:
-        return None
-    device, total = sizes[0].mean_squares.device, max(1, sum(sum(s.counts) for s in sizes))
-    parts: list[Tensor] = []
-    for squares, counts in sizes:
-        # Not a vector of counts: that would be a copy to the device in every step.
-        parts += torch._foreach_mul(squares.to(device).unbind(), [n / total for n in counts])
-    return torch.stack(parts).sum()
-
-
-def _add_shards(values: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Adds up each value over the ranks that split its tensor, one all-reduce a mesh axis."""
-    split: dict[tuple[Any, int], list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        if is_sharded(tensor):
-            for axis, placement in enumerate(tensor.placements):
-                if placement.is_shard():
-                    split.setdefault((tensor.device_mesh, axis), []).append(index)
-    for (mesh, axis), indices in split.items():
-        part = values[indices]
-        dist.all_reduce(part, group=mesh.get_group(axis))
-        values[indices] = part
 
 
 def measure(
@@ -243,7 +176,7 @@ def measure(
         chosen = [local(grads[i]) for i in indices]
         return sums(chosen, gamma, scale, _at(momenta, indices), native=native, foreach=foreach)
 
-    plain, sharded = _by_mesh(grads)
+    plain, sharded = by_mesh(grads)
     total = sums_of(plain)
     if found_inf is not None:
         found = found_inf.to(total.device, non_blocking=True).sum() > 0
@@ -264,7 +197,7 @@ def whole_sums(grad: Tensor, gamma: float, scale: Tensor, *, native: bool) -> Te
     def sums_of(indices: list[int]) -> Tensor:
         return sums([local(grad) for _ in indices], gamma, scale, native=native, foreach=False)
 
-    plain, sharded = _by_mesh([grad])
+    plain, sharded = by_mesh([grad])
     total = sums_of(plain)
     return _pooled(total, torch.zeros_like(total), sharded, sums_of)[0]
 
@@ -308,44 +241,6 @@ def _pooled(
         for copies, shards in shares.items():
             total = total + sums_of(shards) / copies
         packed = torch.cat([total, losses])
-        for axis in range(mesh.ndim):
-            dist.all_reduce(packed, group=mesh.get_group(axis))
+        over_mesh(packed, mesh)
         total, losses = packed[:-2], packed[-2:]
     return total, losses
-
-
-def _by_mesh(grads: Sequence[Tensor]) -> tuple[list[int], dict[Any, dict[int, list[int]]]]:
-    """Indices of plain tensors, and of shards by mesh and by how many ranks hold the same shard."""
-    plain: list[int] = []
-    sharded: dict[Any, dict[int, list[int]]] = {}
-    for index, grad in enumerate(grads):
-        if not is_sharded(grad):
-            plain.append(index)
-            continue
-        copies = 1
-        for axis, placement in enumerate(grad.placements):
-            if placement.is_partial():
-                raise ValueError(
-                    f"gradients must be reduced before step(), got a DTensor placed as {placement};"
-                    " call redistribute() on it, or let fully_shard do it."
-                )
-            if placement.is_replicate():
-                copies *= grad.device_mesh.size(axis)
-        mesh = grad.device_mesh
-        sharded.setdefault(mesh, {}).setdefault(copies, []).append(index)
-    return plain, sharded
-
-
-def any_sharded(tensors: list[Tensor]) -> bool:
-    """Whether one of them is a `DTensor`."""
-    return any(is_sharded(t) for t in tensors if type(t) is not Tensor)
-
-
-def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether it is a `DTensor`, without importing that subsystem for those who use none."""
-    return type(tensor) is not Tensor and hasattr(tensor, "device_mesh")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a `DTensor`, sharing its memory; any other tensor as it is."""
-    return tensor.to_local() if is_sharded(tensor) else tensor

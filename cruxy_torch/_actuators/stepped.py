@@ -1,0 +1,179 @@
+"""What a direction sees of a step: one tensor in blocks, or a bucket of like tensors at once."""
+
+# torch's foreach calls are what torch.optim itself is built on, underscore and all.
+# pyright: reportPrivateImportUsage=false
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cruxy_torch._actuators.centralize import centralized
+from cruxy_torch._blocks import blocks
+from cruxy_torch._columns import Columns
+from cruxy_torch._distributed.shards import over_ranks
+from cruxy_torch._kept import Kept, compute_dtype, read, write
+from cruxy_torch._orders import Orders
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Frame(NamedTuple):
+    """What a parameter group fixes for whatever direction.
+
+    Attributes:
+        weight_decay: its coefficient.
+        coupled: adds it to the gradient (L2) instead of to the update.
+        centralize: subtracts from a gradient of two or more axes its mean over all but the first.
+    """
+
+    weight_decay: float
+    coupled: bool = False
+    centralize: bool = False
+
+    @property
+    def l2(self) -> float:
+        """The coefficient of the decay that is added to the gradient."""
+        return self.weight_decay if self.coupled else 0.0
+
+    @property
+    def decay(self) -> float:
+        """The coefficient of the decay that is added to the update."""
+        return 0.0 if self.coupled else self.weight_decay
+
+
+class SteppedTensor:
+    """One tensor in a step, in blocks of rows that keep temporaries small.
+
+    Attributes:
+        blocks: how many there are, at least 1; one for all but large tensors.
+        numel: elements of the tensor, of a `DTensor` in all its shards.
+        shape: of the tensor, likewise.
+        state: what `optimizer.state` has of the parameter.
+    """
+
+    def __init__(self, columns: Columns, index: int, frame: Frame, orders: Orders) -> None:
+        moments = {n: c[index] for n, c in columns.moments.items() if c and c[index] is not None}
+        self._whole, self._frame, self._orders = columns.wholes[index], frame, orders
+        param, grad = columns.params[index], columns.grads[index]
+        self._dtype = compute_dtype(param)
+        parts = list(blocks(grad, param, *moments.values()))
+        self._grads: list[Tensor] = [part[0] for part in parts]
+        self._params: list[Kept] = [part[1] for part in parts]
+        self._moments: dict[str, list[Kept]] = {
+            name: [part[place] for part in parts] for place, name in enumerate(moments, 2)
+        }
+        self._last: tuple[int, Tensor] | None = None
+        self.blocks, self.numel, self.shape = len(parts), self._whole.numel(), self._whole.shape
+        self.state = columns.states[index]
+
+    def place(self, number: int) -> Any:
+        """Where along the first axis of this rank's part a block is: an index."""
+        if self.blocks == 1:
+            return ...
+        begin = sum(map(len, self._grads[:number]))
+        return slice(begin, begin + len(self._grads[number]))
+
+    def gradient(self, number: int) -> Tensor:
+        """A block of the gradient, scaled and clipped; zero on a skipped step (0 * NaN is NaN).
+
+        With coupled weight decay the decay is in it. It is not to be written to.
+        """
+        if self._last is None or self._last[0] != number:
+            orders, frame = self._orders, self._frame
+            x = torch.where(orders.ok, self._grads[number], 0).to(self._dtype) * orders.scale
+            if frame.centralize:
+                x = centralized(x)
+            if frame.coupled:
+                x = x + frame.l2 * self.value(number)
+            self._last = number, x
+        return self._last[1]
+
+    def value(self, number: int) -> Tensor:
+        """A block of the parameter before the step. It is not to be written to."""
+        return read([self._params[number]], [self._dtype])[0]
+
+    def read(self, name: str, number: int) -> Tensor:
+        """A block of a moment, decoded where it is kept in fewer bits; it may be written to."""
+        return read([self._moments[name][number]], [self._dtype])[0]
+
+    def write(self, name: str, number: int, value: Tensor) -> None:
+        """Keeps a block of a moment, in its bits."""
+        write([self._moments[name][number]], [value], self._orders.key, self._orders.ok)
+
+    def total(self, part: Tensor, axis: int | None = None) -> Tensor:
+        """A sum over this rank's part of the tensor, added up over all ranks that split it.
+
+        Args:
+            part: the sum over all blocks.
+            axis: the axis that was summed over, the others kept; `None` for all.
+        """
+        return over_ranks(part, self._whole, axis)
+
+    def move(self, number: int, direction: Tensor, rate: Tensor) -> None:
+        """`p <- p - rate (direction + decay p)` for a block `p` of the parameter (WP 7, 13)."""
+        param, value = self._params[number], self.value(number)
+        if self._frame.decay:
+            direction = direction + self._frame.decay * value
+        # A rate of 0 alone would let through what is not finite.
+        step = torch.where(self._orders.ok, rate * direction, 0)
+        if value is param:
+            value.sub_(step)
+        else:
+            write([param], [value - step], self._orders.key, self._orders.ok)
+
+
+class Bucket:
+    """Like tensors in a step by torch's foreach calls: lists in place of tensors, one block each.
+
+    Attributes:
+        values: the parameters before the step. Not to be written to.
+        gradients: scaled and clipped; zero on a skipped step.
+    """
+
+    def __init__(self, columns: Columns, frame: Frame, orders: Orders) -> None:
+        self._columns, self._frame, self._orders = columns, frame, orders
+        self._dtypes = [compute_dtype(p) for p in columns.params]
+        self.values = read(columns.params, self._dtypes)
+        self.gradients = self._read_gradients()
+
+    def _read_gradients(self) -> list[Tensor]:
+        # NaN times 0 is NaN, but the bits of any number times the integer 0 are those of +0.
+        grads, frame, orders = self._columns.grads, self._frame, self._orders
+        bits = [g.view(_BITS[g.element_size()]) for g in grads]
+        masked = torch._foreach_mul(bits, orders.ok.to(bits[0].dtype))
+        xs = [b.view(g.dtype) for b, g in zip(masked, grads, strict=True)]
+        xs = [x.to(dtype) for x, dtype in zip(xs, self._dtypes, strict=True)]
+        torch._foreach_mul_(xs, orders.scale)
+        if frame.centralize:
+            xs = [centralized(x) for x in xs]
+        if frame.l2:
+            torch._foreach_add_(xs, self.values, alpha=frame.l2)
+        return xs
+
+    def has(self, name: str) -> bool:
+        """Whether they have this moment: all of them do, or none."""
+        return self._columns.moments[name][0] is not None
+
+    def read(self, name: str) -> list[Tensor]:
+        """A moment of each, decoded where it is kept in fewer bits; they may be written to."""
+        return read(self._columns.moments[name], self._dtypes)
+
+    def write(self, name: str, values: Sequence[Tensor]) -> None:
+        """Keeps a moment of each, in its bits."""
+        orders = self._orders
+        write(self._columns.moments[name], values, orders.key, orders.ok)
+
+    def move(self, directions: list[Tensor], rates: Any) -> None:
+        """`p <- p - rate (direction + decay p)` for every parameter `p` (WP 7, 13).
+
+        Args:
+            directions: of all; they are written to.
+            rates: one rate, or a list with one for each.
+        """
+        if self._frame.decay:
+            torch._foreach_add_(directions, self.values, alpha=self._frame.decay)
+        torch._foreach_mul_(directions, rates)
+        new = torch._foreach_sub(self.values, directions)
+        write(self._columns.params, new, self._orders.key, self._orders.ok)

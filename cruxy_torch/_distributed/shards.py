@@ -1,0 +1,141 @@
+"""All that knows a `DTensor`: this rank's shard, sums over shards, and tensors sharded like others.
+
+Nothing here imports that subsystem for those who use none.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether it is a `DTensor`."""
+    return type(tensor) is not Tensor and hasattr(tensor, "device_mesh")
+
+
+def any_sharded(tensors: Sequence[Tensor]) -> bool:
+    """Whether one of them is a `DTensor`."""
+    return any(is_sharded(t) for t in tensors if type(t) is not Tensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a `DTensor`, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def in_processes() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes files."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def rows_are_whole(tensor: Tensor) -> bool:
+    """Whether each rank holds whole rows, all axes but the first."""
+    return not is_sharded(tensor) or all(
+        placement.is_shard(0) or not placement.is_shard() for placement in tensor.placements
+    )
+
+
+def over_ranks(total: Tensor, whole: Tensor, axis: int | None = None) -> Tensor:
+    """A sum over this rank's part of `whole`, added up over the ranks that split it.
+
+    Args:
+        total: the sum.
+        whole: a `DTensor`, or a plain tensor, which nobody splits.
+        axis: the axis that was summed over, the others kept; `None` for all.
+    """
+    if not is_sharded(whole):
+        return total
+    for dimension, placement in enumerate(whole.placements):
+        if placement.is_shard() and (axis is None or placement.is_shard(axis)):
+            total = total.contiguous()
+            dist.all_reduce(total, group=whole.device_mesh.get_group(dimension))
+    return total
+
+
+def add_shards(values: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Adds up each value over the ranks that split its tensor, one all-reduce a mesh axis."""
+    split: dict[tuple[Any, int], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if is_sharded(tensor):
+            for axis, placement in enumerate(tensor.placements):
+                if placement.is_shard():
+                    split.setdefault((tensor.device_mesh, axis), []).append(index)
+    for (mesh, axis), indices in split.items():
+        part = values[indices]
+        dist.all_reduce(part, group=mesh.get_group(axis))
+        values[indices] = part
+
+
+def over_mesh(values: Tensor, mesh: Any) -> None:
+    """Adds up values over all ranks of a mesh, in place."""
+    for axis in range(mesh.ndim):
+        dist.all_reduce(values, group=mesh.get_group(axis))
+
+
+def by_mesh(grads: Sequence[Tensor]) -> tuple[list[int], dict[Any, dict[int, list[int]]]]:
+    """Indices of plain tensors, and of shards by mesh and by how many ranks hold the same shard.
+
+    Raises:
+        ValueError: where a gradient is a partial sum that has not been reduced.
+    """
+    plain: list[int] = []
+    sharded: dict[Any, dict[int, list[int]]] = {}
+    for index, grad in enumerate(grads):
+        if not is_sharded(grad):
+            plain.append(index)
+            continue
+        copies = 1
+        for axis, placement in enumerate(grad.placements):
+            if placement.is_partial():
+                raise ValueError(
+                    f"gradients must be reduced before step(), got a DTensor placed as {placement};"
+                    " call redistribute() on it, or let fully_shard do it."
+                )
+            if placement.is_replicate():
+                copies *= grad.device_mesh.size(axis)
+        sharded.setdefault(grad.device_mesh, {}).setdefault(copies, []).append(index)
+    return plain, sharded
+
+
+def shard_elements(param: Tensor) -> int:
+    """Elements of the largest shard."""
+    shape = list(param.shape)
+    if is_sharded(param):
+        for axis, placement in enumerate(param.placements):
+            if not placement.is_replicate():
+                dim: int = placement.dim  # pyright: ignore[reportAttributeAccessIssue]
+                shape[dim] = math.ceil(shape[dim] / param.device_mesh.size(axis))
+    return math.prod(shape)
+
+
+def placed(own: Tensor, param: Tensor) -> Tensor:
+    """One tensor over the parameter's mesh of which each rank holds its own rows."""
+    if not is_sharded(param):
+        return own
+    from torch.distributed.tensor import DTensor, Shard
+
+    placements = [p if p.is_replicate() else Shard(0) for p in param.placements]
+    return DTensor.from_local(own, param.device_mesh, placements, run_check=False)
+
+
+def zeros_without(param: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
+    """Zeros like a parameter of which one axis has a single element, which nobody splits."""
+    shape = [1 if index == axis else size for index, size in enumerate(param.shape)]
+    if not is_sharded(param):
+        return torch.zeros(shape, dtype=dtype, device=param.device)
+    from torch.distributed.tensor import Replicate, zeros
+
+    placements = [Replicate() if p.is_shard(axis) else p for p in param.placements]
+    return zeros(shape, dtype=dtype, device_mesh=param.device_mesh, placements=placements)

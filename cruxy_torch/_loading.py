@@ -1,0 +1,75 @@
+"""Loading what `state_dict` gave: checked first, then copied into the tensors that are here."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from cruxy_torch import _law_state
+from cruxy_torch._law_state import KEY
+from cruxy_torch._memory.state import restored
+
+if TYPE_CHECKING:
+    from cruxy_torch._controlled_optimizer import ControlledOptimizer
+
+_YOUNGER = {"state_bits", "relative_limit", "averaging", "param_names", KEY}
+"""Options that a state of an earlier version may lack, and what not every group has."""
+
+
+def load(
+    optimizer: "ControlledOptimizer",
+    law_state: dict[str, Tensor],
+    state_dict: dict[str, Any],
+    base: Callable[[dict[str, Any]], None],
+) -> None:
+    """Loads a state, or raises and leaves the optimizer as it was.
+
+    Args:
+        optimizer: into which.
+        law_state: its law's state, whose tensors stay.
+        state_dict: the state.
+        base: `load_state_dict` of torch's base class, whose casts are undone.
+
+    Raises:
+        ValueError: where the state belongs to another optimizer or another law.
+    """
+    old = {param: dict(state) for param, state in optimizer.state.items()}
+    final: dict[str, Any] = {}
+
+    def capture(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        final.update(state_dict)
+        _law_state.check(law_state, state_dict["param_groups"][0].get(KEY))
+        _check_options(optimizer, state_dict["param_groups"][0])
+
+    def restore(_: Optimizer) -> None:
+        _law_state.load(law_state, optimizer.param_groups[0][KEY])
+        optimizer.param_groups[0][KEY] = law_state
+        # Undoes the casts of the base class, and keeps tensors that are there already.
+        saved_ids = (i for group in final["param_groups"] for i in group["params"])
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                saved = final["state"].get(next(saved_ids))
+                if saved is not None:
+                    dtype = optimizer._saved_dtype(param, group)
+                    optimizer.state[param] = restored(param, old.get(param, {}), saved, dtype)
+
+    # Hooks of the user may change the dictionary before us and look at the result after us.
+    before = optimizer.register_load_state_dict_pre_hook(capture)
+    after = optimizer.register_load_state_dict_post_hook(restore, prepend=True)
+    try:
+        base(state_dict)
+    finally:
+        before.remove()
+        after.remove()
+
+
+def _check_options(optimizer: "ControlledOptimizer", saved: dict[str, Any]) -> None:
+    """Raises unless a group has the options of this optimizer's groups."""
+    missing = optimizer.defaults.keys() - saved.keys() - _YOUNGER
+    if missing:
+        raise ValueError(
+            f"the state must be one of {type(optimizer).__name__}, got one whose groups lack "
+            f"{sorted(missing)} and have {sorted(saved.keys() - {'params', KEY})}; load it into an "
+            "optimizer of the class that saved it."
+        )

@@ -1,0 +1,64 @@
+"""How large parameters are: what a relative limit measures."""
+
+# torch's foreach calls are what torch.optim itself is built on, underscore and all.
+# pyright: reportPrivateImportUsage=false
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cruxy_torch._distributed.shards import add_shards, local
+from cruxy_torch._kept import compute_dtype
+from cruxy_torch._native import passes
+
+
+class Sizes(NamedTuple):
+    """How large tensors are.
+
+    Attributes:
+        mean_squares: the mean of the squares of each tensor, a float32 vector.
+        counts: the elements of each, of a `DTensor` in all its shards.
+    """
+
+    mean_squares: Tensor
+    counts: list[int]
+
+
+def sizes(tensors: Sequence[Tensor], *, native: bool) -> Sizes:
+    """Of each tensor, of a `DTensor` over all its shards.
+
+    Args:
+        tensors: of any devices and real dtypes.
+        native: takes the C library for what it can take.
+
+    Returns:
+        With a vector on the device of the first tensor.
+    """
+    device = tensors[0].device
+    shards = list(map(local, tensors))
+    counts = [max(1, tensor.numel()) for tensor in tensors]
+    fast, slow = passes.parts([shards]) if native else ([], list(range(len(shards))))
+    means: dict[int, Tensor] = {}
+    for part in fast:
+        values = passes.mean_squares([shards[i] for i in part], [counts[i] for i in part])
+        means |= zip(part, values.to(device).unbind(), strict=True)
+    for i in slow:
+        flat = shards[i].detach().reshape(-1).to(compute_dtype(shards[i]))
+        means[i] = (torch.dot(flat, flat) / counts[i]).to(device, torch.float32)
+    total = torch.stack([means[i] for i in range(len(tensors))])
+    add_shards(total, tensors)
+    return Sizes(total, [tensor.numel() for tensor in tensors])
+
+
+def whole_mean_square(sizes: Sequence[Sizes]) -> Tensor | None:
+    """The mean of the squares of all elements together; `None` of no tensors."""
+    if not sizes:
+        return None
+    device, total = sizes[0].mean_squares.device, max(1, sum(sum(s.counts) for s in sizes))
+    parts: list[Tensor] = []
+    for squares, counts in sizes:
+        # Not a vector of counts: that would be a copy to the device in every step.
+        parts += torch._foreach_mul(squares.to(device).unbind(), [n / total for n in counts])
+    return torch.stack(parts).sum()

@@ -1,0 +1,54 @@
+"""What the last step measured and decided, as numbers by name; kept in the law's state."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cruxy_control import Controls
+from cruxy_torch import _scalar_numpy
+from cruxy_torch._law_state import COUNTERS, REPORT, namespace
+
+BETAS = ("beta1", "beta2")
+"""What only an optimizer has whose decay rates are the law's to move."""
+
+
+def record(law_state: dict[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Keeps what a step measured and decided, on the device, until somebody asks."""
+    if namespace(law_state) is _scalar_numpy:
+        law_state["report"].numpy()[...] = [values[name] for name in REPORT]
+    else:
+        rows = [values[name].to(torch.float32) for name in REPORT]
+        law_state["report"].copy_(torch.stack(rows))
+
+
+def everything(law_state: dict[str, Tensor]) -> Tensor:
+    """The report and the counters as one float64 vector, for `named`."""
+    counters = torch.stack([law_state[name] for name in COUNTERS])
+    return torch.cat([law_state["report"].to(torch.float64), counters.to(torch.float64)])
+
+
+def shown(law_state_type: Any, *, betas: bool) -> frozenset[str]:
+    """The names that an optimizer has something to say of; the others are left out.
+
+    Args:
+        law_state_type: the law's state, or its class; its `telemetry` names what it decides.
+        betas: whether the decay rates are the law's to move.
+    """
+    decided = getattr(law_state_type, "telemetry", Controls._fields)
+    left_out = set(Controls._fields) - set(decided) - {"ok"}
+    return frozenset((*REPORT, *COUNTERS)) - left_out - (set() if betas else set(BETAS))
+
+
+def named(numbers: list[float], names: frozenset[str]) -> dict[str, float | int | bool]:
+    """Numbers in the order of `everything` by name, counters whole and `ok` a truth value.
+
+    Args:
+        numbers: of all names.
+        names: those to keep, see `shown`.
+    """
+    named: dict[str, float | int | bool] = dict(zip((*REPORT, *COUNTERS), numbers, strict=True))
+    named["ok"] = bool(named["ok"])
+    named |= {name: int(named[name]) for name in COUNTERS}
+    return {name: value for name, value in named.items() if name in names}
