@@ -5,7 +5,6 @@ parameter beside parameters and state. Here the pass itself is written out: it h
 one layer at a time.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -163,8 +162,7 @@ def release_gradients(
     return ReleasedStep(released.init, released.step)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Plain:
+class _Plain(NamedTuple):
     """The step of a transformation that has no controller around it."""
 
     model: "_Model"
@@ -181,8 +179,7 @@ class _Plain:
         return optax.apply_updates(params, updates), state, RawSums(jnp.zeros(()), jnp.zeros(()))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Controlled:
+class _Controlled(NamedTuple):
     """The step of what `stabilize` made: what one step orders holds for the next."""
 
     model: "_Model"

@@ -1,6 +1,5 @@
 """`stabilize`: measures the raw gradient, steps the law, guards, hands out the controls."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -109,8 +108,7 @@ def stabilize(
     return optax.GradientTransformationExtraArgs(loop.init, loop.update)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Loop:
+class Loop(NamedTuple):
     """What `stabilize` is made of, and its two functions.
 
     `release_gradients` takes it apart, since it measures and updates at different times.

@@ -15,6 +15,7 @@ from cruxy_control.controls import clip_scale, neutral
 from cruxy_control.filters import select
 from cruxy_optax import LayerStack, release_gradients
 from cruxy_optax._sensors.measure import raw_sums, signals_of
+from cruxy_optax._stabilize import loop_of
 from low_bit import coded
 from optimizers import assert_same
 
@@ -110,7 +111,7 @@ def test_without_a_controller_it_equals_the_ordinary_step(name):
 
 def reference(tx, params, stacked):
     """The documented step with a whole gradient, a Python loop and the law from outside."""
-    law, inner = tx.law, tx.inner
+    inner, law, _ = loop_of(tx)
     parts = [params.embed, params.head]
     parts += [jax.tree.map(lambda leaf, i=i: leaf[i], params.layers) for i in range(LAYERS)]
     states = [inner.init(part) for part in parts]
