@@ -13,23 +13,18 @@ from torch.optim.optimizer import Optimizer
 from cruxy_control import Law
 from cruxy_control.law import check_law, needs_alignment
 from cruxy_torch import _checks, _law_state, _step, _telemetry
-from cruxy_torch._kept import compute_dtype
 from cruxy_torch._law_state import KEY
 from cruxy_torch._loading import load
-from cruxy_torch._memory.state import numbered
 from cruxy_torch._native import library
 from cruxy_torch._release import Release
 from cruxy_torch._sensors.loss import mean_loss, scalar_loss
 from cruxy_torch._telemetry_log import TelemetryLog
 
-Lists = tuple[list[Tensor], list[Tensor], list[dict[str, Any]], list[int]]
-"""Parameters that have a gradient, these, what is kept of them, and numbers for random bits."""
-
 
 class ControlledOptimizer(Optimizer):
     """An optimizer under a control law. A subclass says what a group updates, and how.
 
-    It writes `_group`, `_start` and `_check_group`. The law's state lies in
+    It writes `_group` and `_check_group`. The law's state lies in
     `param_groups[0]["controller"]`. What is to be pickled beside groups and state stands in
     `_pickled`.
 
@@ -328,38 +323,6 @@ class ControlledOptimizer(Optimizer):
         """Raises where an option of a group, defaults filled in, is outside its range."""
         raise TypeError(f"{type(self).__name__} must say what it takes.")
 
-    def _start(self, param: Tensor, group: dict[str, Any]) -> None:
-        """Makes what is missing from the state of a parameter; a subclass has to say."""
-        raise TypeError(f"{type(self).__name__} must say what it keeps.")
-
-    def _gather(self, index: int, only: Tensor | None = None) -> Lists:
-        """What of a group has a gradient, or one parameter of it, with what is kept of it."""
-        group, lists = self.param_groups[index], ([], [], [], [])
-        if only is None:
-            self._init_group(group, *lists)
-        else:
-            self._add([only], group, *lists)
-        return lists
-
-    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> None:
-        """Fills the lists of `_gather`.
-
-        The name and the form are torch's: `torch.compile` runs a method of this name eagerly.
-        """
-        self._add([p for p in group["params"] if p.grad is not None], group, *lists)
-
-    def _add(self, params: list[Tensor], group: dict[str, Any], *lists: list[Any]) -> None:
-        all_params, grads, states, numbers = lists
-        for param in params:
-            grads.append(_checks.dense_grad(param))
-            self._start(param, group)
-            state = self.state[param]
-            if group["averaging"] is not None and "average" not in state:
-                state["average"] = param.detach().to(compute_dtype(param), copy=True)
-            all_params.append(param)
-            states.append(state)
-            numbers.append(self._number(param))
-
     def _saved_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype | None:
         """The dtype of a loaded first moment that is not coded; `None` for that which was saved."""
         return None
@@ -399,10 +362,3 @@ class ControlledOptimizer(Optimizer):
             for name, value in law_state.items():
                 law_state[name] = value.to(grad.device)
         return law_state
-
-    def _number(self, param: Tensor) -> int:
-        """The number of a parameter's first element, from which its random bits follow."""
-        if param not in self._numbers:  # the first, or one that was put in another's place
-            everything = (p for group in self.param_groups for p in group["params"])
-            self._numbers = numbered(everything)
-        return self._numbers[param]

@@ -81,7 +81,7 @@ def state_from_optax(
                     f"{tuple(value.shape)}; let leaves() transpose what the two frameworks lay "
                     "out differently."
                 )
-            bits = optimizer._bits(param, group)
+            bits = optimizer._bits(group, param)
             state |= _state.moment(param, value, key, value.dtype, bits)
         if adam:
             state["beta1_product"] = _tensor(moments.mu_decay)

@@ -13,8 +13,8 @@ from cruxy_torch._memory.state import restored
 if TYPE_CHECKING:
     from cruxy_torch._controlled_optimizer import ControlledOptimizer
 
-_YOUNGER = {"state_bits", "relative_limit", "averaging", "param_names", KEY}
-"""Options that a state of an earlier version may lack, and what not every group has."""
+_MAY_LACK = {"state_bits", "relative_limit", "averaging", "differentiable"}
+"""Options that a state of an earlier version may lack, and torch's own."""
 
 
 def load(
@@ -66,7 +66,7 @@ def load(
 
 def _check_options(optimizer: "ControlledOptimizer", saved: dict[str, Any]) -> None:
     """Raises unless a group has the options of this optimizer's groups."""
-    missing = optimizer.defaults.keys() - saved.keys() - _YOUNGER
+    missing = optimizer.defaults.keys() - saved.keys() - _MAY_LACK
     if missing:
         raise ValueError(
             f"the state must be one of {type(optimizer).__name__}, got one whose groups lack "

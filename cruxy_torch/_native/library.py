@@ -81,7 +81,8 @@ def _load(path: pathlib.Path) -> ctypes.CDLL:
 
 def _build(compiler: list[str], flags: tuple[str, ...], link: tuple[str, ...]) -> pathlib.Path:
     """The path of the library, compiled unless the same one lies in the cache already."""
-    recipe = repr((compiler, flags, link)).encode() + SOURCE.read_bytes()
+    sources = sorted(SOURCE.parent.glob("*.[ch]"))
+    recipe = repr((compiler, flags, link)).encode() + b"".join(s.read_bytes() for s in sources)
     name = f"native-{hashlib.sha256(recipe).hexdigest()[:16]}"
     folder = _cache_folder()
     path = folder / f"{name}.so"

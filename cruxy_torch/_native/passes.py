@@ -220,52 +220,41 @@ class _Struct(ctypes.Structure):
             setattr(self, name, value)
 
 
-_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-_FLOAT, _DOUBLE = ctypes.c_float, ctypes.c_double
+_KINDS = {
+    "pointer": ctypes.c_void_p, "long": ctypes.c_int64, "double": ctypes.c_double,
+    "float": ctypes.c_float, "int": ctypes.c_int32,
+}  # fmt: skip
+
+
+def _fields(**names: str) -> list[tuple[str, Any]]:
+    """The fields of a C struct in its order: their names, by kind."""
+    return [(name, _KINDS[kind]) for kind, names in names.items() for name in names.split()]
 
 
 class _Sums(_Struct):
     """`Sums` of the C source."""
 
-    _fields_ = [
-        *((name, _POINTER) for name in ("grads", "first", "signs", "numel", "out")),
-        ("tensors", _LONG),
-        ("gamma", _DOUBLE),
-        ("scale", _FLOAT),
-        ("threads", _INT),
-    ]
+    _fields_ = _fields(
+        pointer="grads first signs numel out", long="tensors", double="gamma", float="scale",
+        int="threads",
+    )  # fmt: skip
 
 
 class _MeanSquares(_Struct):
     """`MeanSquares` of the C source."""
 
-    _fields_ = [
-        *((name, _POINTER) for name in ("params", "numel", "counts", "out")),
-        ("tensors", _LONG),
-        ("threads", _INT),
-    ]
+    _fields_ = _fields(pointer="params numel counts out", long="tensors", int="threads")
 
 
 class _Update(_Struct):
     """`Update` of the C source."""
 
-    _fields_ = [
-        *(
-            (name, _POINTER)
-            for name in (
-                *("params", "grads", "first", "second", "products1", "products2", "limits"),
-                *("averages", "numel", "row", "numbers"),
-            )
-        ),
-        ("tensors", _LONG),
-        *(
-            (name, _FLOAT)
-            for name in (
-                *("rate", "beta1", "beta2", "scale", "average_weight", "decay", "l2", "eps"),
-            )
-        ),
-        *((name, _INT) for name in ("nesterov", "key", "threads")),
-    ]
+    _fields_ = _fields(
+        pointer="params grads first second products1 products2 limits averages numel row numbers",
+        long="tensors",
+        float="rate beta1 beta2 scale average_weight decay l2 eps",
+        int="nesterov key threads",
+    )
 
 
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1}
@@ -275,13 +264,9 @@ _FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 class _Moments(_Struct):
     """`Moments` of the C source: one moment of every tensor, all of one form."""
 
-    _fields_ = [
-        ("values", _POINTER),
-        ("scales", _POINTER),
-        *((name, _INT) for name in ("format", "stochastic", "is_signed", "shift")),
-        ("top", _FLOAT),
-        ("least", _FLOAT),
-    ]
+    _fields_ = _fields(
+        pointer="values scales", int="format stochastic is_signed shift", float="top least"
+    )
 
     @classmethod
     def of(cls, column: Sequence[Any]) -> "_Moments":

@@ -1,6 +1,7 @@
 """`AXIOM`: memory first. A factored second moment, momentum in 4 bits or none, relative steps."""
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -12,16 +13,13 @@ from cruxy_control.formulas.factored import BOOST_LIMIT
 from cruxy_control.law import needs_alignment
 from cruxy_control.meta3 import Meta3
 from cruxy_torch import _checks
-from cruxy_torch._actuators.apply import DirectedGroup, group_of
 from cruxy_torch._actuators.axiom import FactoredDirection
-from cruxy_torch._actuators.stepped import Frame
-from cruxy_torch._controlled_optimizer import ControlledOptimizer
-from cruxy_torch._kept import compute_dtype
 from cruxy_torch._memory.estimate import nbytes, state_bytes
-from cruxy_torch._memory.state import add_moment, bits_of
+from cruxy_torch._memory.state import bits_of
+from cruxy_torch._optimizers.directed import DirectedOptimizer
 
 
-class AXIOM(ControlledOptimizer):
+class AXIOM(DirectedOptimizer):
     r"""The least state an optimizer needs: under 0.03 bytes a parameter on matrices.
 
     The second moment of a matrix is kept as one row and one column of means (Adafactor), and
@@ -112,8 +110,6 @@ class AXIOM(ControlledOptimizer):
         Large Language Models with Limited Resources](https://arxiv.org/abs/2306.09782), 2023, for
         updates inside the backward pass.
     """
-
-    _pickled = (*ControlledOptimizer._pickled, "_stochastic")
 
     def __init__(
         self,
@@ -221,35 +217,12 @@ class AXIOM(ControlledOptimizer):
                 f"momentum, got {type(law).__name__}; set momentum=0.9, or use Meta3()."
             )
 
-    def _group(self, index: int, only: Tensor | None = None) -> DirectedGroup:
-        group = self.param_groups[index]
-        return group_of(
-            index,
-            group,
-            self._gather(index, only),
-            _direction_of(group),
-            Frame(group["weight_decay"]),
-            bits=group["momentum_bits"],
-            stochastic=self._stochastic,
-        )
+    def _bits(self, group: dict[str, Any], param: Tensor | None = None) -> int:
+        bits = group["momentum_bits"]
+        return bits if param is None else bits_of(param, bits)
 
-    def _start(self, param: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[param]
-
-        def add(name: str) -> None:
-            bits = bits_of(param, group["momentum_bits"])
-            add_moment(state, name, param, compute_dtype(param), bits)
-
-        _direction_of(group).start(state, param, add)
-
-
-def _direction_of(group: dict[str, Any]) -> FactoredDirection:
-    return FactoredDirection(
-        momentum=group["momentum"],
-        decay_rate=group["decay_rate"],
-        clip_rms=group["clip_rms"],
-        relative_step=group["relative_step"],
-        streak_boost=group["streak_boost"],
-        snr_floor=group["snr_floor"],
-        min_dim_size_to_factor=group["min_dim_size_to_factor"],
-    )
+    def _direction_of(
+        self, group: dict[str, Any], moving: Sequence[Tensor] = ()
+    ) -> FactoredDirection:
+        names = [field.name for field in dataclasses.fields(FactoredDirection)]
+        return FactoredDirection(**{name: group[name] for name in names})

@@ -1,7 +1,7 @@
 """`Cosmic`: as much of Adam's state as a budget of bytes allows, where it serves most."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,20 @@ from cruxy_control.law import needs_alignment
 from cruxy_control.meta3 import Meta3
 from cruxy_control.tiers import MOMENTS, SCALAR, SIGN, Candidate, parse_bytes
 from cruxy_torch import _checks
-from cruxy_torch._actuators.apply import DirectedGroup, group_of
+from cruxy_torch._actuators.apply import DirectedGroup
 from cruxy_torch._actuators.moments import Adam
-from cruxy_torch._actuators.stepped import Frame
 from cruxy_torch._actuators.tiers import Tiered, has_moments, windows
-from cruxy_torch._controlled_optimizer import ControlledOptimizer
 from cruxy_torch._distributed.shards import is_first_rank, shard_elements
 from cruxy_torch._kept import compute_dtype
 from cruxy_torch._memory.estimate import option_bytes, tensor_bytes
 from cruxy_torch._memory.state import add_moment, bits_of
+from cruxy_torch._optimizers.directed import DirectedOptimizer
 
 _AVERAGES = ("step", "grad_fast", "grad_slow")
 """What every tensor has."""
 
 
-class Cosmic(ControlledOptimizer):
+class Cosmic(DirectedOptimizer):
     r"""As much of Adam as fits a budget of bytes, under the Meta3 controller.
 
     Each tensor is at one of three tiers:
@@ -106,8 +105,8 @@ class Cosmic(ControlledOptimizer):
     """
 
     _pickled = (
-        *ControlledOptimizer._pickled,
-        *("_budget", "_every", "_hysteresis", "_stochastic", "_log_path"),
+        *DirectedOptimizer._pickled,
+        *("_budget", "_every", "_hysteresis", "_log_path"),
     )
 
     def __init__(
@@ -299,31 +298,19 @@ class Cosmic(ControlledOptimizer):
                 yield name, param
 
     def _group(self, index: int, only: Tensor | None = None) -> DirectedGroup:
-        group = self.param_groups[index]
         if index == 0 or only is not None:
             # Before any group is put together: a plan may take from tensors of every group.
             self._plan_new([only] if only is not None else [p for _, p in self._named()])
-        lists = self._gather(index, only)
-        moving = set(lists[0])
-        still = (self.state[p] for p in group["params"] if p in self.state and p not in moving)
-        scale = getattr(self, "grad_scale", None)
-        direction = Tiered(
+        return super()._group(index, only)
+
+    def _direction_of(self, group: dict[str, Any], moving: Sequence[Tensor] = ()) -> Tiered:
+        updated, scale = set(moving), getattr(self, "grad_scale", None)
+        still = (self.state[p] for p in group["params"] if p in self.state and p not in updated)
+        return Tiered(
             adam=Adam(group["eps"], nesterov=True),
             peers=[state["mean_square"] for state in still if "mean_square" in state],
             unscale=None if scale is None else scale.double().reciprocal().float(),
         )
-        return group_of(
-            index,
-            group,
-            lists,
-            direction,
-            Frame(group["weight_decay"]),
-            bits=group["state_bits"],
-            stochastic=self._stochastic,
-        )
-
-    def _start(self, param: Tensor, group: dict[str, Any]) -> None:
-        """Nothing: a plan has given the tensor what its tier takes."""
 
 
 def _tier(state: dict[str, Any]) -> int:

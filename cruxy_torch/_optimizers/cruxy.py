@@ -1,7 +1,7 @@
 """`CruxyOptimizer`: the control law around Adam, Lion and other directions, called like AdamW."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,19 +12,16 @@ from torch import Tensor
 from cruxy_control import Law, Meta3, SelfDriving, StabilityV1, StabilityV2
 from cruxy_control.law import needs_alignment
 from cruxy_torch import _checks, _step
-from cruxy_torch._actuators.apply import DirectedGroup, group_of
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.moments import Adam, Lion
 from cruxy_torch._actuators.stepped import Frame
-from cruxy_torch._controlled_optimizer import ControlledOptimizer
-from cruxy_torch._kept import compute_dtype
-from cruxy_torch._memory.state import add_moment, bits_of
 from cruxy_torch._native import library
+from cruxy_torch._optimizers.directed import DirectedOptimizer
 
 Mode = Literal["meta3", "self_driving", "stability_v2", "stability_v1"]
 
 
-class CruxyOptimizer(ControlledOptimizer):
+class CruxyOptimizer(DirectedOptimizer):
     r"""AdamW or Lion under the Cruxy controller, called like `torch.optim.AdamW`.
 
     **What it does differently from AdamW.** On a steady gradient `mode="meta3"` runs at 0.75 of
@@ -157,9 +154,8 @@ class CruxyOptimizer(ControlledOptimizer):
     """
 
     _pickled = (
-        *ControlledOptimizer._pickled,
-        *("_momentum_dtype", "_direction", "_select", "_stochastic"),
-        *("_foreach", "_fused", "_compile"),
+        *DirectedOptimizer._pickled,
+        *("_momentum_dtype", "_direction", "_select", "_foreach", "_fused", "_compile"),
     )
 
     def __init__(
@@ -246,54 +242,38 @@ class CruxyOptimizer(ControlledOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         _checks.check_group(group)
 
-    def _group(self, index: int, only: Tensor | None = None) -> DirectedGroup:
-        group, lists = self.param_groups[index], self._gather(index, only)
-        if self._compile and lists[0] and not isinstance(group["lr"], Tensor):
-            # A number would become part of the compiled code, and a schedule compile anew.
-            device = lists[0][0].device
-            lr = torch.full((), group["lr"], dtype=torch.float32, device=device)
-            group = {**group, "lr": lr}
-        frame = Frame(
-            weight_decay=group["weight_decay"],
-            coupled=not (group["use_lion"] or group["decoupled_weight_decay"]),
-            centralize=group["use_gc"],
-        )
-        return group_of(
-            index,
-            group,
-            lists,
-            self._direction_of(group),
-            frame,
-            bits=group["state_bits"],
-            stochastic=self._stochastic,
-        )
-
-    def _direction_of(self, group: dict[str, Any]) -> Direction:
+    def _direction_of(self, group: dict[str, Any], moving: Sequence[Tensor] = ()) -> Direction:
         if self._direction is not None:
             return self._direction
         return Lion() if group["use_lion"] else Adam(group["eps"], group["use_nesterov"])
 
-    def _start(self, param: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[param]
+    def _frame(self, group: dict[str, Any]) -> Frame:
+        return Frame(
+            weight_decay=group["weight_decay"],
+            coupled=not (group["use_lion"] or group["decoupled_weight_decay"]),
+            centralize=group["use_gc"],
+        )
 
-        def add(name: str) -> None:
-            dtype = self._first_dtype(param) if name == "exp_avg" else compute_dtype(param)
-            add_moment(state, name, param, dtype, self._bits(param, group))
+    def _options(self, group: dict[str, Any], moving: Sequence[Tensor]) -> dict[str, Any]:
+        if not self._compile or not moving or isinstance(group["lr"], Tensor):
+            return group
+        # A number would become part of the compiled code, and a schedule compile anew.
+        lr = torch.full((), group["lr"], dtype=torch.float32, device=moving[0].device)
+        return {**group, "lr": lr}
 
-        self._direction_of(group).start(state, param, add)
+    def _bits(self, group: dict[str, Any], param: Tensor | None = None) -> int:
+        chosen = param is None or self._select is None or self._select(param)
+        return super()._bits(group, param) if chosen else 32
 
-    def _bits(self, param: Tensor, group: dict[str, Any]) -> int:
-        """Bits an element of the moments of a parameter that has none yet."""
-        chosen = self._select is None or self._select(param)
-        return bits_of(param, group["state_bits"]) if chosen else 32
-
-    def _first_dtype(self, param: Tensor) -> torch.dtype:
+    def _moment_dtype(self, param: Tensor, name: str) -> torch.dtype:
+        if name != "exp_avg":
+            return super()._moment_dtype(param, name)
         if self._momentum_dtype is not None:
             return self._momentum_dtype
         return torch.float32 if param.dtype == torch.float16 else param.dtype
 
     def _saved_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype | None:
-        return None if group["state_bits"] == 16 else self._first_dtype(param)
+        return None if group["state_bits"] == 16 else self._moment_dtype(param, "exp_avg")
 
     def _path(self, device: torch.device) -> tuple[bool, bool]:
         foreach = device.type != "cpu" if self._foreach is None else self._foreach
