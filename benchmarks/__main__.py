@@ -1,31 +1,11 @@
 """`python -m benchmarks NAME`: every claim of the README as a command that measures it again."""
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
 
-from benchmarks._protocol import Protocol, run
-
-MODULES = {
-    "paper-table": "paper_table",
-    "rate-sensitivity": "rate_sensitivity",
-    "tuned-baselines": "tuned_baselines",
-    "anytime": "anytime",
-    "stability-stress": "stability_stress",
-    "defaults": "defaults",
-    "finetuning": "finetuning",
-    "alignment": "alignment",
-    "ablation": "ablation",
-    "step-time": "step_time",
-    "memory": "memory",
-    "resume": "resume",
-}
-
-
-def protocol(name: str) -> Protocol:
-    """The benchmark of that name; what it needs is imported only now."""
-    return importlib.import_module(f"benchmarks.{MODULES[name]}").PROTOCOL
+from benchmarks._commands import MODULES, protocol
+from benchmarks._protocol import run
 
 
 def main(argv: Sequence[str] | None = None) -> None:

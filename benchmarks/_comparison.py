@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 
+from benchmarks._environment import device
+from benchmarks._frameworks import FRAMEWORKS, installed, room
 from benchmarks._runs import Record, Task
 from benchmarks._statistics import Sensitivity, capped, sensitivity
 from benchmarks._sweep import entry, sweep
@@ -21,7 +22,7 @@ Runs = Mapping[Task, Record]
 def add_arguments(
     parser: argparse.ArgumentParser,
     *,
-    optimizers: Sequence[str],
+    optimizers: Sequence[str] | None,
     workload: str = "shakespeare-small",
     seeds: int = 3,
 ) -> None:
@@ -29,17 +30,25 @@ def add_arguments(
 
     Args:
         parser: where to.
-        optimizers: compared by default; "torch:NAME" is one of PyTorch's registry.
+        optimizers: compared by default, those of them that the framework has; `None` where that
+            depends on other options.
         workload: the default one.
         seeds: how many by default.
     """
+    shown = "depends on the other options" if optimizers is None else " ".join(optimizers)
     parser.add_argument("--workload", choices=NAMES, default=workload, help="default: %(default)s")
     parser.add_argument(
         "--optimizer",
         nargs="+",
-        default=list(optimizers),
         metavar="NAME",
-        help=f"default: {' '.join(optimizers)}; torch:NAME trains the model's PyTorch twin",
+        help=f"default: {shown}; torch:NAME trains in PyTorch whatever --framework says",
+    )
+    parser.set_defaults(usual=optimizers)
+    parser.add_argument(
+        "--framework",
+        choices=FRAMEWORKS,
+        default=next(iter(installed()), "jax"),
+        help="of every optimizer whose name does not say it (default here: %(default)s)",
     )
     parser.add_argument(
         "--seeds",
@@ -56,9 +65,8 @@ def add_arguments(
     parser.add_argument(
         "--workers",
         type=lambda text: _whole(text, "--workers", least=0),
-        default=os.cpu_count() if jax.default_backend() == "cpu" else 0,
-        help="processes of one thread; 0: all rates and seeds at once, for a GPU "
-        "(default here: %(default)s)",
+        help="processes of one thread; 0: all in this one, in JAX all rates and seeds at once, for "
+        f"a GPU (default: 0 where there is one, and else {os.cpu_count()}, one a core)",
     )
 
 
@@ -79,24 +87,35 @@ class Comparison:
 
     Raises:
         ValueError: if an optimizer is not known, the steps are no multiple of 4, or PyTorch is to
-            train what has no twin.
+            train what only JAX can.
     """
 
     def __init__(self, options: argparse.Namespace, console: Console) -> None:
         self.options, self.console = options, console
         data = options.data
         self.data = None if data is None else str(data)
-        self.workload: Workload = load(options.workload, self.data)
+        self.workload: Workload = load(options.workload, self.data, options.framework)
         self.steps: int = options.steps or self.workload.steps
         if self.steps % 4:
             raise ValueError(f"--steps must be a multiple of 4, got {self.steps}.")
         self.seeds = tuple(range(options.seeds))
-        for name in options.optimizer:
-            label(name)
-            if split(name)[0] == "torch":
-                from benchmarks._torch.workloads.weights import load_twin
+        there = _registry(options.framework)
+        names = options.optimizer or [name for name in options.usual if name in there]
+        self.optimizers = [self.named(name) for name in names]
 
-                load_twin(options.workload, self.data)
+    def named(self, optimizer: str) -> str:
+        """An optimizer's name in full: "torch:NAME" in PyTorch, NAME in JAX.
+
+        Raises:
+            ValueError: if there is no such optimizer, or its framework does not have the workload.
+        """
+        framework, colon, name = optimizer.rpartition(":")
+        framework = framework if colon else self.options.framework
+        full = name if framework == "jax" else f"{framework}:{name}"
+        label(full)
+        if framework != self.options.framework:
+            load(self.options.workload, self.data, framework)
+        return full
 
     def task(self, optimizer: str, rate: float, seed: int, **changes: Any) -> Task:
         """A run of the whole budget, evaluated at a quarter, half and the end of it."""
@@ -116,7 +135,11 @@ class Comparison:
     def run(self, tasks: Iterable[Task]) -> dict[Task, Record]:
         """Runs what is not in the store yet."""
         store = self.options.output / "runs.jsonl"
-        return sweep(tasks, store, workers=self.options.workers, console=self.console)
+        workers = self.options.workers
+        if workers is None:
+            on_cpu = device(self.options.framework).startswith("cpu")
+            workers = os.cpu_count() or 1 if on_cpu else 0
+        return sweep(tasks, store, workers=workers, console=self.console)
 
     def over_grid(
         self, optimizers: Iterable[str], seeds: Sequence[int] | None = None
@@ -153,10 +176,14 @@ class Comparison:
         }
 
     def described(self) -> dict[str, Any]:
-        """What was trained, for the figures; another number of steps is another part."""
-        name, usual = self.workload.name, self.steps == self.workload.steps
+        """What was trained, for the figures; other steps or another framework are another part."""
+        part = self.workload.name
+        if self.steps != self.workload.steps:
+            part += f"-{self.steps}-steps"
+        if self.options.framework != "jax":
+            part += f"-{self.options.framework}"
         return {
-            "part": name if usual else f"{name}-{self.steps}-steps",
+            "part": part,
             "workload": {
                 "name": self.workload.name,
                 "unit": self.workload.unit,
@@ -180,6 +207,8 @@ def label(optimizer: str) -> str:
         ValueError: if there is no such optimizer.
     """
     framework, name = split(optimizer)
+    if framework not in FRAMEWORKS:
+        raise ValueError(f"--optimizer must be NAME, jax:NAME or torch:NAME, got {optimizer!r}.")
     try:
         found = entry(framework, name).label
     except KeyError as error:
@@ -191,13 +220,11 @@ def label(optimizer: str) -> str:
 
 def known(framework: str) -> list[str]:
     """Every name of a framework's registry."""
-    if framework == "jax":
-        from benchmarks._jax.our_optimizers import OPTIMIZERS
+    return [f"torch:{name}" if framework == "torch" else name for name in _registry(framework)]
 
-        return list(OPTIMIZERS)
-    from benchmarks._torch.our_optimizers import OPTIMIZERS as TORCH_OPTIMIZERS
 
-    return [f"torch:{name}" for name in TORCH_OPTIMIZERS]
+def _registry(framework: str) -> Mapping[str, Any]:
+    return room(framework, "our_optimizers", FRAMEWORKS[framework]).OPTIMIZERS
 
 
 def rates(optimizer: str) -> tuple[float, ...]:

@@ -8,15 +8,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
+from benchmarks._frameworks import room
 
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "torch", "numpy", "cruxy-optax")
+"""Whose versions stand beside a figure."""
+
+BASIS = {"jax": ("jax", "jaxlib", "optax", "flax", "numpy"), "torch": ("torch", "numpy")}
+"""Whose versions a run in a framework depends on."""
 
 
-def environment() -> dict[str, Any]:
-    """The facts that belong beside every measured figure."""
+def environment(framework: str) -> dict[str, Any]:
+    """The facts that belong beside every measured figure.
+
+    Args:
+        framework: "jax" or "torch", which names the device.
+    """
     return {
-        "device": device(),
+        "device": device(framework),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
@@ -33,8 +41,7 @@ def basis(framework: str) -> list[Any]:
     Args:
         framework: "jax" or "torch".
     """
-    packages = ("jax", "jaxlib", "optax", "flax", "numpy", *(["torch"] * (framework == "torch")))
-    return [device(), _processor(), versions(packages)]
+    return [device(framework), _processor(), versions(BASIS[framework])]
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
@@ -48,9 +55,9 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
     return found
 
 
-def device() -> str:
-    """The accelerator, or the processor where there is none, as JAX names it."""
-    return f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}"
+def device(framework: str) -> str:
+    """The accelerator, or the processor where there is none, as a framework finds it."""
+    return room(framework, "device", "the name of the device").name()
 
 
 def _processor() -> str:

@@ -1,18 +1,15 @@
-"""What the benchmarks of time, memory and resumption share: frameworks, optimizers, options."""
+"""What the benchmarks of time, memory and resumption share: optimizers to measure, and options."""
 
 import argparse
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from benchmarks._frameworks import FRAMEWORKS, installed, missing, needs, room
 from benchmarks.workloads import ALONE
 from benchmarks.workloads import NAMES as WORKLOADS
-
-FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
 
 REFERENCE = "adamw"
 """What ratios are taken to, in both frameworks."""
@@ -21,8 +18,8 @@ MODELS = tuple(name for name in WORKLOADS if name not in ALONE)
 """The workloads that both frameworks train."""
 
 
-class Costed(NamedTuple):
-    """An optimizer whose costs are measured.
+class MeasuredOptimizer(NamedTuple):
+    """An optimizer whose cost is measured.
 
     Attributes:
         label: for tables and plots.
@@ -38,9 +35,9 @@ class Costed(NamedTuple):
     check: Callable[[], object] = lambda: None
 
 
-def registry(framework: str) -> Mapping[str, Costed]:
+def registry(framework: str) -> Mapping[str, MeasuredOptimizer]:
     """The optimizers of a framework by name; the framework is imported only now."""
-    return importlib.import_module(f"benchmarks._{framework}.measured_optimizers").OPTIMIZERS
+    return room(framework, "measured_optimizers", FRAMEWORKS[framework]).OPTIMIZERS
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, ours_alone: bool = False) -> None:
@@ -50,15 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser, *, ours_alone: bool = False) 
         parser: where to.
         ours_alone: whether by default only ours are compared with the reference, not all.
     """
-    installed = [name for name in FRAMEWORKS if _installed(name)]
-    usual = {framework: _usual(registry(framework), ours_alone) for framework in installed}
+    there = installed() or [*FRAMEWORKS]
+    usual = {framework: _usual(registry(framework), ours_alone) for framework in installed()}
     listed = "; ".join(f"{FRAMEWORKS[f]}: {' '.join(names)}" for f, names in usual.items())
     parser.add_argument(
         "--framework",
         nargs="+",
         choices=FRAMEWORKS,
-        default=installed,
-        help=f"default: {' '.join(installed)}",
+        default=there,
+        help=f"default: {' '.join(there)}",
     )
     parser.add_argument(
         "--optimizer",
@@ -70,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, ours_alone: bool = False) 
     parser.add_argument("--data", type=Path, help="a text file instead of the plays")
 
 
-def _usual(entries: Mapping[str, Costed], ours_alone: bool) -> list[str]:
+def _usual(entries: Mapping[str, MeasuredOptimizer], ours_alone: bool) -> list[str]:
     return [n for n, entry in entries.items() if entry.ours or n == REFERENCE or not ours_alone]
 
 
@@ -101,11 +98,8 @@ def chosen(options: argparse.Namespace, console: Console) -> dict[str, list[str]
             that was asked for cannot be made.
     """
     for framework in options.framework:
-        if not _installed(framework):
-            raise ValueError(
-                f"--framework {framework} needs the package {framework}, which is not installed; "
-                f"run pip install -e '.[{framework}]'."
-            )
+        if (package := missing(framework)) is not None:
+            raise ValueError(needs(f"--framework {framework}", package, framework))
     found = {f: registry(f) for f in dict.fromkeys(options.framework)}
     known = list(dict.fromkeys(name for names in found.values() for name in names))
     for name in options.optimizer or ():
@@ -133,7 +127,3 @@ def part(name: str, options: argparse.Namespace) -> str:
     """Names the file of these figures: those of one framework do not replace those of both."""
     chosen = set(options.framework)
     return name if chosen == set(FRAMEWORKS) else "-".join([name, *sorted(chosen)])
-
-
-def _installed(framework: str) -> bool:
-    return importlib.util.find_spec(framework) is not None

@@ -38,7 +38,8 @@ class Protocol(NamedTuple):
         name: as it is given on the command line.
         title: what it answers, one line.
         reading: how its table is to be read, for the report.
-        arguments: adds its options to a parser.
+        arguments: adds its options to a parser, or sets them; `framework`, a name or several, is
+            one of them, and the first names the device.
         measure: options and a console for progress to its figures, JSON values. They hold `part`,
             which names the file of these figures beside others of the protocol, and may hold
             `grid`, which has to be the same in all of them.
@@ -80,10 +81,11 @@ def run(protocol: Protocol, argv: Sequence[str]) -> None:
         figures = protocol.measure(options, console)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    framework = options.framework if isinstance(options.framework, str) else options.framework[0]
     result = {
         "protocol": protocol.name,
         "command": f"python -m benchmarks {shlex.join([protocol.name, *_shown(argv)])}",
-        "environment": environment(),
+        "environment": environment(framework),
         **figures,
     }
     path = options.output / f"{protocol.name}-{figures['part']}.json"

@@ -19,62 +19,92 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks._environment import basis
+from benchmarks._frameworks import FRAMEWORKS, room
 from benchmarks._runs import Record, Task, record_from_json, task_from_json, to_json
 
 ROOT = Path(__file__).parents[1]
 
-MODEL_FILES = (
-    *(f"examples/_{name}.py" for name in ("data", "demo", "gpt", "gpt_torch", "training")),
-    "examples/shakespeare_torch.py",
+_DEMO = ("examples/_data.py", "examples/_demo.py")
+_DIGITS = ("benchmarks/workloads/digits.py", "benchmarks/_{framework}/workloads/digits.py")
+_GPT = {
+    "jax": (*_DEMO, "examples/_gpt.py", "examples/_training.py"),
+    "torch": (*_DEMO, "examples/_gpt_torch.py", "examples/shakespeare_torch.py"),
+}
+_SHAKESPEARE = (
+    "benchmarks/workloads/shakespeare.py",
+    "benchmarks/_{framework}/workloads/shakespeare.py",
 )
-WORKLOAD_FILES = {
-    "shakespeare": MODEL_FILES,
-    "finetuning": (
-        "benchmarks/_jax/workloads/digits.py",
-        "benchmarks/_jax/workloads/shakespeare.py",
-        *MODEL_FILES,
+
+ENGINES = {
+    "jax": ("benchmarks/_jax/training.py", "benchmarks/_jax/faults.py", "benchmarks/faults.py"),
+    "torch": (
+        "benchmarks/_torch/training.py",
+        "benchmarks/_torch/device.py",
+        "benchmarks/_torch/workloads/weights.py",
     ),
 }
-"""What the module of a workload builds on."""
+"""What every run of a framework goes through."""
+
+WORKLOADS = {
+    "digits": _DIGITS,
+    "shakespeare": _SHAKESPEARE,
+    "finetuning": ("benchmarks/_jax/workloads/finetuning.py", *_DIGITS, *_SHAKESPEARE),
+    "cartpole": ("benchmarks/_jax/workloads/cartpole.py",),
+}
+"""What defines the workloads of a family."""
+
+
+def files(framework: str, optimizer: str, workload: str) -> list[Path]:
+    """The files that a run's figures depend on.
+
+    Protocols, tables and plots are not among them, nor are other optimizers and workloads.
+
+    Args:
+        framework: "jax" or "torch".
+        optimizer: a name of the framework's registry.
+        workload: a name that `workloads.load` knows.
+
+    Raises:
+        FileNotFoundError: if a pattern names no file; what moved would else count as unchanged.
+    """
+    family = workload.partition("-")[0]
+    patterns = [
+        *entry(framework, optimizer).sources,
+        *ENGINES[framework],
+        "benchmarks/workloads/__init__.py",
+        *(pattern.format(framework=framework) for pattern in WORKLOADS.get(family, ())),
+        *(_GPT[framework] if family in ("shakespeare", "finetuning") else ()),
+    ]
+    found: set[Path] = set()
+    for pattern in patterns:
+        matches = [*ROOT.glob(pattern)]
+        if not matches:
+            raise FileNotFoundError(
+                f"the sources of {optimizer} must be files of this repository, got {pattern!r}, "
+                "which names none; say where it has moved."
+            )
+        found.update(matches)
+    return sorted(found)
 
 
 @functools.cache
 def source(framework: str, optimizer: str, workload: str) -> str:
     """A digest of what a run's figures depend on besides its task: code, versions, device.
 
-    Protocols, tables and plots are not in it, nor are the other optimizers and workloads.
-
     Args:
         framework: "jax" or "torch".
         optimizer: a name of the framework's registry.
         workload: a name that `workloads.load` knows.
     """
-    family = workload.partition("-")[0]
-    is_torch = framework == "torch"
-    patterns = [
-        *entry(framework, optimizer).sources,
-        f"benchmarks/_{framework}/training.py",
-        "benchmarks/faults.py",
-        "benchmarks/workloads/__init__.py",
-        f"benchmarks/_jax/workloads/{family}.py",
-        *(["benchmarks/_torch/workloads/*.py"] * is_torch),
-        *WORKLOAD_FILES.get(family, ()),
-    ]
     digest = hashlib.sha256(json.dumps(basis(framework)).encode())
-    for path in sorted({path for pattern in patterns for path in ROOT.glob(pattern)}):
+    for path in files(framework, optimizer, workload):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def entry(framework: str, optimizer: str) -> Any:
     """The registry's entry; a framework is imported only where it is used."""
-    if framework == "jax":
-        from benchmarks._jax.our_optimizers import OPTIMIZERS
-
-        return OPTIMIZERS[optimizer]
-    from benchmarks._torch.our_optimizers import OPTIMIZERS as TORCH_OPTIMIZERS
-
-    return TORCH_OPTIMIZERS[optimizer]
+    return room(framework, "our_optimizers", FRAMEWORKS[framework]).OPTIMIZERS[optimizer]
 
 
 def finished(store: Path) -> dict[Task, Record]:
@@ -161,14 +191,9 @@ def _results(missing: Sequence[Task], workers: int) -> Iterator[tuple[Task, Reco
 
 def _train(tasks: Sequence[Task]) -> list[Record]:
     """Runs in a worker; each framework is imported only where it is used."""
+    framework = tasks[0].framework
     try:
-        if tasks[0].framework == "jax":
-            from benchmarks._jax.training import train
-
-            return train(tasks)
-        from benchmarks._torch.training import train as train_torch
-
-        return [train_torch(task) for task in tasks]
+        return room(framework, "training", FRAMEWORKS[framework]).train(tasks)
     except Exception as error:
         raise RuntimeError(f"the run {tasks[0]} failed: {error}") from error
 

@@ -7,21 +7,20 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks._comparison import Comparison, add_arguments, curve, final, label, rates
-from benchmarks._jax.our_optimizers import ABLATION, VARIED
+from benchmarks._frameworks import room
 from benchmarks._plots import dots, one_panel
 from benchmarks._protocol import Protocol, Rows
 from benchmarks._statistics import mean, paired
 
-VARIANTS = {"meta3": ABLATION, "self_driving": VARIED}
-"""What is taken apart, by name."""
+VARIANTS = {"meta3": "ABLATION", "self_driving": "VARIED"}
+"""What is taken apart, and the name of its variants in JAX's registry."""
 
 START = 1e-3
 """Where an optimizer that finds its rate itself starts to look."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    add_arguments(parser, optimizers=tuple(ABLATION))
-    parser.set_defaults(optimizer=None)
+    add_arguments(parser, optimizers=None)
     parser.add_argument(
         "--whole", choices=VARIANTS, default="meta3", help="taken apart (default: %(default)s)"
     )
@@ -31,13 +30,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    name_of_whole = options.whole
-    options.optimizer = options.optimizer or [*VARIANTS[name_of_whole]]
+    options.optimizer = options.optimizer or _variants(options)
     comparison = Comparison(options, console)
-    near, best = _rates_to_compare_at(comparison, options)
+    whole, variants = comparison.named(options.whole), comparison.optimizers
+    near, best = _rates_to_compare_at(comparison, whole, options)
     tasks = {
         (name, rate, seed): comparison.task(name, rate, seed)
-        for name in (name_of_whole, *options.optimizer)
+        for name in (whole, *variants)
         for rate in near
         for seed in comparison.seeds
     }
@@ -47,25 +46,35 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             rate: final({seed: runs[tasks[name, rate, seed]] for seed in comparison.seeds})
             for rate in near
         }
-        for name in (name_of_whole, *options.optimizer)
+        for name in (whole, *variants)
     }
-    rows = {name: _row(name, at, losses[name_of_whole], best) for name, at in losses.items()}
+    rows = {name: _row(name, at, losses[whole], best) for name, at in losses.items()}
     described = comparison.described()
     return described | {
-        "part": f"{described['part']}-{name_of_whole}",
-        "whole": name_of_whole,
-        "grid": {} if options.rate else {name_of_whole: list(rates(name_of_whole))},
+        "part": f"{described['part']}-{options.whole}",
+        "whole": whole,
+        "grid": {} if options.rate else {whole: list(rates(whole))},
         "rates": list(near),
         "optimizers": rows,
     }
 
 
+def _variants(options: argparse.Namespace) -> list[str]:
+    """Every variant of what is taken apart."""
+    if options.framework != "jax":
+        raise ValueError(
+            f"--optimizer must name the variants to compare with --framework {options.framework}, "
+            "such as meta3-8bit, got none; those of single parts are in JAX alone."
+        )
+    return [*getattr(room("jax", "our_optimizers", "ablation"), VARIANTS[options.whole])]
+
+
 def _rates_to_compare_at(
-    comparison: Comparison, options: argparse.Namespace
+    comparison: Comparison, whole: str, options: argparse.Namespace
 ) -> tuple[tuple[float, ...], float]:
     """The rates near the best one, since a part may only shift it, and the best one."""
-    whole, only = options.whole, options.rate
-    if only is None and whole == "self_driving":
+    only = options.rate
+    if only is None and options.whole == "self_driving":
         only = START
     if only is not None:
         return (only,), only

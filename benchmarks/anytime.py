@@ -21,7 +21,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     comparison = Comparison(options, console)
-    names = list(dict.fromkeys([REFERENCE, *options.optimizer]))
+    reference = comparison.named(REFERENCE)
+    names = list(dict.fromkeys([reference, *comparison.optimizers]))
     quarter = comparison.steps // 4
     ends = tuple(factor * quarter for factor in (1, 2, 4, 8))
     best = {name: curve(runs).best_rate for name, runs in comparison.over_grid(names).items()}
@@ -30,7 +31,7 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         (name, seed): [
             comparison.task(name, best[name], seed, steps=last, evaluate_at=at)
             for last, at in (
-                [(end, (end,)) for end in ends] if name == REFERENCE else [(ends[-1], ends)]
+                [(end, (end,)) for end in ends] if name == reference else [(ends[-1], ends)]
             )
         ]
         for name in names
@@ -45,7 +46,7 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             by_seed.append([capped(x, r.start) for r in records for x in r.held_out])
         means = [mean(at_end) for at_end in zip(*by_seed, strict=True)]
         rows[name] = {
-            "label": label(name) + (", trained anew for each" if name == REFERENCE else ""),
+            "label": label(name) + (", trained anew for each" if name == reference else ""),
             "rate": best[name],
             "losses": [value.mean for value in means],
             "errors": [value.error for value in means],

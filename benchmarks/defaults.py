@@ -39,12 +39,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     comparison = Comparison(options, console)
-    names = list(dict.fromkeys([REFERENCE, *options.optimizer]))
+    reference = comparison.named(REFERENCE)
+    names = list(dict.fromkeys([reference, *comparison.optimizers]))
     rates = {name: entry(*split(name)).default for name in names}
     records = comparison.at_rates(rates, comparison.seeds)
     losses = {name: final(by_seed) for name, by_seed in records.items()}
     rows = {
-        name: standing(name, rates[name], losses[name], losses[REFERENCE])
+        name: standing(name, rates[name], losses[name], losses[reference])
         | {"state_bytes": records[name][0].state_bytes_per_parameter}
         for name in names
     }

@@ -1,7 +1,6 @@
 """How much memory an optimizer takes: its state, and a training step at its peak."""
 
 import argparse
-import importlib
 import math
 from typing import Any
 
@@ -9,14 +8,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks._measured_optimizers import (
-    FRAMEWORKS,
-    MODELS,
-    add_arguments,
-    chosen,
-    part,
-    registry,
-)
+from benchmarks._frameworks import FRAMEWORKS, room
+from benchmarks._measured_optimizers import MODELS, add_arguments, chosen, part, registry
 from benchmarks._plots import COLORS, bars, finish
 from benchmarks._protocol import Protocol, Rows
 from benchmarks._shapes import SIZES, TINYLLAMA
@@ -43,11 +36,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     names = chosen(options, console)
     data = None if options.data is None else str(options.data)
-    settings = {name: load(name, data).settings for name in options.training}
+    first = options.framework[0]  # the settings are the same in all
+    settings = {name: load(name, data, first).settings for name in options.training}
     wanted = [(framework, name) for framework, known in names.items() for name in known]
     rows = []
     for framework, name in track(wanted, "counting", console=console):
-        module = importlib.import_module(f"benchmarks._{framework}.memory")
+        module = room(framework, "memory", "memory")
         rows.append(
             {
                 "framework": framework,

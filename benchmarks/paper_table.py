@@ -41,11 +41,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     comparison = Comparison(options, console)
     tuning = tuple(range(options.tuning_seeds))
-    grids = comparison.over_grid(options.optimizer, tuning)
-    chosen = {f"{name} published": (name, rate) for name, rate in PUBLISHED.items()}
+    chosen = {f"{n} published": (comparison.named(n), rate) for n, rate in PUBLISHED.items()}
+    untuned = {f"{n} untuned": (comparison.named(n), rate) for n, rate in UNTUNED.items()}
+    grids = comparison.over_grid(comparison.optimizers, tuning)
     for name, by_rate in grids.items():
         chosen[f"{name} tuned"] = name, curve(by_rate).best_rate
-    chosen |= {f"{name} untuned": (name, rate) for name, rate in UNTUNED.items()}
+    chosen |= untuned
     tasks = {
         (row, seed): comparison.task(name, rate, seed)
         for row, (name, rate) in chosen.items()
@@ -63,7 +64,7 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             "held_out": _compared(records, references, lambda record: record.held_out[-1]),
         }
     return comparison.described() | {
-        "grid": {name: list(rates(name)) for name in options.optimizer},
+        "grid": {name: list(rates(name)) for name in comparison.optimizers},
         "tuning_seeds": list(tuning),
         "optimizers": figures,
     }

@@ -37,7 +37,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     comparison = Comparison(options, console)
-    grid = comparison.over_grid(options.optimizer)
+    grid = comparison.over_grid(comparison.optimizers)
     found: dict[str, Any] = {}
     for name, by_rate in grid.items():
         losses = {rate: mean(list(final(records).values())) for rate, records in by_rate.items()}
@@ -57,9 +57,10 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             "errors": [value.error for value in losses.values()],
             "diverged": list(diverged.values()),
         }
-    starts = [r.start for records in grid[options.optimizer[0]].values() for r in records.values()]
+    first = grid[comparison.optimizers[0]]
+    starts = [record.start for records in first.values() for record in records.values()]
     return comparison.described() | {
-        "grid": {name: list(rates(name)) for name in options.optimizer},
+        "grid": {name: list(rates(name)) for name in comparison.optimizers},
         "start": float(np.mean(starts)),
         "optimizers": found,
     }

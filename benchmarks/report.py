@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.__main__ import MODULES, protocol
+from benchmarks._commands import MODULES, protocol
 from benchmarks._protocol import OUTPUT, Protocol, Rows
 from benchmarks.workloads import NAMES
 

@@ -1,7 +1,6 @@
 """Whether a run that was stopped, saved and resumed is, to the bit, the run never stopped."""
 
 import argparse
-import importlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks._measured_optimizers import (
-    FRAMEWORKS,
-    MODELS,
-    add_arguments,
-    chosen,
-    part,
-    registry,
-    whole,
-)
+from benchmarks._frameworks import FRAMEWORKS, room
+from benchmarks._measured_optimizers import MODELS, add_arguments, chosen, part, registry, whole
 from benchmarks._plots import COLORS, bars, finish
 from benchmarks._protocol import Protocol, Rows
 from benchmarks.workloads import load
@@ -54,13 +46,13 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         )
     names = chosen(options, console)
     data = None if options.data is None else str(options.data)
-    settings = load(options.workload, data).settings
+    settings = load(options.workload, data, options.framework[0]).settings
     wanted = [(framework, name) for framework, known in names.items() for name in known]
     rows = []
     for framework, name in track(wanted, "training, stopping, resuming", console=console):
         entry = registry(framework)[name]
         with tempfile.TemporaryDirectory() as folder:
-            outcome = _engine(framework).resume(
+            outcome = room(framework, "resume", "resume").resume(
                 entry.make,
                 options.workload,
                 data,
@@ -78,16 +70,6 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "stop": options.stop,
         "optimizers": rows,
     }
-
-
-def _engine(framework: str) -> Any:
-    try:
-        return importlib.import_module(f"benchmarks._{framework}.resume")
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"resume needs the package {error.name}, which is not installed; "
-            "run pip install -e '.[bench]'."
-        ) from error
 
 
 def _rows(result: dict[str, Any]) -> Rows:

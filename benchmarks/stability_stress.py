@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks._comparison import Comparison, add_arguments, curve, final, label, rates
-from benchmarks._jax.optimizers import GUARDED_PEERS
+from benchmarks._comparison import Comparison, add_arguments, curve, final, label, rates, split
+from benchmarks._frameworks import room
 from benchmarks._plots import finish, styles
 from benchmarks._protocol import Protocol, Rows
 from benchmarks._runs import Record
@@ -36,19 +36,24 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     comparison = Comparison(options, console)
+    names = comparison.optimizers
+    for name in names:
+        if split(name)[0] != "jax":
+            raise ValueError(f"bad batches strike in JAX alone, got {name}; leave it out.")
     # What only guards AdamW runs at AdamW's best rate.
-    tuned = {name: "adamw" if name in GUARDED_PEERS else name for name in options.optimizer}
+    guards = room("jax", "optimizers", "stability-stress").GUARDED_PEERS
+    tuned = {name: "adamw" if name in guards else name for name in names}
     grids = comparison.over_grid(dict.fromkeys(tuned.values()))
     best = {name: curve(grids[base]).best_rate for name, base in tuned.items()}
     tasks = {
         (name, fault, seed): comparison.task(name, best[name], seed, fault=fault)
-        for name in options.optimizer
+        for name in names
         for fault in ("none", *options.fault)
         for seed in comparison.seeds
     }
     runs = comparison.run(tasks.values())
     rows: dict[str, Any] = {}
-    for name in options.optimizer:
+    for name in names:
         clean = {seed: runs[tasks[name, "none", seed]] for seed in comparison.seeds}
         at_end = mean([*final(clean).values()])
         all_clean = [*clean.values()]

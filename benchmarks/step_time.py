@@ -1,7 +1,6 @@
 """How long a step takes: the optimizer's update alone, and all of training, in both frameworks."""
 
 import argparse
-import importlib
 import math
 import os
 from typing import Any
@@ -10,7 +9,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks._environment import device
-from benchmarks._measured_optimizers import FRAMEWORKS, MODELS, add_arguments, chosen, part, whole
+from benchmarks._frameworks import FRAMEWORKS, room
+from benchmarks._measured_optimizers import MODELS, add_arguments, chosen, part, whole
 from benchmarks._plots import COLORS, finish
 from benchmarks._protocol import Protocol, Rows
 from benchmarks._shapes import SIZES
@@ -47,11 +47,12 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     names = chosen(options, console)
     data = None if options.data is None else str(options.data)
-    settings = {name: load(name, data).settings for name in options.training}
+    first = options.framework[0]  # the settings are the same in all
+    settings = {name: load(name, data, first).settings for name in options.training}
     timings = []
     for framework, wanted in names.items():
-        module = importlib.import_module(f"benchmarks._{framework}.step_time")
-        common = {"framework": framework, "device": _device(framework)}
+        module = room(framework, "step_time", "step-time")
+        common = {"framework": framework, "device": device(framework)}
         rows = module.optimizer_steps(SIZES[options.size], options.repeats, wanted, console)
         timings.append({**common, "step": "update", "optimizers": rows})
         trained = [name for name in TRAINED if name in wanted]
@@ -65,14 +66,6 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "workloads": settings,
         "timings": timings,
     }
-
-
-def _device(framework: str) -> str:
-    if framework == "jax":
-        return device()
-    import torch
-
-    return f"gpu: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu: cpu"
 
 
 def _rows(result: dict[str, Any]) -> Rows:

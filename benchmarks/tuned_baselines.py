@@ -32,13 +32,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     comparison = Comparison(options, console)
-    names = list(dict.fromkeys([REFERENCE, *options.optimizer]))
+    reference = comparison.named(REFERENCE)
+    names = list(dict.fromkeys([reference, *comparison.optimizers]))
     best = {name: curve(runs) for name, runs in comparison.over_grid(names).items()}
     fresh = tuple(seed + options.seeds for seed in comparison.seeds)
     records = comparison.at_rates({name: best[name].best_rate for name in names}, fresh)
     losses = {name: final(by_seed) for name, by_seed in records.items()}
     rows = {
-        name: standing(name, best[name].best_rate, losses[name], losses[REFERENCE])
+        name: standing(name, best[name].best_rate, losses[name], losses[reference])
         | {"at_edge": best[name].at_edge}
         for name in names
     }

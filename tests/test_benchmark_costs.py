@@ -22,13 +22,13 @@ from benchmarks._jax import measured_optimizers as measured_jax
 from benchmarks._jax import memory as memory_jax
 from benchmarks._jax import resume as resume_jax
 from benchmarks._jax import step_time as step_time_jax
-from benchmarks._measured_optimizers import chosen
+from benchmarks._measured_optimizers import MeasuredOptimizer, chosen
 from benchmarks._resumed import first_difference
 from benchmarks._shapes import TINYLLAMA
 from benchmarks._torch import memory as memory_torch
 from benchmarks._torch import resume as resume_torch
 from benchmarks._torch import step_time as step_time_torch
-from benchmarks._torch.workloads.weights import DEVICE, Twin
+from benchmarks._torch.device import DEVICE
 from benchmarks.workloads import Workload
 
 QUIET = Console(quiet=True)
@@ -37,7 +37,7 @@ COUNT = 20_050
 SIZE = 1000
 
 
-def quadratic(name, data=None):
+def quadratic(name, data=None, framework="jax"):
     """Half the squared distance to a target of which every batch is a noisy reading."""
 
     def batches(seed):
@@ -49,12 +49,20 @@ def quadratic(name, data=None):
         name=name,
         steps=8,
         unit="loss",
-        init=lambda seed: {"x": jnp.zeros(SIZE)},
-        loss=lambda params, target: 0.5 * jnp.sum((params["x"] - target) ** 2),
+        init=lambda seed: {"x": jnp.zeros(SIZE)} if framework == "jax" else Point(),
+        loss=distance if framework == "jax" else distance_in_torch,
         batches=batches,
-        held_out=lambda params: jnp.sum(params["x"] ** 2),
+        held_out=lambda params: 0.0,
         settings={},
     )
+
+
+def distance(params, target):
+    return 0.5 * jnp.sum((params["x"] - target) ** 2)
+
+
+def distance_in_torch(model, target):
+    return 0.5 * ((model.x - torch.from_numpy(target).to(DEVICE)) ** 2).sum()
 
 
 class Point(nn.Module):
@@ -65,22 +73,11 @@ class Point(nn.Module):
         self.x = nn.Parameter(torch.zeros(SIZE, device=DEVICE))
 
 
-def twin(name, data=None):
-    return Twin(
-        make=Point,
-        loss=lambda model, target: 0.5 * ((model.x - torch.from_numpy(target)) ** 2).sum(),
-        held_out=lambda model: 0.0,
-    )
-
-
 @pytest.fixture
 def known_workload(monkeypatch):
     """Every workload is the quadratic, in both frameworks."""
     for module in (memory_jax, resume_jax, step_time_jax, resume_torch, step_time_torch):
         monkeypatch.setattr(module, "load", quadratic)
-    for module in (resume_torch, step_time_torch):
-        monkeypatch.setattr(module, "load_twin", twin)
-        monkeypatch.setattr(module, "copy_weights", lambda weights, model: None)
 
 
 def test_the_llama_has_the_parameters_of_tinyllama():
@@ -229,7 +226,7 @@ def test_memory_writes_what_it_prints(tmp_path, capsys):
 def test_resume_writes_what_it_prints(known_workload, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("benchmarks.resume.load", quadratic)
     built = itertools.count(1)
-    broken = measured_jax.Costed("Broken", lambda: optax.sgd(0.1 * next(built)))
+    broken = MeasuredOptimizer("Broken", lambda: optax.sgd(0.1 * next(built)))
     monkeypatch.setitem(measured_jax.OPTIMIZERS, "broken", broken)
     found = figures(
         tmp_path, "resume", "--framework", "jax", "--optimizer", "broken",

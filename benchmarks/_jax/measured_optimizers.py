@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import optax
 
-from benchmarks._jax.optimizers import RATES
 from benchmarks._jax.our_optimizers import COMPACT, CONTROLLED, SELF_DRIVING
 from benchmarks._jax.our_optimizers import OPTIMIZERS as TRAINED
-from benchmarks._measured_optimizers import Costed
+from benchmarks._measured_optimizers import MeasuredOptimizer
+from benchmarks._rates import RATES
 from benchmarks.workloads import Workload
 
 OURS = (*CONTROLLED, *SELF_DRIVING, *COMPACT)
@@ -20,14 +20,16 @@ PEERS = ("lion", "adamw-clipped", "schedule-free", "prodigy", "muon", "dog")
 _RATE, _STEPS = RATES[1], 1000
 
 
-def _trained(name: str) -> Costed:
+def _trained(name: str) -> MeasuredOptimizer:
     entry = TRAINED[name]
     label = entry.label.removesuffix(", constant").replace("clip_by_global_norm(1)", "clipped")
     make = functools.partial(entry.make, entry.scale * _RATE, _STEPS)
-    return Costed(label, make, ours=name in OURS)
+    return MeasuredOptimizer(label, make, ours=name in OURS)
 
 
-OPTIMIZERS: dict[str, Costed] = {name: _trained(name) for name in ("adamw", *OURS, *PEERS)}
+OPTIMIZERS: dict[str, MeasuredOptimizer] = {
+    name: _trained(name) for name in ("adamw", *OURS, *PEERS)
+}
 """Every optimizer by name; `adamw` is what the others are compared with."""
 
 Step = Callable[..., tuple[Any, Any]]

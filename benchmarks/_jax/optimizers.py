@@ -13,15 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks._rates import RATES, WEIGHT_DECAY, scaled
 from cruxy_optax import average_iterates, averaged_params
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-"""The grid of Wortsman et al. (2023), for optimizers whose step is about the rate."""
-
-STARTS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Where an optimizer starts to look that finds its rate itself: seven decades instead of three."""
-
-WEIGHT_DECAY = 0.1
+SOURCES = ("benchmarks/_jax/optimizers.py", "benchmarks/_rates.py")
 
 
 def _current(state: Any, params: Any) -> Any:
@@ -57,11 +52,11 @@ class Optimizer(NamedTuple):
     skipped: Callable[[Any], Any] = _no_guard
     grid: tuple[float, ...] = RATES
     default: float = 1e-3
-    sources: tuple[str, ...] = ("benchmarks/_jax/optimizers.py",)
+    sources: tuple[str, ...] = SOURCES
 
     def rates(self) -> tuple[float, ...]:
         """Its grid."""
-        return tuple(float(f"{self.scale * rate:.6g}") for rate in self.grid)
+        return scaled(self.grid, self.scale)
 
 
 def matrices(params: Any) -> Any:
@@ -280,7 +275,11 @@ PEERS = {
         scale=100.0,
         averaged=averaged_params,
         default=1.0,
-        sources=("benchmarks/_jax/optimizers.py", "cruxy_optax/_actuators/average.py"),
+        sources=(
+            *SOURCES,
+            "cruxy_optax/_actuators/average.py",
+            "cruxy_control/formulas/averaging.py",
+        ),
     ),
 }
 """What people use."""

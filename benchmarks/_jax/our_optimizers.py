@@ -10,12 +10,14 @@ import optax
 from benchmarks._jax.optimizers import (
     GUARDED_PEERS,
     PEERS,
-    STARTS,
-    WEIGHT_DECAY,
     Optimizer,
     matrices,
     warm_up_cosine,
 )
+from benchmarks._jax.optimizers import (
+    SOURCES as PEER_SOURCES,
+)
+from benchmarks._rates import STARTS, WEIGHT_DECAY
 from cruxy_control import Meta3, SelfDriving
 from cruxy_optax import (
     averaged_params,
@@ -31,7 +33,8 @@ from cruxy_optax import (
 )
 
 SOURCES = (
-    "benchmarks/_jax/*optimizers.py",
+    *PEER_SOURCES,
+    "benchmarks/_jax/our_optimizers.py",
     *("cruxy_control/**/*.py", "cruxy_exact/**/*.py", "cruxy_optax/**/*.py"),
 )
 

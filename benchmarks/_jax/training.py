@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks._jax.faults import CORRUPTIONS, Corruption
 from benchmarks._jax.our_optimizers import OPTIMIZERS
 from benchmarks._runs import Record, Task
 from benchmarks.faults import FAULTS
@@ -37,8 +38,8 @@ def train(tasks: Sequence[Task]) -> list[Record]:
     rates = jnp.array([t.rate for t in tasks], jnp.float32)
     seeds = [t.seed for t in tasks]
     workload = load(task.workload, task.data)
-    fault = FAULTS[task.fault]
-    strikes = set(fault.strikes(task.steps)) if task.fault != "none" else set()
+    fault = CORRUPTIONS.get(task.fault, Corruption())
+    strikes = set() if task.fault == "none" else set(FAULTS[task.fault].strikes(task.steps))
     streams = {seed: workload.batches(seed) for seed in seeds}
     initial = {seed: workload.init(seed) for seed in set(seeds)}
     params = _stack([initial[seed] for seed in seeds])
@@ -111,7 +112,7 @@ class _Programs(NamedTuple):
     def of(cls, task: Task, lanes: int) -> "_Programs":
         """Programs for all tasks that differ in rate and seed alone."""
         optimizer, workload = OPTIMIZERS[task.optimizer], load(task.workload, task.data)
-        corrupt = None if task.fault == "none" else FAULTS[task.fault].gradients
+        corrupt = None if task.fault == "none" else CORRUPTIONS[task.fault].gradients
         over_lanes = jax.vmap if lanes > 1 else _one_lane
 
         def transformation(rate: jax.Array) -> optax.GradientTransformationExtraArgs:

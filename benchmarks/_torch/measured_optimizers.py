@@ -1,4 +1,4 @@
-"""The PyTorch optimizers whose costs are measured, and the step that trains a twin with one."""
+"""The PyTorch optimizers whose costs are measured, and the step that trains with one."""
 
 import functools
 import inspect
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks._jax.optimizers import RATES
-from benchmarks._measured_optimizers import Costed
+from benchmarks._measured_optimizers import MeasuredOptimizer
+from benchmarks._rates import RATES
 from benchmarks._torch.optimizers import LOW_BIT, ORIGINAL, PEERS, groups
 from benchmarks._torch.our_optimizers import OPTIMIZERS as TRAINED
 from benchmarks._torch.our_optimizers import OURS
-from benchmarks._torch.workloads.weights import Twin
+from benchmarks.workloads import Workload
 
 # Costs do not depend on the rate; this is an ordinary one.
 _RATE = RATES[1]
@@ -31,8 +31,8 @@ def _check(name: str) -> None:
     _make(name, nn.Linear(1, 1))
 
 
-def _trained(name: str) -> Costed:
-    return Costed(
+def _trained(name: str) -> MeasuredOptimizer:
+    return MeasuredOptimizer(
         TRAINED[name].label.removesuffix(", constant"),
         functools.partial(_make, name),
         ours=name in OURS,
@@ -40,7 +40,7 @@ def _trained(name: str) -> Costed:
     )
 
 
-OPTIMIZERS: dict[str, Costed] = {
+OPTIMIZERS: dict[str, MeasuredOptimizer] = {
     name: _trained(name)
     for name in ("adamw", *OURS, *PEERS, *ORIGINAL, *LOW_BIT)
     if "-cosine" not in name
@@ -56,13 +56,15 @@ def step_of(optimizer: Optimizer) -> Callable[[Tensor], Any]:
     return lambda loss: step()
 
 
-def training_step(twin: Twin, model: nn.Module, optimizer: Optimizer) -> Callable[[Any], None]:
+def training_step(
+    workload: Workload, model: nn.Module, optimizer: Optimizer
+) -> Callable[[Any], None]:
     """One step of training, from a batch of the workload."""
     step = step_of(optimizer)
 
     def train(batch: Any) -> None:
         optimizer.zero_grad()
-        loss = twin.loss(model, batch)
+        loss = workload.loss(model, batch)
         loss.backward()
         step(loss.detach())
 

@@ -8,7 +8,6 @@ from torch.optim import Optimizer
 
 from benchmarks._shapes import Shapes
 from benchmarks._torch.measured_optimizers import OPTIMIZERS, training_step
-from benchmarks._torch.workloads.weights import load_twin
 from benchmarks.workloads import load
 from cruxy_torch import estimate_memory
 
@@ -45,10 +44,10 @@ def peak_bytes(name: str, trained: str, data: str | None) -> int | None:
     if not torch.cuda.is_available():
         return None
     before = torch.cuda.memory_allocated()
-    twin = load_twin(trained, data)
-    model = twin.make()
-    train = training_step(twin, model, OPTIMIZERS[name].make(model))
-    *first, last = itertools.islice(load(trained, data).batches(0), 3)
+    workload = load(trained, data, "torch")
+    model = workload.init(0)
+    train = training_step(workload, model, OPTIMIZERS[name].make(model))
+    *first, last = itertools.islice(workload.batches(0), 3)
     for batch in first:
         train(batch)
     torch.cuda.reset_peak_memory_stats()

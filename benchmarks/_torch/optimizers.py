@@ -9,18 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-import optax
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks._jax.optimizers import RATES, WEIGHT_DECAY, warm_up_cosine
+from benchmarks._rates import RATES, WEIGHT_DECAY, scaled, warm_up_cosine
 
 Groups = list[dict[str, Any]]
 
-
-# The engine's part that gives a model its weights belongs to every run.
-SOURCES = ("benchmarks/_*/optimizers.py", "benchmarks/_torch/workloads/weights.py")
+SOURCES = ("benchmarks/_torch/optimizers.py", "benchmarks/_rates.py")
 
 
 class TorchOptimizer(NamedTuple):
@@ -30,7 +27,8 @@ class TorchOptimizer(NamedTuple):
         label: for tables and plots.
         make: from parameter groups and the rate.
         scale: of its grid of rates to `RATES`, as in JAX.
-        schedule: from the rate and the number of steps; `None` for a constant rate.
+        schedule: from the steps taken and those of the run to the rate's factor; `None` for a
+            constant rate.
         takes_loss: whether `step` is given the loss.
         averaged: from the optimizer, a context in which the parameters are those to evaluate at.
         grid: the rates to try, before `scale`.
@@ -41,7 +39,7 @@ class TorchOptimizer(NamedTuple):
     label: str
     make: Callable[[Groups, float], Optimizer]
     scale: float = 1.0
-    schedule: Callable[[float, int], optax.Schedule] | None = None
+    schedule: Callable[[int, int], float] | None = None
     takes_loss: bool = False
     averaged: Callable[[Any], AbstractContextManager[Any]] = nullcontext
     grid: tuple[float, ...] = RATES
@@ -50,7 +48,7 @@ class TorchOptimizer(NamedTuple):
 
     def rates(self) -> tuple[float, ...]:
         """Its grid."""
-        return tuple(float(f"{self.scale * rate:.6g}") for rate in self.grid)
+        return scaled(self.grid, self.scale)
 
 
 def groups(model: nn.Module) -> Groups:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from benchmarks._jax.optimizers import STARTS
+from benchmarks._rates import STARTS
 from benchmarks._torch.optimizers import LOW_BIT, ORIGINAL, PEERS, SOURCES, Groups, TorchOptimizer
 from cruxy_torch import AXIOM, Cosmic, CruxyOptimizer
 
@@ -13,7 +13,7 @@ OUR_SOURCES = (
     *SOURCES,
     "benchmarks/_torch/our_optimizers.py",
     *("cruxy_control/**/*.py", "cruxy_exact/**/*.py"),
-    *("cruxy_torch/**/*.py", "cruxy_torch/**/*.c"),
+    *("cruxy_torch/**/*.py", "cruxy_torch/**/*.[ch]"),
 )
 
 

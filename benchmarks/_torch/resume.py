@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from benchmarks._resumed import Bits, Resumed, first_difference
+from benchmarks._torch.device import DEVICE
 from benchmarks._torch.measured_optimizers import training_step
-from benchmarks._torch.workloads.weights import DEVICE, Twin, copy_weights, load_twin
-from benchmarks.workloads import load
+from benchmarks.workloads import Workload, load
 
 Make = Callable[[nn.Module], Optimizer]
 """From a model to its optimizer."""
@@ -24,16 +24,14 @@ class Run:
 
     Args:
         make: builds the optimizer.
-        twin: what is trained.
-        weights: parameters of the JAX model, or `None` for weights drawn at random.
+        workload: what is trained.
+        seed: of the initial weights.
     """
 
-    def __init__(self, make: Make, twin: Twin, weights: Any = None) -> None:
-        self._model = twin.make()
-        if weights is not None:
-            copy_weights(weights, self._model)
+    def __init__(self, make: Make, workload: Workload, seed: int = 0) -> None:
+        self._model = workload.init(seed)
         self._optimizer = make(self._model)
-        self._step = training_step(twin, self._model, self._optimizer)
+        self._step = training_step(workload, self._model, self._optimizer)
 
     def train(self, batches: Iterable[Any]) -> None:
         """One step on each of the batches."""
@@ -72,16 +70,15 @@ def resume(
     if DEVICE.type == "cuda":  # which adds in any order unless told not to
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    twin, workload = load_twin(name, data), load(name, data)
-    weights = workload.init(0)
+    workload = load(name, data, "torch")
     batches = list(itertools.islice(workload.batches(0), steps))
-    whole = Run(make, twin, weights)
+    whole = Run(make, workload)
     whole.train(batches)
-    stopped = Run(make, twin, weights)
+    stopped = Run(make, workload)
     stopped.train(batches[:stop])
     path = folder / "checkpoint.pt"
     torch.save(stopped.state(), path)
-    fresh = Run(make, twin)
+    fresh = Run(make, workload, seed=1)  # so that what is not loaded is seen
     # The file was written a moment ago, so whatever an optimizer keeps may be in it.
     fresh.load(torch.load(path, map_location=DEVICE, weights_only=False))
     fresh.train(batches[stop:])

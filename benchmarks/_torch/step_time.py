@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from benchmarks._measured_optimizers import REFERENCE
 from benchmarks._shapes import Shapes
 from benchmarks._timing import interleave, summary
+from benchmarks._torch.device import DEVICE
 from benchmarks._torch.measured_optimizers import OPTIMIZERS, step_of, training_step
-from benchmarks._torch.workloads.weights import DEVICE, copy_weights, load_twin
 from benchmarks.workloads import load
 from cruxy_torch import state_bytes
 
@@ -80,13 +80,12 @@ def training_steps(
         names: keys of `OPTIMIZERS`, the reference among them.
         console: where progress is shown.
     """
-    twin, workload = load_twin(name, data), load(name, data)
+    workload = load(name, data, "torch")
     batch = next(workload.batches(0))
     steps = {}
     for optimizer in names:
-        model = twin.make()
-        copy_weights(workload.init(0), model)
-        train = training_step(twin, model, OPTIMIZERS[optimizer].make(model))
+        model = workload.init(0)
+        train = training_step(workload, model, OPTIMIZERS[optimizer].make(model))
         steps[optimizer] = functools.partial(train, batch)
         steps[optimizer]()
     return summarized(steps, repeats, console)

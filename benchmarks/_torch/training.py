@@ -1,12 +1,10 @@
-"""Training runs in PyTorch, on the twins of the workloads."""
+"""Training runs in PyTorch, one after the other."""
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,35 +14,40 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from benchmarks._runs import Record, Task
 from benchmarks._torch.optimizers import TorchOptimizer, groups
 from benchmarks._torch.our_optimizers import OPTIMIZERS
-from benchmarks._torch.workloads.weights import copy_weights, load_twin
 from benchmarks.workloads import load
 from cruxy_torch import state_bytes
 
 
-def train(task: Task) -> Record:
-    """Trains the twin of a workload from its weights and on its batches.
+def train(tasks: Sequence[Task]) -> list[Record]:
+    """Runs tasks.
 
     Args:
-        task: of the framework "torch", without a fault.
+        tasks: of the framework "torch", without a fault.
+
+    Returns:
+        A record each, in order.
 
     Raises:
-        ValueError: if the workload has no twin, the optimizer's package is not installed, or there
+        ValueError: if a workload is JAX's alone, an optimizer's package is not installed, or there
             is a fault: those are struck in JAX alone.
     """
+    return [_train(task) for task in tasks]
+
+
+def _train(task: Task) -> Record:
     if task.fault != "none":
         raise ValueError(f"a fault must be 'none' in PyTorch, got {task.fault!r}; train in JAX.")
     began = time.perf_counter()
     entry = OPTIMIZERS[task.optimizer]
-    workload, twin = load(task.workload, task.data), load_twin(task.workload, task.data)
+    workload = load(task.workload, task.data, "torch")
     torch.manual_seed(task.seed)  # for optimizers that round at random
-    model = twin.make()
-    copy_weights(workload.init(task.seed), model)
+    model = workload.init(task.seed)
     optimizer: Any = entry.make(groups(model), task.rate)
     schedule = _schedule(entry, optimizer, task)
 
     def figure() -> float:
         with entry.averaged(optimizer):
-            value = twin.held_out(model)
+            value = workload.held_out(model)
         return value if math.isfinite(value) else math.nan
 
     start = figure()
@@ -52,7 +55,7 @@ def train(task: Task) -> Record:
     losses: list[Tensor] = []
     for taken, batch in zip(range(1, task.steps + 1), workload.batches(task.seed), strict=False):
         optimizer.zero_grad()
-        loss = twin.loss(model, batch)
+        loss = workload.loss(model, batch)
         loss.backward()
         losses.append(loss.detach())
         optimizer.step(**({"loss": losses[-1]} if entry.takes_loss else {}))
@@ -74,11 +77,11 @@ def train(task: Task) -> Record:
 
 
 def _schedule(entry: TorchOptimizer, optimizer: Optimizer, task: Task) -> LambdaLR | None:
-    """The rate of every step as optax computes it, set by PyTorch's own scheduler."""
-    if entry.schedule is None:
+    """What sets the rate of every step."""
+    schedule = entry.schedule
+    if schedule is None:
         return None
-    factors = np.asarray(jax.vmap(entry.schedule(1.0, task.steps))(jnp.arange(task.steps + 1)))
-    return LambdaLR(optimizer, lambda step: float(factors[step]))
+    return LambdaLR(optimizer, lambda step: schedule(step, task.steps))
 
 
 def _finite(model: nn.Module, optimizer: Optimizer) -> bool:

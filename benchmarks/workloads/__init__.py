@@ -1,28 +1,35 @@
 """What is trained: each workload is a model, its data, a loss and a held-out figure.
 
-The language models and their text are the demo's; `examples/` is put on the path for them.
+The files here hold what both frameworks share, which is the data; models and losses lie in
+`benchmarks/_jax/workloads` and `benchmarks/_torch/workloads`. The language models and their text
+are the demo's; `examples/` is put on the path for them.
 """
 
-import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks._frameworks import room
+
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 
 class Workload(NamedTuple):
-    """One thing to train, in JAX. `loss` and `held_out` can be jitted and vmapped.
+    """One thing to train, in one framework.
+
+    What is trained is a pytree of float32 arrays in JAX, where `loss` and `held_out` can be jitted
+    and vmapped, and a module in PyTorch. From the same seed both start with the same numbers, but
+    for rounding, and see the same batches.
 
     Attributes:
         name: as it is given on the command line.
         steps: optimizer steps of a run.
         unit: what `held_out` measures, for tables and plots; lower is better.
-        init: seed to initial parameters, a pytree of float32 arrays.
-        loss: parameters and a batch to the training loss, a float32 scalar.
+        init: seed to initial parameters, or to a new module that has them.
+        loss: these and a batch to the training loss, a float32 scalar.
         batches: seed to an endless stream of batches, pytrees of NumPy arrays of fixed shapes.
-        held_out: parameters to the figure on data that training does not see.
+        held_out: parameters or module to the figure on data that training does not see.
         settings: what defines the task besides the code, JSON values, kept beside every figure.
     """
 
@@ -42,7 +49,7 @@ FAMILIES = {
     "finetuning": ("vit", "gpt"),
     "cartpole": (),
 }
-"""The modules of this package, and the sizes of each."""
+"""The modules that make workloads, in the rooms, and the sizes of each."""
 
 NAMES = tuple(
     f"{family}-{size}" if size else family
@@ -52,33 +59,32 @@ NAMES = tuple(
 """Every workload by name."""
 
 ALONE = ("finetuning-vit", "finetuning-gpt", "cartpole")
-"""Without a PyTorch twin: they pretrain in JAX, or their environment is simulated in it."""
+"""In JAX alone: they pretrain in it, or their environment is simulated in it."""
 
 
-def load(name: str, data: str | None = None) -> Workload:
-    """The workload of that name; its packages are imported only now.
+def load(name: str, data: str | None = None, framework: str = "jax") -> Workload:
+    """The workload of that name in a framework; its packages are imported only now.
 
     Args:
         name: one of `NAMES`.
         data: a text file for those on Shakespeare; `None` for the text they come with.
+        framework: "jax" or "torch".
 
     Raises:
-        ValueError: if there is no such workload, it takes no text, or what it needs is not
-            installed.
+        ValueError: if there is no such workload or not in this framework, it takes no text, or what
+            it needs is not installed.
     """
     if name not in NAMES:
         raise ValueError(f"the workload must be one of {', '.join(NAMES)}, got {name!r}.")
+    if framework == "torch" and name in ALONE:
+        both = ", ".join(known for known in NAMES if known not in ALONE)
+        raise ValueError(
+            f"the workload must be one of {both} to be trained in PyTorch, got {name!r}."
+        )
     family, _, size = name.partition("-")
     if data is not None and family != "shakespeare":
         raise ValueError(f"--data is a text for the workloads on Shakespeare, got {name}.")
-    try:
-        module = importlib.import_module(f"benchmarks._jax.workloads.{family}")
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{name} needs the package {error.name}, which is not installed; "
-            "run pip install -e '.[bench]'."
-        ) from error
+    make = getattr(room(framework, f"workloads.{family}", name), family)
     if family == "shakespeare":
-        return module.shakespeare(size, None if data is None else Path(data))
-    make = getattr(module, family)
+        return make(size, None if data is None else Path(data))
     return make(size) if size else make()

@@ -17,9 +17,10 @@ import numpy as np
 import optax
 from jax import lax
 
-from benchmarks._jax.workloads.digits import BATCH, CLASSES, Batch, digits, split
+from benchmarks._jax.workloads.digits import digits
 from benchmarks._jax.workloads.shakespeare import language_model
 from benchmarks.workloads import Workload
+from benchmarks.workloads.digits import BATCH, CLASSES, Batch, split
 
 # The demo's own modules, found through the path that the package sets.
 from _data import Corpus, encode, shakespeare  # isort: skip

@@ -1,4 +1,7 @@
-"""The PyTorch twins of the classifiers of digits: `digits.py` says what they are."""
+"""Small image classifiers in PyTorch: a convolutional net and a vision transformer.
+
+Layers are defined in the order of their twins in JAX, which `weights.py` goes by.
+"""
 
 import functools
 from collections.abc import Callable
@@ -7,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks._jax.workloads.digits import CLASSES, PATCH, SIDE, Batch, split
-from benchmarks._torch.workloads.weights import DEVICE, Twin
+from benchmarks._torch.device import DEVICE
+from benchmarks._torch.workloads.weights import start
+from benchmarks.workloads import Workload
+from benchmarks.workloads.digits import CLASSES, PATCH, SIDE, Batch, split, workload
 
 gelu = functools.partial(functional.gelu, approximate="tanh")
 
@@ -89,10 +94,20 @@ def held_out(model: nn.Module) -> float:
     return loss(model, split().held_out).item()
 
 
-def twin(model: str) -> Twin:
-    """A classifier.
+def _deviation(name: str) -> float | None:
+    """Of the positions as in Flax's ViT; all others have LeCun's."""
+    return 0.02 if name == "positions.weight" else None
+
+
+@functools.cache
+def digits(model: str) -> Workload:
+    """A classifier; its weights and the order of the images are drawn from the run's seed.
 
     Args:
         model: a key of `MODELS`.
     """
-    return Twin(make=lambda: MODELS[model]().to(DEVICE), loss=loss, held_out=held_out)
+
+    def init(seed: int) -> nn.Module:
+        return start(MODELS[model](), seed, _deviation).to(DEVICE)
+
+    return workload(model, init=init, loss=loss, held_out=held_out)

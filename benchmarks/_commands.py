@@ -1,0 +1,26 @@
+"""Every benchmark by its name on the command line."""
+
+import importlib
+
+from benchmarks._protocol import Protocol
+
+MODULES = {
+    "paper-table": "paper_table",
+    "rate-sensitivity": "rate_sensitivity",
+    "tuned-baselines": "tuned_baselines",
+    "anytime": "anytime",
+    "stability-stress": "stability_stress",
+    "defaults": "defaults",
+    "finetuning": "finetuning",
+    "alignment": "alignment",
+    "ablation": "ablation",
+    "step-time": "step_time",
+    "memory": "memory",
+    "resume": "resume",
+}
+"""The module that holds each, in the order of the report."""
+
+
+def protocol(name: str) -> Protocol:
+    """The benchmark of that name; what it needs is imported only now."""
+    return importlib.import_module(f"benchmarks.{MODULES[name]}").PROTOCOL
