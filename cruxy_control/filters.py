@@ -20,6 +20,15 @@ def zero_count(like: Any, *, xp: Any) -> Any:
     return xp.zeros_like(like, dtype=xp.int32)
 
 
+MAX_COUNT = 2**31 - 1
+"""The largest int32, at which counters stay."""
+
+
+def next_count(count: Any, *, xp: Any) -> Any:
+    """One more than an int32 counter, which stays at the largest one: it would go on below 0."""
+    return xp.clip(count, 0, MAX_COUNT - 1) + 1
+
+
 def select(ok: Any, new: Any, old: Any, *, xp: Any) -> Any:
     """`new` where `ok`, else `old`, through every field of a nested NamedTuple."""
     if isinstance(old, tuple):

@@ -133,7 +133,7 @@ class Meta3(V2Sensors):
         reference = filters.push(reference, fast, xp=xp)
         mean = filters.ring_mean(reference, xp=xp)  # WP 8
         surge = xp.tanh((fast - mean) / (mean + Z_EPS))  # WP 9: tanh z
-        step = state.step + 1
+        step = filters.next_count(state.step, xp=xp)
         due = (step % self.meta_interval == 0) & (step >= 2)
         scale = xp.clip(state.scale * xp.exp(-self.rate_gain * surge), *self.scale_bounds)  # WP 9
         # WP 10: beta2 + k tanh(z) (1 - beta2) leaves 1 - beta2 times (1 - k tanh z).

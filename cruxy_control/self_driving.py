@@ -16,7 +16,7 @@ class SelfDrivingState(NamedTuple):
     Attributes:
         sensors: the filters behind clipping and telemetry.
         alignment: the smoothed alignment.
-        step: good steps so far; int32, `()`.
+        step: good steps so far that came after one that moved something; int32, `()`.
         scale: the factor on the learning rate; float32, `()`.
     """
 
@@ -46,6 +46,8 @@ class SelfDriving(V2Sensors):
     lets the rate move by the same factor in every doubling of the steps. `limit_scale`, what the
     relative limit on the rate (`relative_limit`) left of it in the step before, keeps the integral
     from winding up: a rate above what the parameters as a whole may follow is taken back at once.
+    Where it is 0 the step before moved nothing, as at a rate of 0, and there is nothing to learn
+    from: scale, average and `t` stay as they are.
 
     Clipping, guard and telemetry are those of `Meta3`; the decay rates stay as they are set.
 
@@ -115,17 +117,19 @@ class SelfDriving(V2Sensors):
         return state, controls._replace(meta_scale=state.scale, alignment=state.alignment.value)
 
     def _advance(self, state: SelfDrivingState, signals: Signals, xp: Any) -> SelfDrivingState:
-        known = xp.isfinite(signals.alignment)
+        # A gradient that nothing has moved since the last one agrees with it, at any rate.
+        moved = signals.limit_scale > 0.0
+        known = xp.isfinite(signals.alignment) & moved
         sensed = xp.where(known, signals.alignment, 0.0)
         alignment = filters.ema(state.alignment, sensed, self.alignment_decay, debias=True)
         alignment = filters.select(known, alignment, state.alignment, xp=xp)
         gain = self.gain * self.gain_time / (self.gain_time + state.step + 1.0)
         error = xp.clip(alignment.value - self.set_point, -1.0, 1.0)
-        scale = state.scale * signals.limit_scale
+        scale = state.scale * xp.where(moved, signals.limit_scale, 1.0)
         scale = scale * xp.where(known, xp.exp(gain * error), 1.0)
         return SelfDrivingState(
             sensors=self.sense(state.sensors, signals, xp=xp),
             alignment=alignment,
-            step=state.step + 1,
+            step=xp.where(moved, filters.next_count(state.step, xp=xp), state.step),
             scale=xp.clip(scale, *self.scale_bounds),
         )

@@ -151,7 +151,7 @@ class V2Sensors:
                 hold_missing=self.hold_missing_loss,
                 xp=xp,
             ),
-            rising=xp.where(rose, rising + 1, 0),
+            rising=xp.where(rose, filters.next_count(rising, xp=xp), 0),
         )
 
     def warning(self, state: SensorState, *, xp: Any) -> Any:

@@ -16,7 +16,8 @@ class Signals(NamedTuple):
             parameters; float32, shape `()`; NaN where one of them is zero. `None` unless the law
             has a true `needs_alignment`, as the next.
         limit_scale: the largest share of the rate that a relative limit left any tensor in the
-            step before; float32, shape `()`; 1 where nothing was limited.
+            step before; float32, shape `()`; 1 where nothing was limited, 0 where nothing moved
+            because every rate was 0.
     """
 
     grad_norm: Any

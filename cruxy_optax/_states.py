@@ -10,8 +10,10 @@ a property; what it does not have is not said.
 - `held_by_controls = True`: on a skipped step, where the gradient is 0, both betas are 1 and the
   rate is 0, the state comes out as it went in. Without it `stabilize` keeps the old leaves beside
   the new ones and chooses.
-- `limit_scale`: the largest share of the rate that a relative limit left any tensor, a scalar. Such
-  a law takes the rest of its rate back.
+- `limit_scale`: the largest share of the rate that a relative limit left any tensor, a scalar, 0
+  where the rate was 0. Such a law takes the rest of its rate back, and learns nothing of a step in
+  which nothing moved: neither of all tensors where it is 0 in every state that says it, nor of
+  those whose first moment stands in the same chain as a 0.
 - `casts_updates = True`: updates come out in the dtype in which they are to be added. Without it
   `stabilize` casts them to that of the parameters.
 - `telemetry`: the names of the scalars in the state that `telemetry` shows, such as `("beta1",)`.
@@ -22,7 +24,7 @@ The states of optax say nothing of the kind. Of them the first moments of Adam, 
 `ema` are known.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +51,20 @@ def states_that_say(state: Any, name: str) -> list[tuple[tuple[Any, ...], Any]]:
     return nodes_with_paths(state, lambda node: says(node, name))
 
 
-def first_moments(updates: optax.Updates, state: optax.OptState) -> list[Any]:
+class Moment(NamedTuple):
+    """The first moment of a leaf.
+
+    Attributes:
+        value: an array, coded or not.
+        moved: whether the step before moved the leaf, its own rate above 0; bool, `()`. `None`
+            where one rate moves all leaves: then `limit_scale` has it.
+    """
+
+    value: Any
+    moved: jax.Array | None
+
+
+def first_moments(updates: optax.Updates, state: optax.OptState) -> list[Moment | None]:
     """The first moment of every leaf of the gradients, `None` where none keeps one.
 
     Of several the last one counts, whose output is what comes nearest to the update.
@@ -64,11 +79,13 @@ def first_moments(updates: optax.Updates, state: optax.OptState) -> list[Any]:
             "Meta3(), or scale_by_controlled_adam() in its place."
         )
     structure = jax.tree.structure(updates)
-    found: list[Any] = [None] * structure.num_leaves
-    for _, node in nodes_with_paths(state, _has_first_moment):
+    found: list[Moment | None] = [None] * structure.num_leaves
+    rates = states_that_say(state, "limit_scale")
+    for path, node in nodes_with_paths(state, _has_first_moment):
+        moved = _moved(path, rates) if len(rates) > 1 else None
         for i, moment in enumerate(_like(structure, node)):
             if jax.tree.leaves(moment):  # not None, nor what `optax.masked` leaves in its place
-                found[i] = moment
+                found[i] = Moment(moment, moved)
     if all(moment is None for moment in found) and found:
         raise ValueError(
             "the law needs the alignment of gradients with a first moment, but inner keeps none; "
@@ -78,8 +95,14 @@ def first_moments(updates: optax.Updates, state: optax.OptState) -> list[Any]:
     return found
 
 
+def _moved(path: tuple[Any, ...], rates: list[tuple[Any, Any]]) -> jax.Array | None:
+    """Whether the rates in the chain of a state at this path, or in one around it, were above 0."""
+    own = [node.limit_scale > 0.0 for where, node in rates if path[: len(where) - 1] == where[:-1]]
+    return jnp.stack(own).all() if own else None
+
+
 def limit_scale(state: optax.OptState) -> jax.Array:
-    """The largest share of its rate that a relative limit left any tensor in the step before."""
+    """The largest share of its rate that a tensor got in the step before; 0 if all were 0."""
     scales = [node.limit_scale for _, node in states_that_say(state, "limit_scale")]
     return jnp.stack(scales).max() if scales else jnp.ones((), jnp.float32)
 

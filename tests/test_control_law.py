@@ -8,7 +8,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cruxy_control import Meta3, Signals, StabilityV1, StabilityV2, betas, meta_learning_rate
+from cruxy_control import (
+    Meta3,
+    SelfDriving,
+    Signals,
+    StabilityV1,
+    StabilityV2,
+    betas,
+    meta_learning_rate,
+)
 from cruxy_control.controls import neutral
 from streams import clean
 
@@ -132,6 +140,21 @@ def test_one_finite_outlier_has_no_lasting_effect(law, outlier, at):
         for name in ("meta_scale", "beta1_factor", "beta2_gap", "phase", "clip_threshold"):
             ours = float(getattr(got[after][3], name))
             assert ours == pytest.approx(float(getattr(want[after][3], name)), rel=tolerance), name
+
+
+@pytest.mark.parametrize("law", [Meta3(), SelfDriving()])
+def test_counters_stay_at_the_largest_number(law):
+    state = law.init(np.float32(0.0), xp=np)
+    top = np.int32(2**31 - 1)
+    state = state._replace(step=top, sensors=state.sensors._replace(rising=top))
+    one = np.float32(1.0)
+    for norm in (1.0, 2.0, 3.0):
+        signals = Signals(one, np.float32(norm), one, one, one)
+        state, _ = law.step(state, signals, xp=np)
+        state = state._replace(sensors=state.sensors._replace(rising=top))
+    assert (state.step, state.step.dtype) == (top, np.int32)
+    signals = Signals(one, np.float32(4.0), one, one, one)
+    assert law.step(state, signals, xp=np)[0].sensors.rising == top
 
 
 @every_law

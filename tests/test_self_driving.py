@@ -109,6 +109,16 @@ def test_rate_that_no_tensor_followed_is_taken_back_at_once():
     assert controls.meta_scale == pytest.approx(0.01)
 
 
+def test_law_learns_nothing_from_a_step_after_which_nothing_had_moved():
+    law = SelfDriving()
+    state = started(law)
+    for _ in range(5):
+        state, _ = stepped(law, state, 0.5)
+    held, controls = stepped(law, state, 0.9, limit=0.0)
+    assert controls.ok
+    assert (held.scale, held.alignment, held.step) == (state.scale, state.alignment, state.step)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -359,6 +369,78 @@ def test_frozen_model_holds_the_rate_and_goes_on_when_it_thaws():
     assert float(telemetry(state)["meta_scale"]) == before
     _, state = tx.update(params, state, params)
     assert float(telemetry(state)["meta_scale"]) > before
+
+
+def noisy_regression(make, pause, at, steps=300):
+    """Factors and losses of a run whose schedule is 0 for `pause` steps, which are left out."""
+    rng = np.random.default_rng(0)
+    features = jnp.asarray(rng.normal(size=(256, 16)) * np.geomspace(0.3, 2.0, 16), jnp.float32)
+    targets = jnp.asarray(rng.normal(size=256), jnp.float32) + features @ jnp.ones(16)
+    draws = rng.integers(0, 256, (steps, 32))
+    draws = np.concatenate([draws[:at], rng.integers(0, 256, (pause, 32)), draws[at:]])
+    tx = make(lambda count: jnp.where((count >= at) & (count < at + pause), 0.0, 1e-3))
+
+    def loss_fn(params, rows):
+        return jnp.mean((features[rows] @ params - targets[rows]) ** 2)
+
+    def step(carry, rows):
+        params, state = carry
+        loss, grads = jax.value_and_grad(loss_fn)(params, rows)
+        updates, state = tx.update(grads, state, params, value=loss)
+        params = optax.apply_updates(params, updates)
+        everything = loss_fn(params, jnp.arange(256))
+        return (params, state), (state.controls.meta_scale, everything)
+
+    params = jnp.zeros(16)
+    (_, state), seen = jax.lax.scan(step, (params, tx.init(params)), jnp.asarray(draws))
+    factors, losses = (np.delete(np.asarray(x), np.arange(at, at + pause)) for x in seen)
+    return factors, losses, int(state.law_state.step)
+
+
+@pytest.mark.parametrize("make", [self_driving, self_driving_lion])
+@pytest.mark.parametrize("pause", [20, 100])
+def test_run_goes_on_after_a_schedule_of_zero_as_it_would_have_without(make, pause):
+    straight, losses, steps = noisy_regression(make, 0, 150)
+    paused, losses_paused, steps_paused = noisy_regression(make, pause, 150)
+    np.testing.assert_allclose(paused, straight, rtol=0.05)
+    np.testing.assert_allclose(losses_paused, losses, rtol=0.3)  # of noise; it was 28-fold
+    assert steps_paused == steps
+
+
+def part_of_the_tensors_trained(rest):
+    """Factors of a run that moves one tensor of two, the other with what `rest` is."""
+
+    def driven(rate):
+        return optax.chain(
+            scale_by_controlled_adam(b2=0.99),
+            scale_by_meta_learning_rate(rate, relative_limit=0.1),
+        )
+
+    labels = {"a": "trained", "b": "rest"}
+    tx = stabilize(
+        optax.partition({"trained": driven(1e-3), "rest": rest(driven)}, labels), SelfDriving()
+    )
+    params = {"a": jnp.ones(8), "b": jnp.ones(3)}
+    state, factors = tx.init(params), []
+    for t in range(60):
+        noise = jax.random.normal(jax.random.key(t), (8,))
+        grads = {"a": params["a"] + 0.3 * noise, "b": 0.5 * params["b"]}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        factors.append(float(telemetry(state)["meta_scale"]))
+    return factors
+
+
+def test_tensors_at_a_rate_of_zero_change_nothing_for_the_others():
+    frozen = part_of_the_tensors_trained(lambda _: optax.set_to_zero())
+    at_zero = part_of_the_tensors_trained(lambda driven: driven(0.0))
+    np.testing.assert_allclose(at_zero, frozen, rtol=1e-5)
+
+
+def test_search_does_not_start_at_a_rate_of_zero():
+    for make in (self_driving, self_driving_lion):
+        with pytest.raises(ValueError, match=r"learning_rate must be in \(0, .*, got 0"):
+            make(learning_rate=0.0)
 
 
 def test_spike_moves_the_rate_by_no_more_than_any_other_step():

@@ -28,13 +28,26 @@ def relative_limit(mean_square: Any, limit: Any, floor: Any, *, xp: Any, whole: 
     return limit * xp.clip(xp.sqrt(square), floor, float("inf"))
 
 
+def rate_share(largest: Any, rate: Any, *, xp: Any) -> Any:
+    """`Signals.limit_scale`: the share that a limit leaves of a rate; 0 of 0, which moves nothing.
+
+    Args:
+        largest: that is allowed, the largest of all tensors; `None` where there is no limit.
+        rate: what it bounds.
+        xp: the array namespace.
+    """
+    share = xp.ones_like(rate) if largest is None else limit_scale(largest, rate, xp=xp)
+    return xp.where(rate > 0.0, share, 0.0)
+
+
 def limit_scale(largest: Any, rate: Any, *, xp: Any) -> Any:
     """The share that a limit leaves of a rate, or of the size of an update; 1 of 0.
 
     Args:
-        largest: that is allowed, as `relative_limit` gives it; for the law's back-calculation the
-            largest of all tensors.
+        largest: that is allowed, as `relative_limit` gives it.
         rate: what it bounds.
         xp: the array namespace.
     """
-    return xp.where(rate > 0.0, xp.minimum(largest, rate) / rate, 1.0)
+    some = rate > 0.0
+    # Not 0 / 0 even where that is not chosen: its derivative is.
+    return xp.where(some, xp.minimum(largest, rate) / xp.where(some, rate, 1.0), 1.0)

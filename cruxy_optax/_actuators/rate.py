@@ -10,7 +10,7 @@ import optax
 
 from cruxy_control.checks import check_bounds, check_range
 from cruxy_control.controls import Controls, meta_learning_rate
-from cruxy_control.formulas.limits import RELATIVE_FLOOR, limit_scale
+from cruxy_control.formulas.limits import RELATIVE_FLOOR, rate_share
 from cruxy_control.formulas.limits import relative_limit as limit_of
 from cruxy_optax._controls import require_controls
 from cruxy_optax._distributed.axes import as_axes, mean_square, whole_mean_square
@@ -66,7 +66,7 @@ class ScaleByMetaLearningRateState(NamedTuple):
 
     count: jax.Array  # good steps so far; shape=(), dtype=int32
     learning_rate: jax.Array  # 0 on a skipped step; shape=(), dtype=float32
-    limit_scale: jax.Array  # largest share of it that a tensor got; shape=(), dtype=float32
+    limit_scale: jax.Array  # largest share of it that a tensor got, 0 of 0; shape=(), float32
 
     held_by_controls = True
     telemetry = ("learning_rate",)
@@ -160,14 +160,15 @@ def scale_by_meta_learning_rate(
         base = learning_rate(state.count) if callable(learning_rate) else learning_rate
         rate = meta_learning_rate(controls, jnp.asarray(base, jnp.float32), bounds, xp=jnp)
         counted = jnp.where(controls.ok, optax.safe_increment(state.count), state.count)
+        largest = None
         if relative_limit is None:
-            state = ScaleByMetaLearningRateState(counted, rate, jnp.ones_like(rate))
-            return jax.tree.map(lambda u: -rate * u, updates), state
-        rates = limited(rate, params)
-        largest = jnp.stack([jnp.zeros_like(rate), *jax.tree.leaves(rates)]).max()
-        scale = limit_scale(largest, rate, xp=jnp)
-        scale = jnp.where(controls.ok, scale, state.limit_scale)
-        state = ScaleByMetaLearningRateState(counted, rate, scale)
-        return jax.tree.map(lambda u, r: -r * u, updates, rates), state
+            scaled = jax.tree.map(lambda u: -rate * u, updates)
+        else:
+            rates = limited(rate, params)
+            largest = jnp.stack([jnp.zeros_like(rate), *jax.tree.leaves(rates)]).max()
+            scaled = jax.tree.map(lambda u, r: -r * u, updates, rates)
+        share = rate_share(largest, rate, xp=jnp)
+        share = jnp.where(controls.ok, share, state.limit_scale)
+        return scaled, ScaleByMetaLearningRateState(counted, rate, share)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

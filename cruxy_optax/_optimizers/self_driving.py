@@ -6,6 +6,7 @@ from typing import Any
 import chex
 import optax
 
+from cruxy_control.checks import check_range
 from cruxy_control.self_driving import SelfDriving
 from cruxy_optax._actuators.average import average_iterates
 from cruxy_optax._actuators.clip import clip_by_predicted_norm
@@ -46,7 +47,7 @@ def self_driving(
 
     Args:
         learning_rate: where the search starts; above 0. Leave it out. A schedule multiplies
-            what is found, and 0 in it stands still.
+            what is found; where it is 0 everything stands still, what was found included.
         b1: decay rate of the first moment, in `[0, 1)`; the sensor needs one above 0.
         b2: decay rate of the second moment, in `[0, 1)`.
         eps: added to the root of the second moment.
@@ -172,6 +173,10 @@ def _steered(
     law: SelfDriving,
     axis_names: str | Sequence[str],
 ) -> optax.GradientTransformationExtraArgs:
+    if not callable(learning_rate):
+        remedy = "leave it out, or freeze parameters with optax.set_to_zero()"
+        bounds = {"lower_open": True, "upper_open": True}
+        learning_rate = check_range("learning_rate", learning_rate, 0.0, **bounds, remedy=remedy)
     rate = scale_by_meta_learning_rate(
         learning_rate, relative_limit=relative_limit, axis_names=axis_names
     )

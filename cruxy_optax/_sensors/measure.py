@@ -12,6 +12,7 @@ from cruxy_control.signals import alignment as cosine_of
 from cruxy_optax._distributed.axes import mean_over_axes, sum_over_shards
 from cruxy_optax._low_bit import is_low_bit
 from cruxy_optax._sensors.power_sums import power_sums
+from cruxy_optax._states import Moment
 from cruxy_optax._tree import accumulator_dtype, check_real
 
 
@@ -64,13 +65,16 @@ def signals_of(sums: RawSums, loss: jax.Array, gamma: float) -> Signals:
 
 
 def alignment(
-    updates: optax.Updates, momenta: Sequence[Any], norm: jax.Array, axis_names: Sequence[str] = ()
+    updates: optax.Updates,
+    momenta: Sequence[Moment | None],
+    norm: jax.Array,
+    axis_names: Sequence[str] = (),
 ) -> jax.Array:
-    """The cosine between gradients and first moments, over all leaves that have one.
+    """The cosine between gradients and first moments, over all leaves that have one and moved.
 
     Args:
         updates: the raw gradients.
-        momenta: one for each leaf of `updates`, `None` where it has none, coded or not.
+        momenta: one for each leaf of `updates`, `None` where it has none.
         norm: of all gradients.
         axis_names: see `measure`.
 
@@ -78,12 +82,12 @@ def alignment(
         A float32 scalar, NaN where one side is zero or something is not finite.
     """
     pairs = [
-        (jnp.asarray(g), m.decode() if is_low_bit(m) else jnp.asarray(m))
+        (_if_moved(jnp.asarray(g), m.moved), _if_moved(_decoded(m.value), m.moved))
         for g, m in zip(jax.tree.leaves(updates), momenta, strict=True)
         if m is not None
     ]
     grads = [g for g, _ in pairs]
-    if len(grads) < len(momenta):
+    if any(m is None or m.moved is not None for m in momenta):
         norm = jnp.sqrt(raw_sums(grads, 2.0, axis_names).squares)
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -93,6 +97,14 @@ def alignment(
     along = sum_over_shards([product(g, m) for g, m in pairs], grads, axis_names)
     length = sum_over_shards([product(m, m) for _, m in pairs], grads, axis_names)
     return cosine_of(along, norm, length, xp=jnp).astype(jnp.float32)
+
+
+def _decoded(moment: Any) -> jax.Array:
+    return moment.decode() if is_low_bit(moment) else jnp.asarray(moment)
+
+
+def _if_moved(x: jax.Array, moved: jax.Array | None) -> jax.Array:
+    return x if moved is None else jnp.where(moved, x, jnp.zeros_like(x))
 
 
 def _loss(value: Any, axis_names: Sequence[str]) -> jax.Array:
