@@ -10,10 +10,11 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
-from cruxy_control import SelfDriving, Signals
+from cruxy_control import Meta3, SelfDriving, Signals
 from cruxy_control.formulas.averaging import averaging_weight
 from cruxy_control.formulas.limits import relative_limit
 from cruxy_optax import (
+    LayerStack,
     average_iterates,
     averaged_params,
     axiom,
@@ -560,6 +561,82 @@ def test_averages_are_found_in_a_train_state_and_an_nnx_optimizer():
     average = averaged_params(optimizer.opt_state, now)
     jax.tree.map(np.testing.assert_allclose, average, now)
     nnx.update(model, average)
+
+
+def averages_of(params):
+    return self_driving().init(params)
+
+
+@pytest.mark.parametrize(
+    ("state", "params", "message"),
+    [
+        (
+            averages_of({"a": jnp.ones(3)}),
+            {"model": {"a": jnp.ones(3)}},
+            r"1 averages of which there is no parameter, such as \['a'\]",
+        ),
+        (
+            optax.flatten(self_driving()).init({"a": jnp.ones(3), "b": jnp.ones(2)}),
+            {"a": jnp.ones(3), "b": jnp.ones(2)},
+            "1 averages of which there is no parameter, such as params itself",
+        ),
+        (
+            averages_of({"a": jnp.ones(3)}),
+            {"a": jnp.ones(3), "b": jnp.ones(3)},
+            r"1 parameters of which there is no average, such as \['b'\]",
+        ),
+        (
+            averages_of({"a": jnp.ones(3)}),
+            {"a": jnp.ones(1)},
+            r"1 parameters of another shape than their average, such as \['a'\]",
+        ),
+        (
+            optax.masked(self_driving(), {"a": True, "b": False}).init(
+                {"a": jnp.ones(3), "b": jnp.ones(3)}
+            ),
+            {"a": jnp.ones(3), "c": jnp.ones(3)},
+            r"1 parameters of which there is no average, such as \['c'\]",
+        ),
+    ],
+)
+def test_averages_that_do_not_belong_to_the_parameters_are_named(state, params, message):
+    with pytest.raises(ValueError, match=message):
+        averaged_params(state, params)
+
+
+def test_what_a_mask_of_a_whole_branch_leaves_out_comes_back_as_it_is():
+    params = {"a": jnp.ones(3), "b": {"c": jnp.ones(2), "d": jnp.ones(4)}}
+    tx = optax.masked(self_driving(), {"a": True, "b": False})
+    updates, state = tx.update(params, tx.init(params), params)
+    average = averaged_params(state, optax.apply_updates(params, updates))
+    assert float(average["a"][0]) < 1.0
+    np.testing.assert_array_equal(average["b"]["c"], 2.0)  # its gradient, unchanged by the mask
+
+
+def test_averages_of_released_gradients_are_those_of_an_ordinary_step():
+    def embed_fn(embed, batch):
+        return batch @ embed["e"]
+
+    def layer_fn(layer, x, batch):
+        return x + jnp.tanh(x @ layer)
+
+    def loss_fn(head, embed, x, batch):
+        return jnp.mean((x @ head - 1.0) ** 2)
+
+    tx = stabilize(
+        optax.chain(optax.sgd(0.1), average_iterates(0.0)), law=Meta3(clip_threshold=None)
+    )
+    params = LayerStack({"e": 0.1 * jnp.ones((3, 4))}, 0.1 * jnp.ones((2, 4, 4)), jnp.ones((4, 1)))
+    released = release_gradients(tx, embed_fn, layer_fn, loss_fn)
+    state, seen = released.init(params), []
+    for _ in range(3):
+        params, state, _ = released.step(params, state, jnp.ones((8, 3)))
+        seen.append(params)
+    mean = jax.tree.map(lambda *steps: jnp.stack(steps).mean(0), *seen)
+    for got, wanted in zip(
+        jax.tree.leaves(averaged_params(state, params)), jax.tree.leaves(mean), strict=True
+    ):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
 
 def test_averages_are_refused_where_there_are_none():

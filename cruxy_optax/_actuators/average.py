@@ -9,6 +9,7 @@ import optax
 from cruxy_control.checks import check_range
 from cruxy_control.controls import Controls
 from cruxy_control.formulas.averaging import averaging_weight
+from cruxy_optax._release import LayerStack
 from cruxy_optax._tree import accumulator_dtype, find
 
 
@@ -102,15 +103,16 @@ def averaged_params(opt_state: Any, params: optax.Params) -> optax.Params:
     Args:
         opt_state: any pytree with the state of `average_iterates` in it, as `self_driving` has:
             inside `optax.chain`, `masked`, `partition`, `MultiSteps`, `inject_hyperparams`, a Flax
-            `TrainState` or `nnx.Optimizer.opt_state`.
-        params: the parameters that are trained; a leaf of which no average is kept, such as one
-            that is masked out, comes back as it is.
+            `TrainState` or `nnx.Optimizer.opt_state`, or the state of `release_gradients`.
+        params: the parameters that are trained, as `tx.init` had them; a leaf that is masked out of
+            all averages comes back as it is.
 
     Returns:
         A tree like `params`, each leaf in its dtype. Before the first step it is `params`.
 
     Raises:
-        ValueError: where there is no average in it.
+        ValueError: where there is no average in it, or where averages and parameters differ in
+            paths or shapes, as those of `optax.flatten(self_driving())` do; the message names some.
 
     Example:
         >>> import jax.numpy as jnp, cruxy_optax
@@ -118,7 +120,7 @@ def averaged_params(opt_state: Any, params: optax.Params) -> optax.Params:
         >>> print(cruxy_optax.averaged_params(tx.init(params), params))
         [1. 1. 1.]
     """
-    nodes = find(opt_state, AverageIteratesState)
+    nodes = _averages_with_places(opt_state)
     if not nodes:
         raise ValueError(
             f"averaged_params() needs a state with an average in it, got {type(opt_state).__name__}"
@@ -127,9 +129,65 @@ def averaged_params(opt_state: Any, params: optax.Params) -> optax.Params:
         )
     # By path: nnx keeps each leaf in a box of another kind, and what is masked out has no leaf.
     averages: dict[Any, Any] = {}
-    for node in nodes:
-        averages |= dict(jax.tree_util.tree_flatten_with_path(node.average)[0])
-    return jax.tree_util.tree_map_with_path(
-        lambda path, p: averages[path].astype(jnp.result_type(p)) if path in averages else p,
-        params,
-    )
+    for place, node in nodes:
+        flat, _ = jax.tree_util.tree_flatten_with_path(node.average, is_leaf=_is_masked)
+        for path, average in flat:
+            if not (_is_masked(average) and (*place, *path) in averages):
+                averages[(*place, *path)] = average
+    _check_match(averages, params)
+
+    def averaged(path: tuple[Any, ...], p: Any) -> Any:
+        average = averages.get(path)  # a mask may be a prefix of the tree
+        masked = average is None or _is_masked(average)
+        return p if masked else jnp.asarray(average).astype(jnp.result_type(p))
+
+    return jax.tree_util.tree_map_with_path(averaged, params)
+
+
+def _averages_with_places(opt_state: Any) -> list[tuple[tuple[Any, ...], AverageIteratesState]]:
+    """Every average, with the path of its tree in the parameters.
+
+    Those of released gradients are each of a part of the model.
+    """
+    places = []
+    for stack in find(opt_state, (AverageIteratesState, LayerStack)):
+        if isinstance(stack, LayerStack):
+            for name, part in stack._asdict().items():
+                at = (jax.tree_util.GetAttrKey(name),)
+                places += [(at, node) for node in find(part, AverageIteratesState)]
+        else:
+            places.append(((), stack))
+    return places
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _check_match(averages: dict[Any, Any], params: optax.Params) -> None:
+    """Refuses parameters that are others than those of which there are averages."""
+    masked = {path for path, average in averages.items() if _is_masked(average)}
+    shapes = {p: jnp.shape(a) for p, a in averages.items() if p not in masked}
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    wanted = {path: jnp.shape(p) for path, p in flat}
+    strangers = [
+        path
+        for path in wanted
+        if path not in shapes and not any(path[:n] in masked for n in range(len(path) + 1))
+    ]
+    lost = [path for path in shapes if path not in wanted]
+    reshaped = [path for path in shapes if path in wanted and shapes[path] != wanted[path]]
+    for paths, what in (
+        (lost, "averages of which there is no parameter"),
+        (strangers, "parameters of which there is no average"),
+        (reshaped, "parameters of another shape than their average"),
+    ):
+        if paths:
+            # The path to a tree that is one array is empty.
+            names = ", ".join(jax.tree_util.keystr(path) or "params itself" for path in paths[:3])
+            raise ValueError(
+                "params must have the paths and shapes of the averages in opt_state, got "
+                f"{len(paths)} {what}, such as {names}; pass the parameters that tx.init had. "
+                "Where the optimizer sees them in another form, as inside optax.flatten, put "
+                "average_iterates() behind that, and give the optimizer averaging=None."
+            )
