@@ -6,6 +6,8 @@ Plain functions over small NamedTuples of scalars. Each takes the array namespac
 
 from typing import Any, NamedTuple
 
+from cruxy_control.signals import known
+
 EPS = 1e-8
 """Added to every denominator but that of `z` (WP 4, 6)."""
 
@@ -212,25 +214,25 @@ def curvature(
 
     Args:
         state: the last step's.
-        loss: this step's loss, NaN where there is none.
+        loss: this step's loss, `NOT_KNOWN` or not finite where there is none.
         grad_norm: this step's gradient norm, finite.
         decay: of the average.
         limit: `c` is clipped to `[-limit, limit]`; `None` for no limit.
         hold_missing: false counts a missing loss as 0, as `cruxy` 2.1.0 does.
         xp: the array namespace.
     """
-    known = xp.isfinite(loss)
+    sure = known(loss)
+    loss = xp.where(sure, loss, state.loss if hold_missing else 0.0)
     if not hold_missing:
-        loss = xp.where(known, loss, 0.0)
-        known = xp.isfinite(loss)
+        sure = known(loss)
     slope = (loss - state.loss) / (state.grad_norm + EPS)
     if limit is not None:
         slope = xp.clip(slope, -limit, limit)
-    comparable = known & (state.pairs > 0) & xp.isfinite(slope)
+    comparable = sure & (state.pairs > 0) & xp.isfinite(slope)
     moved = state.value + (1.0 - decay) * (slope - state.value)
     return Curvature(
         value=xp.where(comparable, moved, state.value),
-        loss=xp.where(known, loss, state.loss),
-        grad_norm=xp.where(known, grad_norm, state.grad_norm),
-        pairs=xp.where(known, xp.ones_like(state.pairs), state.pairs),
+        loss=xp.where(sure, loss, state.loss),
+        grad_norm=xp.where(sure, grad_norm, state.grad_norm),
+        pairs=xp.where(sure, xp.ones_like(state.pairs), state.pairs),
     )

@@ -7,7 +7,7 @@ from cruxy_control import filters
 from cruxy_control.checks import check_bounds, check_range
 from cruxy_control.controls import Controls
 from cruxy_control.sensing import SENSED, SensorState, V2Sensors
-from cruxy_control.signals import Signals
+from cruxy_control.signals import Signals, known
 
 
 class SelfDrivingState(NamedTuple):
@@ -119,14 +119,14 @@ class SelfDriving(V2Sensors):
     def _advance(self, state: SelfDrivingState, signals: Signals, xp: Any) -> SelfDrivingState:
         # A gradient that nothing has moved since the last one agrees with it, at any rate.
         moved = signals.limit_scale > 0.0
-        known = xp.isfinite(signals.alignment) & moved
-        sensed = xp.where(known, signals.alignment, 0.0)
+        sure = known(signals.alignment) & moved
+        sensed = xp.where(sure, signals.alignment, 0.0)
         alignment = filters.ema(state.alignment, sensed, self.alignment_decay, debias=True)
-        alignment = filters.select(known, alignment, state.alignment, xp=xp)
+        alignment = filters.select(sure, alignment, state.alignment, xp=xp)
         gain = self.gain * self.gain_time / (self.gain_time + state.step + 1.0)
         error = xp.clip(alignment.value - self.set_point, -1.0, 1.0)
         scale = state.scale * xp.where(moved, signals.limit_scale, 1.0)
-        scale = scale * xp.where(known, xp.exp(gain * error), 1.0)
+        scale = scale * xp.where(sure, xp.exp(gain * error), 1.0)
         return SelfDrivingState(
             sensors=self.sense(state.sensors, signals, xp=xp),
             alignment=alignment,

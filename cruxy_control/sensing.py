@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from cruxy_control import filters
 from cruxy_control.checks import check_bounds, check_count, check_range, make_plain
 from cruxy_control.controls import Controls, clip_scale, neutral
-from cruxy_control.signals import Signals
+from cruxy_control.signals import Signals, root
 
 TREND_STEPS = 5
 """`v_fast` counts as a trend once it rose this many steps running (v2.0 41)."""
@@ -182,7 +182,7 @@ class V2Sensors:
         )
         if self.clip_threshold is None:
             return controls
-        threshold = 1.0 + self.clip_gain * xp.sqrt(filters.ratio(fast, slow))  # v2.0 24
+        threshold = 1.0 + self.clip_gain * root(filters.ratio(fast, slow), xp=xp)  # v2.0 24
         threshold = self.clip_threshold * threshold
         scale = clip_scale(threshold, signals.grad_norm, xp=xp)
         return controls._replace(

@@ -2,6 +2,23 @@
 
 from typing import Any, NamedTuple
 
+NOT_KNOWN = 3.4028234663852886e38
+"""Stands for a loss or an alignment that is not known, and for no threshold: the largest float32.
+
+NaN and infinity are understood as well. But a state that has one of them where all is as it should
+be stops `jax_debug_nans`, and looks damaged to whoever searches a checkpoint for them."""
+
+
+def known(signal: Any) -> Any:
+    """Whether a loss or an alignment is known; false of NaN, of infinity and of `NOT_KNOWN`."""
+    return abs(signal) < NOT_KNOWN
+
+
+def root(x: Any, *, xp: Any) -> Any:
+    """`sqrt(x)` with the derivative 0 at 0, where an infinite one would end as NaN."""
+    some = x > 0.0
+    return xp.where(some, xp.sqrt(xp.where(some, x, 1.0)), x)
+
 
 class Signals(NamedTuple):
     """One step's measurements.
@@ -10,11 +27,11 @@ class Signals(NamedTuple):
         grad_norm: Euclidean norm of the raw gradient over all parameters; float32, shape `()`.
         gamma_norm: `sigma = (sum |g|^gamma)^(1/gamma)` over all parameters (WP 1), with the
             law's own `gamma`; float32, shape `()`.
-        loss: the step's loss; float32, shape `()`. NaN where there is none: a missing and a
-            non-finite loss are treated alike.
+        loss: the step's loss; float32, shape `()`. `NOT_KNOWN` or NaN where there is none: a
+            missing and a non-finite loss are treated alike.
         alignment: cosine between the raw gradient and the first moment before this step, over all
-            parameters; float32, shape `()`; NaN where one of them is zero. `None` unless the law
-            has a true `needs_alignment`, as the next.
+            parameters; float32, shape `()`; `NOT_KNOWN` or NaN where one of them is zero. `None`
+            unless the law has a true `needs_alignment`, as the next.
         limit_scale: the largest share of the rate that a relative limit left any tensor in the
             step before; float32, shape `()`; 1 where nothing was limited, 0 where nothing moved
             because every rate was 0.
@@ -28,7 +45,9 @@ class Signals(NamedTuple):
 
 
 def alignment(along: Any, grad_norm: Any, moment_square: Any, *, xp: Any) -> Any:
-    """The cosine between gradient and first moment; NaN where one of them is zero.
+    """The cosine between gradient and first moment.
+
+    `NOT_KNOWN` where one of them is zero or their lengths multiply to no finite number above 0.
 
     Args:
         along: `sum g m` over all elements.
@@ -37,4 +56,8 @@ def alignment(along: Any, grad_norm: Any, moment_square: Any, *, xp: Any) -> Any
         xp: the array namespace.
     """
     # Roots before the product, whose square could overflow.
-    return xp.clip(along / (grad_norm * xp.sqrt(moment_square)), -1.0, 1.0)
+    lengths = grad_norm * root(moment_square, xp=xp)
+    sure = (lengths > 0.0) & xp.isfinite(lengths) & xp.isfinite(along)
+    # Not 0 / 0 even where that is not chosen: its derivative is.
+    cosine = xp.where(sure, along, 0.0) / xp.where(sure, lengths, 1.0)
+    return xp.where(sure, xp.clip(cosine, -1.0, 1.0), NOT_KNOWN)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cruxy_control.controls import Controls
+from cruxy_control.signals import NOT_KNOWN
 from cruxy_optax._tree import find
 
 
@@ -40,6 +41,11 @@ def materialize_controls(controls: Controls) -> Controls:
     """The controls as `materialize`d scalars; `ok` stays boolean."""
     kept = Controls(*materialize(*controls))
     return kept._replace(ok=kept.ok > 0.0)
+
+
+def storable(controls: Controls) -> Controls:
+    """The controls as a state keeps them: `NOT_KNOWN` for the infinite threshold of no clipping."""
+    return controls._replace(clip_threshold=jnp.minimum(controls.clip_threshold, NOT_KNOWN))
 
 
 def any_step_taken(state: Any) -> jax.Array | bool:

@@ -18,7 +18,7 @@ from jax.interpreters import partial_eval
 from cruxy_control.controls import Controls, clip_scale, neutral
 from cruxy_control.filters import select
 from cruxy_control.law import needs_alignment
-from cruxy_optax._controls import materialize_controls
+from cruxy_optax._controls import materialize_controls, storable
 from cruxy_optax._places import WHOLE, Place
 from cruxy_optax._sensors.measure import RawSums, raw_sums, signals_of
 from cruxy_optax._stabilize import (
@@ -189,7 +189,7 @@ class _Controlled(NamedTuple):
         states = _init_parts(self.loop.inner, params)
         fresh = self.loop.init(_one_layer(params))
         nothing = neutral(jnp.ones((), jnp.bool_), xp=jnp)
-        return unshared(fresh._replace(controls=nothing, inner_state=states))
+        return unshared(fresh._replace(controls=storable(nothing), inner_state=states))
 
     def step(self, params: LayerStack, opt_state: Any, batch: Any) -> tuple[LayerStack, Any, Any]:
         law = self.loop.law
@@ -203,7 +203,7 @@ class _Controlled(NamedTuple):
         opt_state = opt_state._replace(
             law_state=law_state,
             signals=signals,
-            controls=select(ordered.ok, ordered, held, xp=jnp)._replace(ok=ordered.ok),
+            controls=storable(select(ordered.ok, ordered, held, xp=jnp)._replace(ok=ordered.ok)),
             inner_state=states,
         )
         return params, count_step(opt_state, ordered.ok), loss

@@ -11,8 +11,8 @@ import optax
 from cruxy_control.controls import Controls
 from cruxy_control.law import Law, check_law, needs_alignment
 from cruxy_control.meta3 import Meta3
-from cruxy_control.signals import Signals
-from cruxy_optax._controls import materialize_controls
+from cruxy_control.signals import NOT_KNOWN, Signals
+from cruxy_optax._controls import materialize_controls, storable
 from cruxy_optax._distributed.axes import as_axes
 from cruxy_optax._low_bit import is_low_bit, where
 from cruxy_optax._sensors.measure import alignment, measure
@@ -24,8 +24,8 @@ class StabilizeState(NamedTuple):
     """The controller, what it last saw and ordered, and the state of what it controls."""
 
     law_state: Any  # the law's own NamedTuple of scalars and two short vectors
-    signals: Signals  # of the last step; float32 scalars
-    controls: Controls  # of the last step; float32 scalars, ok bool
+    signals: Signals  # of the last step; float32 scalars, NOT_KNOWN for none
+    controls: Controls  # of the last step; float32 scalars, NOT_KNOWN for none, ok bool
     step: jax.Array  # good steps so far; shape=(), dtype=int32
     skipped_total: jax.Array  # shape=(), dtype=int32
     skipped_in_a_row: jax.Array  # shape=(), dtype=int32
@@ -125,12 +125,13 @@ class Loop(NamedTuple):
         _refuse_nesting(inner_state)
         zero, count = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
         law_state = self.law.init(zero, xp=jnp)
-        nan = jnp.full((), jnp.nan, jnp.float32)
-        signals = Signals(zero, zero, nan)
+        not_known = jnp.full((), NOT_KNOWN, jnp.float32)
+        signals = Signals(zero, zero, not_known)
         if needs_alignment(self.law):
             first_moments(params, inner_state)  # there have to be some
-            signals = signals._replace(alignment=nan, limit_scale=zero + 1.0)
+            signals = signals._replace(alignment=not_known, limit_scale=zero + 1.0)
         _, controls = self.law.step(law_state, signals, xp=jnp)
+        controls = storable(controls)
         state = StabilizeState(law_state, signals, controls, count, count, count, inner_state)
         return unshared(state)
 
@@ -157,7 +158,10 @@ class Loop(NamedTuple):
             self.inner, controls, updates, state.inner_state, params, value=value, **extra_args
         )
         state = state._replace(
-            law_state=law_state, signals=signals, controls=controls, inner_state=inner_state
+            law_state=law_state,
+            signals=signals,
+            controls=storable(controls),
+            inner_state=inner_state,
         )
         return new_updates, count_step(state, controls.ok)
 

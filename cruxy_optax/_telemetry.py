@@ -3,7 +3,9 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from cruxy_control.signals import NOT_KNOWN
 from cruxy_optax._stabilize import StabilizeState
 from cruxy_optax._states import states_that_say
 from cruxy_optax._tree import find_with_paths
@@ -71,8 +73,11 @@ def _read(state: StabilizeState) -> dict[str, Any]:
     values = _of_actuators(state.inner_state)
     for name in getattr(type(state.law_state), "telemetry", _CONTROLS):
         values[name] = _scalar(getattr(state.controls, name))
-    for name in ("grad_norm", "gamma_norm", "loss"):
+    if "clip_threshold" in values:
+        values["clip_threshold"] = _scalar(state.controls.clip_threshold, none=jnp.inf)
+    for name in ("grad_norm", "gamma_norm"):
         values[name] = _scalar(getattr(state.signals, name))
+    values["loss"] = _scalar(state.signals.loss, none=jnp.nan)
     values["ok"] = _scalar(state.controls.ok)
     for name in ("step", "skipped_total", "skipped_in_a_row"):
         values[name] = _scalar(getattr(state, name))
@@ -104,10 +109,13 @@ def _throttle(rate: Any, path: tuple[Any, ...], factors: list[tuple[Any, Any]]) 
     return rate
 
 
-def _scalar(leaf: Any) -> Any:
+def _scalar(leaf: Any, none: float | None = None) -> Any:
     """The array itself, where a framework (nnx) keeps each leaf in a box of its own.
 
-    The states of released layers are stacked: of those the mean is shown.
+    The states of released layers are stacked: of those the mean is shown. `none` is what is shown
+    for `NOT_KNOWN`.
     """
     array = jax.tree.leaves(leaf)[0]
+    if none is not None:
+        array = jnp.where(array == NOT_KNOWN, none, array)
     return array.mean() if getattr(array, "ndim", 0) else array

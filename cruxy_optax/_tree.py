@@ -30,6 +30,22 @@ def accumulator_dtype(leaf: jax.typing.ArrayLike) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
 
 
+@jax.custom_jvp
+def root(x: jax.Array) -> jax.Array:
+    """`sqrt(x)` with the derivative 0 at 0: an infinite one, times 0, ends as NaN.
+
+    Who differentiates through a step of an optimizer meets zeros in every gradient.
+    """
+    return jnp.sqrt(x)
+
+
+@root.defjvp
+def _root_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    y, (tangent,) = root(*primals), tangents
+    some = y > 0.0
+    return y, jnp.where(some, tangent / (2.0 * jnp.where(some, y, 1.0)), 0.0)
+
+
 def as_floating(x: jax.Array, like: Any) -> jax.Array:
     """`x` in the dtype of `like`, where that is a floating one."""
     dtype = jnp.result_type(like)

@@ -13,6 +13,7 @@ from flax.training.train_state import TrainState
 from cruxy_control import Meta3, SelfDriving, Signals
 from cruxy_control.formulas.averaging import averaging_weight
 from cruxy_control.formulas.limits import relative_limit
+from cruxy_control.signals import NOT_KNOWN
 from cruxy_optax import (
     LayerStack,
     average_iterates,
@@ -157,7 +158,7 @@ def test_alignment_is_the_cosine_with_the_moment_before_the_step():
     rng = np.random.default_rng(0)
     first, second = ({k: rng.normal(size=v.shape) for k, v in params.items()} for _ in range(2))
     _, state = tx.update(first, tx.init(params), params)
-    assert jnp.isnan(state.signals.alignment)
+    assert state.signals.alignment == NOT_KNOWN
     _, state = tx.update(second, state, params)
     flat = [np.concatenate([g["a"], g["b"].ravel()]) for g in (first, second)]
     cosine = flat[0] @ flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from cruxy_control.signals import root
+
 RELATIVE_FLOOR = 0.01
 """A tensor's size counts as at least this where its rate is limited: zeros could never move."""
 
@@ -25,7 +27,7 @@ def relative_limit(mean_square: Any, limit: Any, floor: Any, *, xp: Any, whole: 
             is a number; `None` for no bound.
     """
     square = mean_square if whole is None else xp.fmin(mean_square, whole)
-    return limit * xp.clip(xp.sqrt(square), floor, float("inf"))
+    return limit * xp.clip(root(square, xp=xp), floor, float("inf"))
 
 
 def rate_share(largest: Any, rate: Any, *, xp: Any) -> Any:

@@ -11,6 +11,7 @@ import optax
 from cruxy_control.checks import check_range
 from cruxy_control.formulas.limits import RELATIVE_FLOOR, limit_scale, relative_limit
 from cruxy_optax._distributed.axes import as_axes, mean_square
+from cruxy_optax._tree import root
 
 
 def limit_relative_step(
@@ -72,7 +73,7 @@ def limit_relative_step(
                 "update(grads, state, params)."
             )
         largest = relative_limit(mean_square(jnp.asarray(p), axes), limit, floor, xp=jnp)
-        size = jnp.sqrt(mean_square(u, axes))
+        size = root(mean_square(u, axes))
         return (u * limit_scale(largest, size, xp=jnp)).astype(u.dtype)
 
     return optax.with_extra_args_support(optax.stateless_with_tree_map(limited))

@@ -10,7 +10,7 @@ import optax
 from cruxy_control.checks import check_range
 from cruxy_control.controls import Controls, betas
 from cruxy_optax._controls import materialize, require_controls
-from cruxy_optax._tree import accumulator_dtype
+from cruxy_optax._tree import accumulator_dtype, root
 
 
 class ScaleByControlledAdamState(NamedTuple):
@@ -115,7 +115,7 @@ def scale_by_controlled_adam(
         nu = jax.tree.map(lambda g, v: beta2 * v + rest2 * (g * g), grads, state.nu)
         ahead = jax.tree.map(lambda g, m: beta1 * m + rest1 * g, grads, mu) if nesterov else mu
         direction = jax.tree.map(
-            lambda a, v: (a * mu_scale) / (jnp.sqrt(v * nu_scale) + eps), ahead, nu
+            lambda a, v: (a * mu_scale) / (root(v * nu_scale) + eps), ahead, nu
         )
         mu = jax.tree.map(lambda m, old: m.astype(old.dtype), mu, state.mu)
         return direction, ScaleByControlledAdamState(mu, nu, mu_decay, nu_decay, beta1, beta2)

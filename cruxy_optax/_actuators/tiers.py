@@ -39,7 +39,7 @@ from cruxy_optax._distributed.axes import mean_over_shards
 from cruxy_optax._memory.estimate import tree_bytes
 from cruxy_optax._memory.quantize import in_bits
 from cruxy_optax._sensors.power_sums import power_sums
-from cruxy_optax._tree import find, unshared
+from cruxy_optax._tree import find, root, unshared
 
 
 @jax.tree_util.register_static
@@ -167,7 +167,7 @@ def scale_by_tiers(
         own = tree.flatten_up_to(state.tensors)
         at = [tier for _, tier in state.plan.tiers]
         squares = [mean_over_shards(power_sums(g, 2.0)[0], g) for g in grads]
-        averages = observe(state.averages, jnp.sqrt(_stack(squares)), xp=jnp)
+        averages = observe(state.averages, root(_stack(squares)), xp=jnp)
         factors = noise_gate(averages, xp=jnp)
 
         weight = state.averages.slow.weight

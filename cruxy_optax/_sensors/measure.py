@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cruxy_control.signals import Signals
+from cruxy_control.signals import NOT_KNOWN, Signals
 from cruxy_control.signals import alignment as cosine_of
 from cruxy_optax._distributed.axes import mean_over_axes, sum_over_shards
 from cruxy_optax._low_bit import is_low_bit
 from cruxy_optax._sensors.power_sums import power_sums
 from cruxy_optax._states import Moment
-from cruxy_optax._tree import accumulator_dtype, check_real
+from cruxy_optax._tree import accumulator_dtype, check_real, root
 
 
 def measure(
@@ -58,8 +58,8 @@ def raw_sums(updates: optax.Updates, gamma: float, axis_names: Sequence[str] = (
 def signals_of(sums: RawSums, loss: jax.Array, gamma: float) -> Signals:
     """The signals of sums and a float32 loss (WP 1)."""
     return Signals(
-        grad_norm=jnp.sqrt(sums.squares).astype(jnp.float32),
-        gamma_norm=(sums.powers ** (1.0 / gamma)).astype(jnp.float32),
+        grad_norm=root(sums.squares).astype(jnp.float32),
+        gamma_norm=_gamma_root(sums.powers, gamma).astype(jnp.float32),
         loss=loss,
     )
 
@@ -79,7 +79,7 @@ def alignment(
         axis_names: see `measure`.
 
     Returns:
-        A float32 scalar, NaN where one side is zero or something is not finite.
+        A float32 scalar, `NOT_KNOWN` where one side is zero or something is not finite.
     """
     pairs = [
         (_if_moved(jnp.asarray(g), m.moved), _if_moved(_decoded(m.value), m.moved))
@@ -88,7 +88,7 @@ def alignment(
     ]
     grads = [g for g, _ in pairs]
     if any(m is None or m.moved is not None for m in momenta):
-        norm = jnp.sqrt(raw_sums(grads, 2.0, axis_names).squares)
+        norm = root(raw_sums(grads, 2.0, axis_names).squares)
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         dtype = accumulator_dtype(a)
@@ -97,6 +97,11 @@ def alignment(
     along = sum_over_shards([product(g, m) for g, m in pairs], grads, axis_names)
     length = sum_over_shards([product(m, m) for _, m in pairs], grads, axis_names)
     return cosine_of(along, norm, length, xp=jnp).astype(jnp.float32)
+
+
+def _gamma_root(powers: jax.Array, gamma: float) -> jax.Array:
+    none = powers == 0.0  # where the derivative of the power is infinite
+    return jnp.where(none, powers, jnp.where(none, 1.0, powers) ** (1.0 / gamma))
 
 
 def _decoded(moment: Any) -> jax.Array:
@@ -109,7 +114,7 @@ def _if_moved(x: jax.Array, moved: jax.Array | None) -> jax.Array:
 
 def _loss(value: Any, axis_names: Sequence[str]) -> jax.Array:
     if value is None:
-        return jnp.full((), jnp.nan, jnp.float32)
+        return jnp.full((), NOT_KNOWN, jnp.float32)
     loss = jnp.asarray(value)
     if loss.shape != () or jnp.iscomplexobj(loss):
         raise ValueError(
