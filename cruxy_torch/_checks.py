@@ -1,12 +1,14 @@
 """The checks at the door: what a user may give our optimizers."""
 
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from cruxy_control.checks import check_bounds, check_range
+from cruxy_torch._distributed.shards import placed_like
 from cruxy_torch._native import library
 
 BITS = (32, 16, 8, 4)
@@ -75,7 +77,10 @@ def check_lr(lr: float | Tensor) -> None:
 def check_shared(group: dict[str, Any]) -> None:
     """Raises where an option that all our optimizers have is outside its range."""
     check_lr(group["lr"])
-    check_range("weight_decay", group["weight_decay"], 0.0, remedy="0 switches it off")
+    remedy = "0 switches it off"
+    check_range(
+        "weight_decay", group["weight_decay"], 0.0, math.inf, upper_open=True, remedy=remedy
+    )
     limit = group["relative_limit"]
     if limit is not None:
         remedy = "0.1 is usual for Adam, 0.01 for Lion, and None is no limit"
@@ -89,12 +94,13 @@ def check_group(group: dict[str, Any]) -> None:
     """Raises where an option of a parameter group, defaults filled in, is outside its range."""
     check_shared(group)
     pair = group["betas"]
-    if len(pair) != 2:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise ValueError(f"betas must be a pair, got {pair!r}; (0.9, 0.999) is the default.")
     for index, beta in enumerate(pair):
         remedy = "(0.9, 0.999) is the default"
         check_range(f"betas[{index}]", beta, 0.0, 1.0, upper_open=True, remedy=remedy)
-    check_range("eps", group["eps"], 0.0, remedy="1e-8 is the default")
+    remedy = "1e-8 is the default"
+    check_range("eps", group["eps"], 0.0, math.inf, upper_open=True, remedy=remedy)
     check_bits("state_bits", group["state_bits"])
 
 
@@ -104,18 +110,26 @@ def check_bits(name: str, bits: Any) -> None:
         raise ValueError(f"{name} must be 4, 8, 16 or 32, got {bits!r}; 8 loses next to nothing.")
 
 
-def check_param(param: Tensor) -> None:
-    """Raises unless a parameter is real and floating-point."""
-    if not param.is_floating_point():
-        raise ValueError(
-            f"parameters must be real floating-point tensors, got {param.dtype}; "
-            "optimize torch.view_as_real(p) in place of a complex p."
-        )
+def check_params(params: Iterable[Any]) -> None:
+    """Raises unless what is trained is real and floating-point; frozen ones may be anything."""
+    for entry in params:
+        param = entry[1] if isinstance(entry, tuple) else entry  # named parameters come in pairs
+        if isinstance(param, Tensor) and param.requires_grad and not param.is_floating_point():
+            raise ValueError(
+                f"parameters must be real floating-point tensors, got {param.dtype}; "
+                "optimize torch.view_as_real(p) in place of a complex p."
+            )
 
 
 def dense_grad(param: Tensor) -> Tensor:
-    """The gradient of a parameter that has one; raises where it is sparse."""
-    grad: Any = param.grad
+    """The gradient of a parameter that has one, reduced and placed as the parameter is.
+
+    Raises:
+        ValueError: where the parameter is complex.
+        RuntimeError: where the gradient is sparse.
+    """
+    check_params([param])
+    grad: Any = placed_like(cast(Tensor, param.grad), param)
     if grad.layout is not torch.strided:
         raise RuntimeError(
             f"gradients must be dense, got layout {grad.layout}; "

@@ -1,7 +1,7 @@
 """What our optimizers share: one controller over all groups, its step, its telemetry, its state."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +71,13 @@ class ControlledOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group with options of its own; the one controller sees its gradients too."""
         param_group = {key: value for key, value in param_group.items() if key != KEY}
+        params = param_group.get("params", [])
+        param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
         self._check_group({**self.defaults, **param_group})
+        _checks.check_params(param_group["params"])
         super().add_param_group(param_group)
         self._numbers = {}
         group = self.param_groups[-1]
-        for param in group["params"]:
-            _checks.check_param(param)
         if self._release is not None:
             self._release.register(group["params"])
         if len(self.param_groups) == 1:
@@ -129,6 +130,7 @@ class ControlledOptimizer(Optimizer):
 
     def _step_all(self, losses: list[float | Tensor]) -> bool:
         """An ordinary step; returns whether there was anything to step with."""
+        fresh = not self.state
         groups = [self._group(index) for index in range(len(self.param_groups))]
         grad = next((g for group in groups for g in group.grads), None)
         if grad is None and self._process_group is None:
@@ -147,6 +149,11 @@ class ControlledOptimizer(Optimizer):
             native=native,
             foreach=foreach,
         )
+        for group in self.param_groups:
+            if self._settings.lr_bounds is not None or not _step.is_zero(group["lr"]):
+                group.pop("still", None)
+            elif not fresh:  # else a tool may be filling the state of an optimizer that is new
+                group["still"] = True
         return True
 
     def register_hooks(self) -> None:
@@ -318,6 +325,10 @@ class ControlledOptimizer(Optimizer):
     def _group(self, index: int, only: Tensor | None = None) -> _step.Group:
         """What of a group has a gradient, or one parameter of it; a subclass has to say."""
         raise TypeError(f"{type(self).__name__} must say what it updates.")
+
+    def _late_group(self, index: int, moving: Sequence[Tensor]) -> _step.Group | None:
+        """What of a group is to be moved at the end of a pass that has updated these parameters."""
+        return None
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raises where an option of a group, defaults filled in, is outside its range."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from cruxy_torch import _law_state
+from cruxy_torch._actuators.moments import Adam, Lion
 from cruxy_torch._memory import state as _state
 from cruxy_torch._optimizers.cruxy import CruxyOptimizer
 
@@ -35,8 +36,8 @@ def state_from_optax(
         A new state dictionary for `optimizer.load_state_dict`.
 
     Raises:
-        ValueError: where the state has no controller or not just one set of moments, or a leaf's
-            shape is not its parameter's.
+        ValueError: where the state has no controller or not just one set of moments, its law or
+            its direction is another than `optimizer`'s, or a leaf's shape is not its parameter's.
 
     Example:
         >>> import jax.numpy as jnp, torch, cruxy_optax, cruxy_torch
@@ -51,18 +52,19 @@ def state_from_optax(
         1
     """
     controller, moments = _parts(opt_state)
+    _check_alike(optimizer, controller, moments)
     saved = optimizer.state_dict()
-    memory = saved["param_groups"][0]["controller"]
+    law_state = saved["param_groups"][0]["controller"]
     state = controller.law_state
     names = _law_state.leaves(_law_state.names_of(state))
     values = dict(zip(names, _law_state.leaves(state), strict=True))
     values |= {name: getattr(controller, name) for name in _law_state.COUNTERS}
     ordered = controller.controls
     values["controls"] = np.stack([np.asarray(getattr(ordered, n)) for n in _law_state.CONTROLS])
-    values |= {name: memory[name] for name in ("report", "format")}
+    values |= {name: law_state[name] for name in ("report", "format")}
     for rate in _found(opt_state, ("ScaleByMetaLearningRateState",)):
         values["limit_scale"] = rate.limit_scale
-    saved["param_groups"][0]["controller"] = {k: _tensor(values[k]) for k in memory}
+    saved["param_groups"][0]["controller"] = {k: _tensor(values[k]) for k in law_state}
 
     columns = {"exp_avg": leaves(_decoded(moments.mu))}
     adam = hasattr(moments, "nu")
@@ -105,20 +107,21 @@ def state_to_optax(
             `optimizer`'s, such as `lambda p: {"kernel": p[0].T, "bias": p[1]}`.
 
     Returns:
-        A state like `opt_state` with NumPy leaves. The signals and controls of the last step, which
-        only telemetry reads, are those of `opt_state`.
+        A state like `opt_state` with NumPy leaves of the same shapes and dtypes. The signals and
+        controls of the last step, which only telemetry reads, are those of `opt_state`.
 
     Raises:
         ValueError: where the two do not fit, or parameters have seen different numbers of steps,
             which an Optax state cannot say.
     """
     controller, moments = _parts(opt_state)
-    memory = optimizer.param_groups[0]["controller"]
-    new: dict[str, Any] = {n: memory[n].cpu().numpy() for n in _law_state.COUNTERS}
+    _check_alike(optimizer, controller, moments)
+    law_state = {k: v.cpu().numpy() for k, v in optimizer.param_groups[0]["controller"].items()}
+    new: dict[str, Any] = {name: law_state[name] for name in _law_state.COUNTERS}
     names = _law_state.names_of(controller.law_state)
-    new["law_state"] = _law_state.restored(names, {k: v.cpu().numpy() for k, v in memory.items()})
+    new["law_state"] = _law_state.restored(names, law_state)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    states = [optimizer.state[p] for p in params]
+    states = [optimizer.state.get(p, {}) for p in params]
     if not all(_state.has_moment(state, "exp_avg") for state in states):
         raise ValueError(
             "every parameter must have taken a step, got some without state; take one step with "
@@ -134,7 +137,7 @@ def state_to_optax(
         changed["nu"] = moment("exp_avg_sq", moments.nu)
         changed["mu_decay"] = _common([s["beta1_product"] for s in states])
         changed["nu_decay"] = _common([s["beta2_product"] for s in states])
-    count = memory["step"].cpu().numpy()
+    count = law_state["step"]
 
     def replaced(node: Any) -> Any:
         kind = type(node).__name__
@@ -142,12 +145,12 @@ def state_to_optax(
             return node._replace(**changed)
         if kind == "ScaleByMetaLearningRateState":
             node = node._replace(count=count)
-            if "limit_scale" in memory:
-                node = node._replace(limit_scale=memory["limit_scale"].cpu().numpy())
+            if "limit_scale" in law_state:
+                node = node._replace(limit_scale=law_state["limit_scale"])
             return node
         if kind == "AverageIteratesState":
-            averages = [_array(state["average"]) for state in states]
-            return node._replace(average=tree(averages), count=count)
+            averages = [_array(s.get("average", p)) for p, s in zip(params, states, strict=True)]
+            return node._replace(average=_coded(node.average, tree(averages)), count=count)
         if node is controller:
             return node._replace(inner_state=replaced(node.inner_state), **new)
         if isinstance(node, tuple):
@@ -171,6 +174,26 @@ def _parts(opt_state: Any) -> tuple[Any, Any]:
     return controllers[0], moments[0]
 
 
+def _check_alike(optimizer: CruxyOptimizer, controller: Any, moments: Any) -> None:
+    """Raises unless both sides have the same law and the same direction."""
+    ours = optimizer._settings.law
+    names = _law_state.leaves(_law_state.names_of(controller.law_state))
+    if set(names) != set(_law_state.leaves(optimizer._settings.names)):
+        raise ValueError(
+            f"both sides must have the same law, got {type(controller.law_state).__name__} in "
+            f"opt_state and {type(ours).__name__} in the optimizer; build both with the same mode."
+        )
+    theirs = Adam.moments if hasattr(moments, "nu") else Lion.moments
+    for group in optimizer.param_groups:
+        direction = optimizer._direction_of(group)
+        if direction.moments != theirs:
+            raise ValueError(
+                f"both sides must have the same direction, got moments {theirs} in opt_state and "
+                f"{direction.moments} of {type(direction).__name__} in the optimizer; build both "
+                "as Adam or both as Lion."
+            )
+
+
 def _found(node: Any, kinds: tuple[str, ...]) -> list[Any]:
     here = [node] if type(node).__name__ in kinds else []
     below = node if isinstance(node, tuple) else ()
@@ -185,9 +208,17 @@ def _decoded(node: Any) -> Any:
 
 
 def _coded(like: Any, node: Any) -> Any:
-    """The nest `node` with codes where `like` has them, to the nearest."""
+    """The nest `node` in the dtypes of `like`, with codes where that has them, to the nearest."""
     if hasattr(like, "codes"):
         return like.encode(node, None)
+    if hasattr(like, "dtype"):
+        array = np.asarray(node)
+        if array.shape != tuple(like.shape):
+            raise ValueError(
+                f"tree() must give leaves of the shapes in opt_state, got {array.shape} for one of "
+                f"{tuple(like.shape)}; transpose what the two frameworks lay out differently."
+            )
+        return array.astype(like.dtype)
     return _mapped(_coded, like, node)
 
 

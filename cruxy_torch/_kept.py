@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cruxy_exact.codes import BlockCode, pack, unpack
 from cruxy_exact.random_bits import random_bits, round_to_bfloat16
+from cruxy_torch._distributed.shards import is_sharded
 
 # torch's foreach calls are what torch.optim itself is built on, underscore and all.
 # pyright: reportPrivateImportUsage=false
@@ -104,6 +105,15 @@ def kind(kept: Kept | None) -> tuple[Any, ...]:
 def raw(kept: Kept) -> Tensor:
     """The tensor that its numbers or codes are kept in."""
     return kept if isinstance(kept, Tensor) else kept[0]
+
+
+def plain(numbers: Tensor) -> Tensor:
+    """Numbers as a plain tensor where they are of a class that wraps others, which costs a wait."""
+    if type(numbers) is Tensor or is_sharded(numbers):
+        return numbers
+    values = [number.item() for number in numbers.reshape(-1).unbind()]
+    whole = torch.tensor(values, dtype=numbers.dtype, device=numbers.device)
+    return whole.reshape(numbers.shape)
 
 
 def compute_dtype(kept: Kept) -> torch.dtype:

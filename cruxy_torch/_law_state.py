@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cruxy_control import Controls, Signals
 from cruxy_control.controls import neutral
+from cruxy_control.filters import MAX_COUNT
 from cruxy_control.law import needs_alignment
 from cruxy_torch import _scalar_numpy
 from cruxy_torch._kept import assign
@@ -81,25 +82,43 @@ def start(law: Any, device: torch.device) -> dict[str, Tensor]:
     return law_state
 
 
-def advance(law: Any, names: Any, law_state: dict[str, Tensor], signals: Signals) -> Controls:
+def advance(
+    law: Any, names: Any, law_state: dict[str, Tensor], signals: Signals, *, still: Any = False
+) -> Controls:
     """One step of the law; updates its state in place and returns what it decided.
 
-    `names` are those of the law's state, as `names_of` gives them. The controls are scalars of
-    `namespace(law_state)`.
+    Args:
+        law: the law.
+        names: those of its state, as `names_of` gives them.
+        law_state: the state.
+        signals: what was measured.
+        still: whether this is no step at all, and so neither counts nor is skipped.
+
+    Returns:
+        Scalars of `namespace(law_state)`.
     """
     xp = namespace(law_state)
     values = dict(zip(law_state, as_scalars(law_state.values(), xp), strict=True))
     with quiet(xp):
         sensed = Signals(*as_scalars(signals, xp))
+        if still is not False:  # what is not finite leaves a law as it was
+            sensed = sensed._replace(grad_norm=xp.where(still, math.nan, sensed.grad_norm))
         state, controls = law.step(restored(names, values), sensed, xp=xp)
-    new = dict(zip(leaves(names), leaves(state), strict=True))
-    good = xp.where(controls.ok, xp.ones_like(values["step"]), 0)
-    new["step"] = values["step"] + good
-    new["skipped_total"] = values["skipped_total"] + (1 - good)
-    new["skipped_in_a_row"] = (values["skipped_in_a_row"] + 1) * (1 - good)
+        good = xp.where(controls.ok, xp.ones_like(values["step"]), 0)
+        bad = 1 - good if still is False else xp.where(still, 0, 1 - good)
+        new = dict(zip(leaves(names), leaves(state), strict=True))
+        new["step"] = _counted(values["step"], good, xp)
+        new["skipped_total"] = _counted(values["skipped_total"], bad, xp)
+        in_a_row = _counted(values["skipped_in_a_row"], bad, xp)
+        new["skipped_in_a_row"] = in_a_row * (1 - good)
     _store(law_state, new, xp)
     _hold(law_state["controls"], controls, xp)
     return controls
+
+
+def _counted(count: Any, more: Any, xp: Any) -> Any:
+    """A counter, at its largest rather than wrapped round."""
+    return xp.where(count < MAX_COUNT, count + more, count)
 
 
 def last_controls(law_state: dict[str, Tensor]) -> Controls:

@@ -8,7 +8,7 @@ from torch.optim.optimizer import Optimizer
 
 from cruxy_torch import _law_state
 from cruxy_torch._law_state import KEY
-from cruxy_torch._memory.state import restored
+from cruxy_torch._memory.state import SHAPED, check_shapes, check_shards, restored
 
 if TYPE_CHECKING:
     from cruxy_torch._controlled_optimizer import ControlledOptimizer
@@ -41,6 +41,7 @@ def load(
         final.update(state_dict)
         _law_state.check(law_state, state_dict["param_groups"][0].get(KEY))
         _check_options(optimizer, state_dict["param_groups"][0])
+        _check_shapes(optimizer, state_dict)
 
     def restore(_: Optimizer) -> None:
         _law_state.load(law_state, optimizer.param_groups[0][KEY])
@@ -62,6 +63,17 @@ def load(
     finally:
         before.remove()
         after.remove()
+
+
+def _check_shapes(optimizer: "ControlledOptimizer", saved: dict[str, Any]) -> None:
+    """Raises unless what was saved of each parameter has its shape."""
+    saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(saved_ids) == len(params):  # else torch says so
+        states = [saved["state"].get(i, {}) for i in saved_ids]
+        for param, state in zip(params, states, strict=True):
+            check_shards(param, state)
+        check_shapes(params, states, SHAPED)
 
 
 def _check_options(optimizer: "ControlledOptimizer", saved: dict[str, Any]) -> None:

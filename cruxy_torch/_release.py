@@ -5,7 +5,7 @@
 
 import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,7 +115,10 @@ class Release:
             if self._pass is None:
                 return False
             device = optimizer._law()["step"].device
-            self._pass.close(optimizer._group(0), mean_loss(losses, device))
+            groups = range(len(optimizer.param_groups))
+            late = [optimizer._late_group(index, list(self._done)) for index in groups]
+            first, loss = optimizer._group(0), mean_loss(losses, device)
+            self._pass.close(first, loss, [group for group in late if group is not None])
             return True
         finally:
             self.forget()
@@ -183,17 +186,23 @@ class Pass:
             orders = _step.with_limits(group, orders, count, sizes, self._whole, xp=self._xp)
         group.update(orders, native=native, foreach=False)
 
-    def close(self, group: _step.Group, loss: Tensor) -> None:
+    def close(self, group: _step.Group, loss: Tensor, late: Sequence[_step.Group]) -> None:
         """Steps the law with what the whole pass has measured.
 
         Args:
             group: the first, whose rate and betas are reported.
             loss: float32, 0-d, NaN where there is none.
+            late: what moves at the end of the pass.
         """
+        (count,) = _law_state.as_scalars([self._law_state["step"]], self._xp)
         sensed = conclude(self._total, loss, self._meshes, self._settings.law.gamma)
         settings = self._settings
         controls = _law_state.advance(settings.law, settings.names, self._law_state, sensed)
         _step.record(self._law_state, sensed, controls, self._orders(group))
+        for each in late:
+            orders = self._orders(each)._replace(ok=controls.ok)
+            orders = _step.with_limits(each, orders, count, None, None, xp=self._xp)
+            each.update(orders, native=False, foreach=False)
 
     def _orders(self, group: _step.Group) -> Orders:
         """What a group applies to a gradient that is finite and not clipped."""

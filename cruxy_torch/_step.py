@@ -12,7 +12,7 @@ from torch import Tensor
 from cruxy_control import Controls, Law, Signals, meta_learning_rate
 from cruxy_control import betas as controlled_betas
 from cruxy_control.formulas.averaging import averaging_weight
-from cruxy_control.formulas.limits import RELATIVE_FLOOR, limit_scale, relative_limit
+from cruxy_control.formulas.limits import RELATIVE_FLOOR, rate_share, relative_limit
 from cruxy_control.law import needs_alignment
 from cruxy_exact.random_bits import stream_key
 from cruxy_torch import _law_state, _telemetry
@@ -51,6 +51,7 @@ class Group(abc.ABC):
         averaging: power of the average of the parameters; `None` for none.
         relative_limit: no tensor's rate is above this share of its size, or of that of all tensors;
             `None` for no limit.
+        still: whether nothing of it moved in the step before, whose rate was 0.
     """
 
     index: int
@@ -61,6 +62,7 @@ class Group(abc.ABC):
     maximize: bool
     averaging: float | None
     relative_limit: float | None
+    still: bool
 
     @property
     @abc.abstractmethod
@@ -121,7 +123,7 @@ def run(
     grads = [g for group in groups for g in group.grads]
     momenta = None
     if needs_alignment(settings.law):
-        momenta = [(m, -1.0 if g.maximize else 1.0) for g in groups for m in g.momenta()]
+        momenta = [steering for group in groups for steering in _steering(group)]
     signals = measure(
         grads,
         loss,
@@ -136,10 +138,15 @@ def run(
     if momenta is not None:
         signals = signals._replace(limit_scale=law_state["limit_scale"])
     key = random_key(law_state) if any(group.rounds for group in groups) else 0
-    controls = _law_state.advance(settings.law, settings.names, law_state, signals)
     xp = _law_state.namespace(law_state)
+    still: Any = False
+    if all(is_zero(group.lr) for group in groups):
+        # A tool that makes an optimizer fill its state steps so, and does not mean a step.
+        (norm,) = _law_state.as_scalars([signals.grad_norm], xp)
+        still = norm == 0.0
+    controls = _law_state.advance(settings.law, settings.names, law_state, signals, still=still)
     ordered = [orders_of(group, controls, scale, key, settings, xp=xp) for group in groups]
-    record(law_state, signals, controls, ordered[0])
+    record(law_state, signals, controls, ordered[0], still=still)
     (count,) = _law_state.as_scalars([law_state["step"]], xp)
     sizes = [group.sizes(native=native) for group in groups]
     whole = whole_mean_square([size for size in sizes if size is not None])
@@ -147,10 +154,10 @@ def run(
     for group, orders, size in zip(groups, ordered, sizes, strict=True):
         orders = with_limits(group, orders, count - 1, size, whole, xp=xp)
         if momenta is not None and group.grads:
-            shares.append(one if orders.limits is None else _share(orders).to(device))
+            shares.append(_share(orders, device))
         group.update(orders, native=native, foreach=foreach)
     if momenta is not None:
-        share = torch.stack(shares).max() if shares else one
+        share = torch.stack(shares).max() if shares else torch.zeros_like(one)
         ok = torch.as_tensor(controls.ok, device=device)
         law_state["limit_scale"].copy_(torch.where(ok, share, law_state["limit_scale"]))
 
@@ -207,11 +214,24 @@ def with_limits(
     return orders._replace(limits=limits, average_weight=weight)
 
 
-def _share(orders: Orders) -> Tensor:
-    """The largest share of its rate that a limit left any tensor of a group; 1 of a rate of 0."""
-    largest, rate = orders.limits.max(), orders.rate
-    rate = rate.to(largest.device) if isinstance(rate, Tensor) else largest.new_tensor(float(rate))
-    return limit_scale(largest, rate, xp=torch)
+def is_zero(lr: float | Tensor) -> bool:
+    """Whether a learning rate is known to be 0 without waiting for a device."""
+    if isinstance(lr, Tensor) and (torch.compiler.is_compiling() or not lr.is_cpu):
+        return False
+    return float(lr) == 0.0
+
+
+def _steering(group: Group) -> list[tuple[Kept, float] | None]:
+    """The first moment of each gradient with its sign; `None` where nothing has moved."""
+    sign = -1.0 if group.maximize else 1.0
+    return [None if group.still else (moment, sign) for moment in group.momenta()]
+
+
+def _share(orders: Orders, device: torch.device) -> Tensor:
+    """What a limit left of the rate of a group, see `Signals.limit_scale`."""
+    largest = None if orders.limits is None else orders.limits.max().to(device)
+    rate = torch.as_tensor(orders.rate, dtype=torch.float32, device=device)
+    return rate_share(largest, rate, xp=torch)
 
 
 def random_key(law_state: dict[str, Tensor]) -> Any:
@@ -224,9 +244,14 @@ def random_key(law_state: dict[str, Tensor]) -> Any:
 
 
 def record(
-    law_state: dict[str, Tensor], signals: Signals, controls: Controls, first: Orders
+    law_state: dict[str, Tensor],
+    signals: Signals,
+    controls: Controls,
+    first: Orders,
+    *,
+    still: Any = False,
 ) -> None:
     """Keeps the telemetry; rate and betas are the first group's."""
     values = {**signals._asdict(), **controls._asdict()}
     values |= {"learning_rate": first.rate, "beta1": first.beta1, "beta2": first.beta2}
-    _telemetry.record(law_state, values)
+    _telemetry.record(law_state, values, still=still)

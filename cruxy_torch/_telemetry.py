@@ -14,13 +14,20 @@ BETAS = ("beta1", "beta2")
 """What only an optimizer has whose decay rates are the law's to move."""
 
 
-def record(law_state: dict[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Keeps what a step measured and decided, on the device, until somebody asks."""
-    if namespace(law_state) is _scalar_numpy:
-        law_state["report"].numpy()[...] = [values[name] for name in REPORT]
-    else:
-        rows = [values[name].to(torch.float32) for name in REPORT]
-        law_state["report"].copy_(torch.stack(rows))
+def record(law_state: dict[str, Tensor], values: Mapping[str, Any], *, still: Any = False) -> None:
+    """Keeps what a step measured and decided, on the device, until somebody asks.
+
+    Args:
+        law_state: where it is kept.
+        values: by name.
+        still: where true what is there stays.
+    """
+    report = law_state["report"]
+    if namespace(law_state) is not _scalar_numpy:
+        rows = torch.stack([values[name].to(torch.float32) for name in REPORT])
+        report.copy_(rows if still is False else torch.where(still, report, rows))
+    elif not still:
+        report.numpy()[...] = [values[name] for name in REPORT]
 
 
 def everything(law_state: dict[str, Tensor]) -> Tensor:

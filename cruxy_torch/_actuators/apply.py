@@ -13,6 +13,7 @@ from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.stepped import Bucket, Frame, SteppedTensor
 from cruxy_torch._blocks import buckets, by_device
 from cruxy_torch._columns import Columns
+from cruxy_torch._distributed.shards import local
 from cruxy_torch._kept import Coded, Kept, Rounded
 from cruxy_torch._memory.state import as_stepped
 from cruxy_torch._native import passes
@@ -30,12 +31,14 @@ class DirectedGroup(Group):
         columns: parameters and gradients on this rank, with what is kept beside them.
         direction: what a gradient becomes.
         frame: what else the group fixes.
+        late: parameters without a gradient now, each with its average, which moves all the same.
     """
 
     params: list[Tensor]
     columns: Columns
     direction: Direction
     frame: Frame
+    late: Sequence[tuple[Tensor, Tensor]] = ()
 
     @property
     def rounds(self) -> bool:
@@ -73,6 +76,8 @@ class DirectedGroup(Group):
             factors = self.direction.advance(here, on_device)
             step(here, self.direction, self.frame, on_device, factors)
         average(columns.params, columns.averages, orders.average_weight)
+        for param, mean in self.late:
+            average([local(param)], [local(mean)], orders.average_weight)
 
 
 def group_of(
@@ -84,6 +89,7 @@ def group_of(
     *,
     bits: int,
     stochastic: bool,
+    late: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> DirectedGroup:
     """The group with this number.
 
@@ -96,6 +102,7 @@ def group_of(
         frame: likewise.
         bits: in which the group keeps moments; at 16 they are rounded by chance.
         stochastic: whether bfloat16 parameters are.
+        late: see `DirectedGroup`.
     """
     params, grads, states, numbers = lists
     columns = as_stepped(
@@ -111,12 +118,14 @@ def group_of(
         columns=columns,
         direction=direction,
         frame=frame,
+        late=late,
         lr=lr.detach().reshape(()) if isinstance(lr, Tensor) else lr,
         b1=b1,
         b2=b2,
         maximize=options["maximize"],
         averaging=options["averaging"],
         relative_limit=options["relative_limit"],
+        still=options.get("still", False),
     )
 
 

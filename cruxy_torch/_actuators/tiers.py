@@ -15,7 +15,7 @@ from cruxy_torch._actuators.moments import Adam
 from cruxy_torch._actuators.stepped import Bucket, SteppedTensor
 from cruxy_torch._columns import Columns
 from cruxy_torch._distributed.shards import local, over_ranks
-from cruxy_torch._kept import assign, compute_dtype
+from cruxy_torch._kept import assign, compute_dtype, plain
 from cruxy_torch._orders import Orders
 
 
@@ -43,7 +43,7 @@ class Tiered(Direction):
         """Of a tensor of tier 2 Adam's factors, gated; of another the size of its step."""
         if not columns.states:
             return []
-        squares = torch.stack([_mean_square(whole) for whole in columns.wholes])
+        squares = plain(torch.stack([_mean_square(whole) for whole in columns.wholes]))
         if self.unscale is not None:
             squares = squares * self.unscale.to(squares.device).square()
         weight, gates = _observed(columns.states, squares, orders.ok)

@@ -47,6 +47,13 @@ def rows_are_whole(tensor: Tensor) -> bool:
     )
 
 
+def placed_like(grad: Tensor, param: Tensor) -> Tensor:
+    """The gradient as its parameter is placed: partial sums are added up, shards cut alike."""
+    if not is_sharded(grad) or not is_sharded(param) or grad.placements == param.placements:
+        return grad
+    return grad.redistribute(param.device_mesh, param.placements)
+
+
 def over_ranks(total: Tensor, whole: Tensor, axis: int | None = None) -> Tensor:
     """A sum over this rank's part of `whole`, added up over the ranks that split it.
 
@@ -85,11 +92,7 @@ def over_mesh(values: Tensor, mesh: Any) -> None:
 
 
 def by_mesh(grads: Sequence[Tensor]) -> tuple[list[int], dict[Any, dict[int, list[int]]]]:
-    """Indices of plain tensors, and of shards by mesh and by how many ranks hold the same shard.
-
-    Raises:
-        ValueError: where a gradient is a partial sum that has not been reduced.
-    """
+    """Indices of plain tensors, and of shards by mesh and by how many ranks hold the same shard."""
     plain: list[int] = []
     sharded: dict[Any, dict[int, list[int]]] = {}
     for index, grad in enumerate(grads):
@@ -98,11 +101,6 @@ def by_mesh(grads: Sequence[Tensor]) -> tuple[list[int], dict[Any, dict[int, lis
             continue
         copies = 1
         for axis, placement in enumerate(grad.placements):
-            if placement.is_partial():
-                raise ValueError(
-                    f"gradients must be reduced before step(), got a DTensor placed as {placement};"
-                    " call redistribute() on it, or let fully_shard do it."
-                )
             if placement.is_replicate():
                 copies *= grad.device_mesh.size(axis)
         sharded.setdefault(grad.device_mesh, {}).setdefault(copies, []).append(index)

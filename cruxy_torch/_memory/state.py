@@ -9,7 +9,13 @@ from torch import Tensor
 
 from cruxy_exact.codes import BlockCode
 from cruxy_torch._columns import Columns
-from cruxy_torch._distributed.shards import any_sharded, local, placed, shard_elements
+from cruxy_torch._distributed.shards import (
+    any_sharded,
+    is_sharded,
+    local,
+    placed,
+    shard_elements,
+)
 from cruxy_torch._kept import BLOCK_SIZE, Coded, Kept, Rounded, read, write
 
 SMALLEST = 4096
@@ -17,6 +23,9 @@ SMALLEST = 4096
 
 SHARD = "shard_elements"
 """Beside codes: elements of the largest shard, each of which has blocks of its own; int64, `()`."""
+
+SHAPED = ("exp_avg", "exp_avg_sq", "average", "variance")
+"""What our own optimizers keep that has the shape of its parameter."""
 
 _CODES = {(bits, signed): BlockCode(bits, signed) for bits in (8, 4) for signed in (True, False)}
 
@@ -82,7 +91,7 @@ def moment(
     """The state of one moment that has this value, in `bits` to the nearest; see `add_moment`."""
     state: dict[str, Tensor] = {}
     add_moment(state, name, param, dtype, bits)
-    ok = torch.ones((), dtype=torch.bool)
+    ok = torch.ones((), dtype=torch.bool, device=value.device)
     write([_kept(state, name, local(param), 0, halved=False)], [value], None, ok)
     return state
 
@@ -114,6 +123,7 @@ def as_stepped(
         halved: whether bfloat16 moments are rounded by chance.
         stochastic: whether bfloat16 parameters are.
     """
+    check_shapes(params, states, names)
     sharded = any_sharded(grads)
     own = [local(p) for p in params] if sharded else params
     moments: dict[str, Sequence[Any]] = {}
@@ -130,6 +140,41 @@ def as_stepped(
     averages = [local(state["average"]) for state in states if "average" in state]
     local_grads = [local(grad) for grad in grads] if sharded else grads
     return Columns(stepped, local_grads, grads, states, moments, averages)
+
+
+def check_shapes(
+    params: Sequence[Tensor], states: Sequence[dict[str, Any]], names: Sequence[str]
+) -> None:
+    """Raises unless what is kept of each parameter has its parameter's shape.
+
+    Args:
+        params: the parameters.
+        states: what is kept of each.
+        names: of what is shaped like its parameter, where there is one of that name.
+
+    Raises:
+        ValueError: where something has another shape.
+    """
+    for param, state in zip(params, states, strict=True):
+        for name in names:
+            for key, shape in _shapes(param, state, name):
+                if state[key].shape != shape:
+                    raise ValueError(
+                        f"{key} must have shape {tuple(shape)} beside a parameter of shape "
+                        f"{tuple(param.shape)}, got {tuple(state[key].shape)}; resize the state "
+                        "with its parameter, or drop it: del optimizer.state[parameter]."
+                    )
+
+
+def _shapes(param: Tensor, state: dict[str, Any], name: str) -> list[tuple[str, Sequence[int]]]:
+    """The keys of a moment in a parameter's state, and the shapes they have to have."""
+    if name in state:
+        return [(name, param.shape)]
+    if f"{name}_codes" not in state or is_sharded(param):  # `check_shards` looks at those
+        return []
+    blocks = math.ceil(param.numel() / BLOCK_SIZE)
+    width = state[f"{name}_codes"].shape[1:]
+    return [(f"{name}_codes", torch.Size([blocks, *width])), (f"{name}_scales", (blocks,))]
 
 
 def _kept_or_none(
@@ -169,11 +214,7 @@ def restored(
         old: its state before loading.
         saved: what was saved of it.
         dtype: of a first moment that is not coded; `None` for that which was saved.
-
-    Raises:
-        ValueError: where codes were saved under another sharding.
     """
-    _check_shards(param, saved)
     state: dict[str, Any] = {}
     for key, value in saved.items():
         if not isinstance(value, Tensor):
@@ -188,7 +229,7 @@ def restored(
     return state
 
 
-def _check_shards(param: Tensor, saved: dict[str, Any]) -> None:
+def check_shards(param: Tensor, saved: dict[str, Any]) -> None:
     """Raises unless blocks of codes begin and end where the parameter's shards do."""
     if SHARD not in saved:
         return

@@ -23,6 +23,7 @@ from cruxy_torch._kept import compute_dtype
 from cruxy_torch._memory.estimate import option_bytes, tensor_bytes
 from cruxy_torch._memory.state import add_moment, bits_of
 from cruxy_torch._optimizers.directed import DirectedOptimizer
+from cruxy_torch._step import is_zero
 
 _AVERAGES = ("step", "grad_fast", "grad_slow")
 """What every tensor has."""
@@ -174,7 +175,10 @@ class Cosmic(DirectedOptimizer):
             ValueError: where the loss is not one real number, or the budget is too small.
             RuntimeError: where a gradient is sparse.
         """
+        fresh = not self.state
         result = super().step(closure, loss)
+        if fresh and all(is_zero(group["lr"]) for group in self.param_groups):
+            return result  # a tool that makes an optimizer fill its state
         first = self.param_groups[0]
         first["steps"] += 1
         due = self._every is not None and first["steps"] % self._every == 0

@@ -1,6 +1,7 @@
 """`CruxyOptimizer`: the control law around Adam, Lion and other directions, called like AdamW."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cruxy_control import Law, Meta3, SelfDriving, StabilityV1, StabilityV2
+from cruxy_control.checks import check_count, check_range
 from cruxy_control.law import needs_alignment
 from cruxy_torch import _checks, _step
 from cruxy_torch._actuators.direction import Direction
@@ -292,20 +294,26 @@ def _compiled_run() -> Callable[..., None]:
 
 def _law_of(mode: str, gamma: float, rate_gain: float, beta2_gain: float, interval: int) -> Law:
     """The law that `mode` names, with the four constants that are arguments of their own."""
-    if mode == "meta3":
-        return Meta3(
+    remedy = "1.5 is the paper's, 2 the Euclidean norm"
+    check_range("gamma_norm", gamma, 1.0, math.inf, upper_open=True, remedy=remedy)
+    check_range("meta_lr_eta", rate_gain, 0.0, remedy="0.05 is the paper's, 0 switches it off")
+    remedy = "0.03 is the paper's, 0 switches it off"
+    check_range("meta_lr_beta2", beta2_gain, 0.0, 1.0, upper_open=True, remedy=remedy)
+    check_count("meta_interval", interval, 1, remedy="10 is the paper's")
+    laws = {
+        "meta3": lambda: Meta3(
             gamma=gamma, rate_gain=rate_gain, beta2_gain=beta2_gain, meta_interval=interval
+        ),
+        "self_driving": lambda: SelfDriving(gamma=gamma),
+        "stability_v2": lambda: StabilityV2(gamma=gamma),
+        "stability_v1": StabilityV1,
+    }
+    if mode not in laws:
+        raise ValueError(
+            f"mode must be 'meta3', 'self_driving', 'stability_v2' or 'stability_v1', got {mode!r};"
+            " give law= for a law with constants of your own."
         )
-    if mode == "stability_v2":
-        return StabilityV2(gamma=gamma)
-    if mode == "stability_v1":
-        return StabilityV1()
-    if mode == "self_driving":
-        return SelfDriving(gamma=gamma)
-    raise ValueError(
-        f"mode must be 'meta3', 'self_driving', 'stability_v2' or 'stability_v1', got {mode!r}; "
-        "give law= for a law with constants of your own."
-    )
+    return laws[mode]()
 
 
 def _check_direction(direction: Direction | None, law: Law, *, use_lion: bool) -> None:

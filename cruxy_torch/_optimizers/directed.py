@@ -54,6 +54,28 @@ class DirectedOptimizer(ControlledOptimizer):
             self._frame(group),
             bits=self._bits(group),
             stochastic=self._stochastic,
+            late=() if only is not None else self._late(group, lists[0]),
+        )
+
+    def _late(self, group: dict[str, Any], moving: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """The parameters of a group that have an average and do not move now, with it."""
+        if group["averaging"] is None or len(moving) == len(group["params"]):
+            return []
+        moved = set(moving)
+        states = ((p, self.state[p]) for p in group["params"] if p in self.state and p not in moved)
+        return [(param, state["average"]) for param, state in states if "average" in state]
+
+    def _late_group(self, index: int, moving: Sequence[Tensor]) -> DirectedGroup | None:
+        """What moves in a group at the end of a pass that has updated these: late averages."""
+        group = self.param_groups[index]
+        late = self._late(group, moving)
+        if not late:
+            return None
+        nothing = ([], [], [], [])
+        direction, frame = self._direction_of(group), self._frame(group)
+        bits = self._bits(group)
+        return group_of(
+            index, group, nothing, direction, frame, bits=bits, stochastic=False, late=late
         )
 
     def _options(self, group: dict[str, Any], moving: Sequence[Tensor]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from cruxy_control import Signals
 from cruxy_control.signals import alignment
 from cruxy_torch._blocks import blocks, buckets
 from cruxy_torch._distributed.shards import by_mesh, local, over_mesh
-from cruxy_torch._kept import Kept, compute_dtype, read
+from cruxy_torch._kept import Kept, compute_dtype, plain, read
 from cruxy_torch._native import passes
 
 
@@ -144,7 +144,7 @@ def measure(
     loss: Tensor,
     gamma: float,
     *,
-    momenta: Sequence[tuple[Kept, float]] | None = None,
+    momenta: Sequence[tuple[Kept, float] | None] | None = None,
     scale: Tensor,
     found_inf: Tensor | None,
     process_group: dist.ProcessGroup | None,
@@ -161,20 +161,29 @@ def measure(
         grads: raw gradients, plain or `DTensor`.
         loss: this rank's loss, float32, 0-d, NaN where there is none.
         gamma: the law's exponent.
-        momenta: see `products`, this rank's shards of them, where the alignment is asked for.
+        momenta: see `products`, this rank's shards of them, where the alignment is asked for;
+            `None` for a gradient that is left out of it.
         scale: factor on every gradient; 0-d, float32.
         found_inf: what a `GradScaler` found, positive where the step is to be skipped.
         process_group: ranks that hold the same gradients but a loss of their own.
         native: takes the C library for what it can take.
         foreach: takes torch's foreach calls for the rest.
-
-    Raises:
-        ValueError: where a gradient is a partial sum that has not been reduced.
     """
 
-    def sums_of(indices: list[int]) -> Tensor:
+    def own_sums(indices: list[int], *, steers: bool) -> Tensor:
         chosen = [local(grads[i]) for i in indices]
-        return sums(chosen, gamma, scale, _at(momenta, indices), native=native, foreach=foreach)
+        own = _at(momenta, indices) if steers else None
+        return sums(chosen, gamma, scale, own, native=native, foreach=foreach)
+
+    def sums_of(indices: list[int]) -> Tensor:
+        if momenta is None:
+            return own_sums(indices, steers=False)
+        total = own_sums([i for i in indices if momenta[i] is not None], steers=True)
+        total = torch.cat((total, total[:1]))
+        rest = [i for i in indices if momenta[i] is None]
+        if rest:
+            total[:2] += own_sums(rest, steers=False)
+        return total
 
     plain, sharded = by_mesh(grads)
     total = sums_of(plain)
@@ -211,10 +220,11 @@ def conclude(total: Tensor, loss: Tensor, meshes: Iterable[Any], gamma: float) -
 
 def signals(total: Tensor, loss: Tensor, gamma: float) -> Signals:
     """The two norms of which `total` has the sums, the loss, and the alignment if it has that."""
+    total = plain(total)
     norms = {"grad_norm": total[0].sqrt(), "gamma_norm": total[1] ** (1.0 / gamma)}
     if len(total) == 2:
         return Signals(**norms, loss=loss)
-    cosine = alignment(total[2], norms["grad_norm"], total[3], xp=torch)
+    cosine = alignment(total[2], total[4].sqrt(), total[3], xp=torch)
     return Signals(**norms, loss=loss, alignment=cosine)
 
 

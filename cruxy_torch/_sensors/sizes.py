@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cruxy_torch._distributed.shards import add_shards, local
-from cruxy_torch._kept import compute_dtype
+from cruxy_torch._kept import compute_dtype, plain
 from cruxy_torch._native import passes
 
 
@@ -47,7 +47,7 @@ def sizes(tensors: Sequence[Tensor], *, native: bool) -> Sizes:
     for i in slow:
         flat = shards[i].detach().reshape(-1).to(compute_dtype(shards[i]))
         means[i] = (torch.dot(flat, flat) / counts[i]).to(device, torch.float32)
-    total = torch.stack([means[i] for i in range(len(tensors))])
+    total = plain(torch.stack([means[i] for i in range(len(tensors))]))
     add_shards(total, tensors)
     return Sizes(total, [tensor.numel() for tensor in tensors])
 

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import re
 from typing import Any, cast
 
 import torch
@@ -23,8 +24,9 @@ class CruxyTrainer(Trainer):
 
     It is called like the class it extends. `TrainingArguments` say what the optimizer gets:
     `learning_rate`, `weight_decay` (which biases and norms are spared), `adam_beta1`, `adam_beta2`
-    and `adam_epsilon` in their usual places, and everything else in `optim_args`, such as
-    `"mode=stability_v2"` or `"use_lion=True, use_gc=True"`. What a string cannot hold goes the
+    (both at their defaults leave the betas to the optimizer's mode) and `adam_epsilon` in their
+    usual places, and everything else in `optim_args`, such as `"mode=stability_v2"`,
+    `"use_lion=True, use_gc=True"` or `"betas=(0.9, 0.95)"`. What a string cannot hold goes the
     `Trainer`'s own ways: `optimizer_cls_and_kwargs=(CruxyOptimizer, {"lr": 1e-4, "law": law})`, or
     `optimizers=(CruxyOptimizer(groups), None)`.
 
@@ -63,11 +65,11 @@ class CruxyTrainer(Trainer):
         args: TrainingArguments, model: PreTrainedModel | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """`CruxyOptimizer` and what the training arguments say of it."""
-        options: dict[str, Any] = {
-            "lr": args.learning_rate,
-            "betas": (args.adam_beta1, args.adam_beta2),
-            "eps": args.adam_epsilon,
-        }
+        options: dict[str, Any] = {"lr": args.learning_rate, "eps": args.adam_epsilon}
+        betas = (args.adam_beta1, args.adam_beta2)
+        if betas != (type(args).adam_beta1, type(args).adam_beta2):
+            # What nobody set must not overrule what the optimizer takes for its mode.
+            options["betas"] = betas
         return CruxyOptimizer, options | _options(args.optim_args)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -139,7 +141,7 @@ def _check(trainer: CruxyTrainer) -> None:
 def _options(text: str | None) -> dict[str, Any]:
     """The value of `optim_args`: `name=value`, separated by commas."""
     options: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in (text or "").split(","))):
+    for part in filter(None, map(str.strip, re.split(r",(?![^(\[]*[)\]])", text or ""))):
         name, separator, value = (piece.strip() for piece in part.partition("="))
         if not (name and separator and value):
             raise ValueError(
