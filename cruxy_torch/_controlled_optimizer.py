@@ -149,10 +149,12 @@ class ControlledOptimizer(Optimizer):
             native=native,
             foreach=foreach,
         )
-        for group in self.param_groups:
-            if self._settings.lr_bounds is not None or not _step.is_zero(group["lr"]):
+        bounded = self._settings.lr_bounds is not None
+        zero = [not bounded and _step.is_zero(group["lr"]) for group in self.param_groups]
+        for group, still in zip(self.param_groups, zero, strict=True):
+            if not still:
                 group.pop("still", None)
-            elif not fresh:  # else a tool may be filling the state of an optimizer that is new
+            elif not (fresh and all(zero)):  # else a tool fills the state of a new optimizer
                 group["still"] = True
         return True
 

@@ -17,6 +17,7 @@ from cruxy_control import Controls, Signals
 from cruxy_control.controls import neutral
 from cruxy_control.filters import MAX_COUNT
 from cruxy_control.law import needs_alignment
+from cruxy_control.signals import NOT_KNOWN
 from cruxy_torch import _scalar_numpy
 from cruxy_torch._kept import assign
 
@@ -76,8 +77,9 @@ def start(law: Any, device: torch.device) -> dict[str, Tensor]:
     if needs_alignment(law):
         law_state["limit_scale"] = torch.ones((), dtype=torch.float32, device=device)
     first = neutral(torch.ones_like(like, dtype=torch.bool), xp=torch)
-    law_state["controls"] = torch.stack([getattr(first, name) for name in CONTROLS])
-    law_state["report"] = torch.full((len(REPORT),), math.nan, dtype=torch.float32, device=device)
+    ordered = torch.stack([getattr(first, name) for name in CONTROLS])
+    law_state["controls"] = ordered.clip(max=NOT_KNOWN)
+    law_state["report"] = torch.full((len(REPORT),), NOT_KNOWN, dtype=torch.float32, device=device)
     law_state["format"] = torch.full((), FORMAT, dtype=torch.int32, device=device)
     return law_state
 
@@ -135,6 +137,8 @@ def last_controls(law_state: dict[str, Tensor]) -> Controls:
 
 
 def _hold(vector: Tensor, controls: Controls, xp: Any) -> None:
+    threshold = xp.clip(controls.clip_threshold, 0.0, NOT_KNOWN)  # no threshold is a finite number
+    controls = controls._replace(clip_threshold=threshold)
     values = [getattr(controls, name) for name in CONTROLS]
     if xp is not _scalar_numpy:
         vector.copy_(torch.where(controls.ok, torch.stack(values), vector))

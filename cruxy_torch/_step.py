@@ -14,6 +14,7 @@ from cruxy_control import betas as controlled_betas
 from cruxy_control.formulas.averaging import averaging_weight
 from cruxy_control.formulas.limits import RELATIVE_FLOOR, rate_share, relative_limit
 from cruxy_control.law import needs_alignment
+from cruxy_control.signals import NOT_KNOWN
 from cruxy_exact.random_bits import stream_key
 from cruxy_torch import _law_state, _telemetry
 from cruxy_torch._kept import Kept
@@ -252,6 +253,11 @@ def record(
     still: Any = False,
 ) -> None:
     """Keeps the telemetry; rate and betas are the first group's."""
+    xp = _law_state.namespace(law_state)
+    (loss,) = _law_state.as_scalars([signals.loss], xp)
     values = {**signals._asdict(), **controls._asdict()}
+    # A state without a loss or a threshold is not to look damaged.
+    values["loss"] = xp.where(xp.isfinite(loss), loss, NOT_KNOWN)
+    values["clip_threshold"] = xp.clip(controls.clip_threshold, 0.0, NOT_KNOWN)
     values |= {"learning_rate": first.rate, "beta1": first.beta1, "beta2": first.beta2}
     _telemetry.record(law_state, values, still=still)

@@ -1,5 +1,6 @@
 """What the last step measured and decided, as numbers by name; kept in the law's state."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cruxy_control import Controls
+from cruxy_control.signals import NOT_KNOWN
 from cruxy_torch import _scalar_numpy
 from cruxy_torch._law_state import COUNTERS, REPORT, namespace
 
@@ -55,7 +57,11 @@ def named(numbers: list[float], names: frozenset[str]) -> dict[str, float | int 
         numbers: of all names.
         names: those to keep, see `shown`.
     """
-    named: dict[str, float | int | bool] = dict(zip((*REPORT, *COUNTERS), numbers, strict=True))
+    every = (*REPORT, *COUNTERS)
+    named: dict[str, float | int | bool] = dict(zip(every, numbers, strict=True))
+    infinite = {"clip_threshold"} if named["ok"] != NOT_KNOWN else set()  # once a step was taken
+    for name in (name for name, number in named.items() if number == NOT_KNOWN):
+        named[name] = math.inf if name in infinite else math.nan
     named["ok"] = bool(named["ok"])
     named |= {name: int(named[name]) for name in COUNTERS}
     return {name: value for name, value in named.items() if name in names}

@@ -220,3 +220,44 @@ def test_moving_says_what_does_not_fit():
         state_from_optax(theirs.optimizer, ours.state, lambda t: [t["w"]])
     with pytest.raises(ValueError, match="every parameter must have taken a step"):
         state_to_optax(theirs.optimizer, ours.state, tree_of)
+
+
+def bfloat16_pair():
+    """A run of each framework on bfloat16 parameters, one step in."""
+    params = {"w": jnp.ones((6, 16), jnp.bfloat16)}
+    tx = meta3(RATE)
+    _, state = tx.update(params, tx.init(params), params, value=1.0)
+    p = torch.nn.Parameter(torch.ones(6, 16, dtype=torch.bfloat16))
+    optimizer = CruxyOptimizer([p], lr=RATE, weight_decay=1e-4)
+    p.grad = torch.ones_like(p)
+    optimizer.step(loss=1.0)
+    return tx, params, state, optimizer
+
+
+def test_a_state_handed_back_has_the_dtypes_and_shapes_of_init():
+    tx, params, _, optimizer = bfloat16_pair()
+    like = tx.init(params)
+    back = state_to_optax(optimizer, like, lambda leaves: {"w": leaves[0]})
+    for ours, wanted in zip(jax.tree.leaves(back), jax.tree.leaves(like), strict=True):
+        assert (ours.dtype, ours.shape) == (wanted.dtype, wanted.shape)
+    stepped, _ = jax.jit(tx.update)(params, back, params, value=0.9)
+    assert stepped["w"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "self_driving"}, "both sides must have the same law, got Meta3State in opt_state"),
+        ({"use_lion": True}, r"both sides must have the same direction, got moments \('exp_avg', "),
+    ],
+)
+def test_sides_that_do_not_fit_are_refused_by_name(options, message):
+    _, _, state, _ = bfloat16_pair()
+    p = torch.nn.Parameter(torch.ones(6, 16))
+    optimizer = CruxyOptimizer([p], **options)
+    p.grad = torch.ones_like(p)
+    optimizer.step(loss=1.0)
+    with pytest.raises(ValueError, match=message):
+        state_from_optax(optimizer, state, lambda tree: [tree["w"]])
+    with pytest.raises(ValueError, match=message):
+        state_to_optax(optimizer, state, lambda leaves: {"w": leaves[0]})

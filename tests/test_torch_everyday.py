@@ -355,3 +355,20 @@ def test_counters_stay_at_the_largest():
 def test_what_no_step_could_use_is_refused_at_the_door(options, message):
     with pytest.raises(ValueError, match=message):
         CruxyOptimizer(parameters((3,)), **options)
+
+
+@every_optimizer
+def test_a_state_has_no_nan_and_no_infinity_where_all_is_well(name):
+    params = parameters(*SHAPES)
+    optimizer = MAKE[name](params)
+    for step in range(2):
+        for key, value in optimizer.param_groups[0]["controller"].items():
+            assert torch.isfinite(value).all(), key
+        assert all(
+            torch.isfinite(value.float()).all()
+            for state in optimizer.state.values()
+            for value in state.values()
+        )
+        gradients(params, step)
+        optimizer.step()
+    assert optimizer.telemetry()["loss"] != optimizer.telemetry()["loss"]  # there was none

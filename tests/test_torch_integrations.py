@@ -141,6 +141,21 @@ def test_training_arguments_reach_the_optimizer(tmp_path):
     assert decayed["controller"].keys() == same.param_groups[0]["controller"].keys()
 
 
+@pytest.mark.parametrize(
+    ("optim_args", "betas"),
+    [
+        ("mode=self_driving", (0.9, 0.99)),
+        ("mode=self_driving, use_lion=True", (0.9, 0.95)),
+        ("mode=meta3", (0.9, 0.999)),
+        ("mode=self_driving, betas=(0.8, 0.97), use_gc=True", (0.8, 0.97)),
+    ],
+)
+def test_betas_that_nobody_set_are_those_of_the_mode(tmp_path, optim_args, betas):
+    arguments = training_arguments(tmp_path, optim_args=optim_args)
+    made = CruxyTrainer(model=models.llama(), args=arguments).create_optimizer()
+    assert made.param_groups[0]["betas"] == betas
+
+
 def test_a_scheduler_moves_the_rate_that_the_controller_multiplies(tmp_path):
     seen = Telemetry()
     trainer, _ = train(tmp_path, callbacks=[seen], warmup_steps=4)

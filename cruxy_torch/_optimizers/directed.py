@@ -59,7 +59,7 @@ class DirectedOptimizer(ControlledOptimizer):
 
     def _late(self, group: dict[str, Any], moving: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """The parameters of a group that have an average and do not move now, with it."""
-        if group["averaging"] is None or len(moving) == len(group["params"]):
+        if group["averaging"] is None:
             return []
         moved = set(moving)
         states = ((p, self.state[p]) for p in group["params"] if p in self.state and p not in moved)

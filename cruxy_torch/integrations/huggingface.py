@@ -97,7 +97,8 @@ class CruxyTrainer(Trainer):
         """Logs what it is given, and beside a training loss what the controller decided."""
         if "loss" in logs and self.optimizer is not None:
             telemetry = self._cruxy().telemetry()
-            logs = logs | {f"cruxy_{name}": telemetry[name] for name in _LOGGED}
+            logged = [name for name in _LOGGED if name in telemetry]
+            logs = logs | {f"cruxy_{name}": telemetry[name] for name in logged}
         super().log(logs, start_time)
 
     def _cruxy(self) -> CruxyOptimizer:
