@@ -519,7 +519,7 @@ def test_parameters_that_are_added_or_thawed_later_join_the_plan():
         ({"state_budget": 1.5}, TypeError, "state_budget must be a size in bytes, got 1.5"),
         ({"state_bits": 5}, ValueError, "state_bits must be 4, 8, 16 or 32, got 5"),
         ({"retier_every": 0}, ValueError, "retier_every must be a whole number >= 1, got 0"),
-        ({"hysteresis": -1.0}, ValueError, r"hysteresis must be in \[0, infinity\], got -1.0"),
+        ({"hysteresis": -1.0}, ValueError, r"hysteresis must be in \[0, infinity\), got -1.0"),
         ({"lr": -1.0}, ValueError, r"lr must be in \[0, infinity\), got -1.0"),
     ],
 )
