@@ -59,8 +59,10 @@ class BlockCode:
         >>> x = np.array([0.0, 0.12, -0.5, 1.0], np.float32)
         >>> scale = code.scale(np.max(np.abs(x)), xp=np)
         >>> codes = code.encode(x, scale, code.half, xp=np)
-        >>> print(codes, code.decode(codes, scale, xp=np).round(3))
-        [ 0  1 11  7] [ 0.   0.1 -0.6  1. ]
+        >>> print(codes)
+        [ 0  1 11  7]
+        >>> print(code.decode(codes, scale, xp=np).round(3))
+        [ 0.   0.1 -0.6  1. ]
     """
 
     bits: int
