@@ -247,8 +247,11 @@ def test_a_state_handed_back_has_the_dtypes_and_shapes_of_init():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "self_driving"}, "both sides must have the same law, got Meta3State in opt_state"),
-        ({"use_lion": True}, r"both sides must have the same direction, got moments \('exp_avg', "),
+        (
+            {"mode": "self_driving"},
+            "both sides must have the same law, got Meta3State in opt_state",
+        ),
+        ({"use_lion": True}, r"must have the same direction, got moments \('exp_avg', "),
     ],
 )
 def test_sides_that_do_not_fit_are_refused_by_name(options, message):
