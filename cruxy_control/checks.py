@@ -14,8 +14,8 @@ from typing import Any
 def check_range(
     name: str,
     value: Any,
-    lower: float = -math.inf,
-    upper: float = math.inf,
+    lower: float | None = None,
+    upper: float | None = None,
     *,
     lower_open: bool = False,
     upper_open: bool = False,
@@ -26,8 +26,9 @@ def check_range(
     Args:
         name: the hyperparameter as the user wrote it.
         value: what the user gave.
-        lower: the smallest legal value.
-        upper: the largest legal value.
+        lower: the smallest legal value; `None` for any finite one.
+        upper: the largest legal value; `None` for any finite one, `math.inf` where infinity says
+            something too, such as a threshold that is never reached.
         lower_open: whether `lower` itself is illegal.
         upper_open: whether `upper` itself is illegal.
         remedy: what to do, a sentence without its full stop.
@@ -51,6 +52,10 @@ def check_range(
     if not isinstance(value, numbers.Real):
         return value
     number = float(value)
+    if lower is None:
+        lower, lower_open = -math.inf, True
+    if upper is None:
+        upper, upper_open = math.inf, True
     above = number > lower if lower_open else number >= lower
     below = number < upper if upper_open else number <= upper
     if not (above and below):
@@ -95,18 +100,22 @@ def check_bounds(
     return ends
 
 
-def check_count(name: str, value: Any, lower: int, *, remedy: str) -> None:
-    """Raises unless `value` is a whole number of at least `lower`.
+def check_count(name: str, value: Any, lower: int, *, remedy: str) -> int:
+    """Raises unless `value` is a whole number of at least `lower`, NumPy's included.
+
+    Returns:
+        `value` as a plain int.
 
     Raises:
         ValueError: with the rule, the value received and the remedy.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < lower:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < lower:
         raise ValueError(f"{name} must be a whole number >= {lower}, got {value!r}; {remedy}.")
+    return int(value)
 
 
 def make_plain(law: Any) -> None:
-    """Turns the numbers of a frozen law into plain floats; its switches have to be booleans.
+    """Turns the numbers of a frozen law into plain ones; its switches have to be booleans.
 
     Raises:
         TypeError: where a field that is a boolean by default is something else.
@@ -121,6 +130,8 @@ def make_plain(law: Any) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_plain(part) for part in value)
-    if isinstance(value, numbers.Real) and not isinstance(value, int):
+    if isinstance(value, numbers.Integral):
+        return value if isinstance(value, bool) else int(value)
+    if isinstance(value, numbers.Real):
         return float(value)
     return value

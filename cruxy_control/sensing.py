@@ -1,6 +1,7 @@
 """What laws are built on: windows over the norm, its history, the loss slope, the early warning."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 from cruxy_control import filters
@@ -102,8 +103,12 @@ class V2Sensors:
         decay = self.curvature_decay
         check_range("curvature_decay", decay, 0.0, 1.0, upper_open=True, remedy=remedy)
         check_count("history", self.history, 1, remedy="use 14")
-        for name in ("history_memory", "beta1_temperature", "surge_ratio"):
+        for name in ("history_memory", "beta1_temperature"):
             check_range(name, getattr(self, name), 0.0, lower_open=True, remedy="keep the default")
+        check_range("beta1_offset", self.beta1_offset, remedy="keep the default")
+        remedy = "keep the default, or infinity for never"
+        for name in ("surge_ratio", "curvature_alarm"):
+            check_range(name, getattr(self, name), 0.0, math.inf, lower_open=True, remedy=remedy)
         remedy = "0 switches it off"
         check_range("history_correction", self.history_correction, 0.0, 1.0, remedy=remedy)
         check_range("beta1_gain", self.beta1_gain, 0.0, 1.0, upper_open=True, remedy=remedy)

@@ -89,10 +89,10 @@ class StabilityV2(V2Sensors):
             "decay",
             "recovery",
             "beta2_gain",
-            "alarm",
             "alarm_beta2",
         ):
             check_range(name, getattr(self, name), 0.0, remedy="0 is the least")
+        check_range("alarm", self.alarm, 0.0, math.inf, remedy="infinity never acts")
         check_range("high_phase", self.high_phase, 0.0, 1.0, remedy="use 0.55")
         check_range("phase_margin", self.phase_margin, 0.0, 1.0, remedy="use 0.05")
         check_range("alarm_brake", self.alarm_brake, 0.0, 1.0, lower_open=True, remedy="use 0.5")

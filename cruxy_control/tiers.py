@@ -7,6 +7,7 @@ array namespace as `xp`.
 """
 
 import math
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -65,10 +66,10 @@ def parse_bytes(name: str, value: int | str) -> int:
             raise ValueError(f"{name} must be a size in bytes, got {value!r}; {remedy}.")
         scale = 1 if not match[2] else (1024 if match[3] else 1000) ** _UNITS[match[2]]
         return int(float(match[1]) * scale)
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be a size in bytes, got {value!r}; {remedy}.")
     check_range(name, value, 0.0, remedy=remedy)
-    return value
+    return int(value)
 
 
 class Candidate(NamedTuple):
@@ -172,6 +173,7 @@ def check_plan(
     for name, tier in plan.items():
         if tier not in TIERS:
             raise ValueError(f"tiers must be 0, 1 or 2, got {tier!r} for {name}; give one of them.")
+    plan = {name: int(tier) for name, tier in plan.items()}
     needed = state_bytes(candidates, plan, fixed=fixed)
     if needed > budget:
         raise ValueError(

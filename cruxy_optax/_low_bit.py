@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,9 @@ from jax.sharding import PartitionSpec
 from cruxy_exact.codes import BlockCode, lifted, nibble
 from cruxy_exact.random_bits import random_bits
 from cruxy_optax._distributed.axes import explicit_spec
+from cruxy_optax._flax import tell_flax
 from cruxy_optax._places import element_numbers
+from cruxy_optax._tree import at, nodes_with_paths
 
 LANES = 32
 """Elements of a block along the last axis, where other axes can hold the rest: enough for whole
@@ -177,6 +180,9 @@ class LowBitArray:
     layout: BlockLayout
     dtype: Any
 
+    def __post_init__(self) -> None:
+        tell_flax(LowBitArray, ("codes", "scales"), ("code", "layout", "dtype"))
+
     def decode(self) -> jax.Array:
         """The array, as near as the codes have it; shape and dtype of the array."""
         bits, shape = self.code.bits, list(self.codes.shape)
@@ -230,6 +236,27 @@ class LowBitArray:
             codes=cut.gather(codes, layout.code_shape(code.bits)),
             scales=cut.gather(scales, layout.scale_shape).astype(jnp.bfloat16),
         )
+
+
+def as_built(state: Any, init: Callable[[Any], Any], like: Any) -> Any:
+    """The state as `init` builds it, from one whose coded arrays came apart into mappings.
+
+    nnx keeps what belongs to each tensor in a box, and gives back its fields by name; how they are
+    coded is then only known from `init`.
+
+    Args:
+        state: as it came.
+        init: what made it.
+        like: parameters, or gradients of their shapes and dtypes.
+    """
+    if not nodes_with_paths(state, _came_apart):
+        return state
+    template = jax.eval_shape(init, like)
+    return jax.tree_util.tree_map_with_path(lambda path, _: at(state, path), template)
+
+
+def _came_apart(node: Any) -> bool:
+    return isinstance(node, Mapping) and set(node) == {"codes", "scales"}
 
 
 def is_low_bit(node: Any) -> bool:

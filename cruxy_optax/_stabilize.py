@@ -14,10 +14,11 @@ from cruxy_control.meta3 import Meta3
 from cruxy_control.signals import NOT_KNOWN, Signals
 from cruxy_optax._controls import materialize_controls, storable
 from cruxy_optax._distributed.axes import as_axes
+from cruxy_optax._low_bit import as_built as decodable
 from cruxy_optax._low_bit import is_low_bit, where
 from cruxy_optax._sensors.measure import alignment, measure
-from cruxy_optax._states import first_moments, limit_scale, says, states_that_say
-from cruxy_optax._tree import as_floating, check_real, find, unshared
+from cruxy_optax._states import as_built, first_moments, limit_scale, says, states_that_say
+from cruxy_optax._tree import as_arrays, as_floating, check_real, find, unshared
 
 
 class StabilizeState(NamedTuple):
@@ -121,6 +122,7 @@ class Loop(NamedTuple):
     def init(self, params: optax.Params) -> StabilizeState:
         """The state before the first step."""
         check_real(jax.tree.leaves(params))
+        params = as_arrays(params)
         inner_state = self.inner.init(params)
         _refuse_nesting(inner_state)
         zero, count = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
@@ -145,6 +147,10 @@ class Loop(NamedTuple):
         **extra_args: Any,
     ) -> tuple[optax.Updates, StabilizeState]:
         """Measures, steps the law, and has the actuators do what it orders."""
+        updates, params = as_arrays(updates), as_arrays(params)
+        inner_state = as_built(state.inner_state, updates)
+        like = updates if params is None else params
+        state = state._replace(inner_state=decodable(inner_state, self.inner.init, like))
         signals = measure(updates, value, self.law.gamma, self.axis_names)
         if needs_alignment(self.law):
             moments = first_moments(updates, state.inner_state)

@@ -17,6 +17,8 @@ a property; what it does not have is not said.
 - `casts_updates = True`: updates come out in the dtype in which they are to be added. Without it
   `stabilize` casts them to that of the parameters.
 - `telemetry`: the names of the scalars in the state that `telemetry` shows, such as `("beta1",)`.
+- `as_built(updates)`: a method that gives the state as `init` builds it, from one that a tool gave
+  back in another form, and itself where there is nothing to mend. `stabilize` calls it first.
 - `rate_factor`: a factor on the update beside the learning rate of the same chain, a scalar, which
   `telemetry` counts into `learning_rate`.
 
@@ -93,6 +95,17 @@ def first_moments(updates: optax.Updates, state: optax.OptState) -> list[Moment 
             "trace or ema into it, or a state that says which is its first_moment."
         )
     return found
+
+
+def as_built(state: optax.OptState, updates: optax.Updates) -> optax.OptState:
+    """The state with those parts as `init` builds them that can say how."""
+    if not states_that_say(state, "as_built"):
+        return state
+
+    def mended(node: Any) -> Any:
+        return node.as_built(updates) if says(node, "as_built") else node
+
+    return jax.tree.map(mended, state, is_leaf=lambda node: says(node, "as_built"))
 
 
 def _moved(path: tuple[Any, ...], rates: list[tuple[Any, Any]]) -> jax.Array | None:

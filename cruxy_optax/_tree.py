@@ -1,6 +1,7 @@
 """What is asked of any tree: its nodes of a kind, what its leaves add up in, buffers of its own."""
 
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,26 @@ def find_with_paths(tree: Any, kind: Kind) -> list[tuple[tuple[Any, ...], Any]]:
 def find(tree: Any, kind: Kind) -> list[Any]:
     """The same nodes alone."""
     return [node for _, node in find_with_paths(tree, kind)]
+
+
+def field(node: Any, name: Any) -> Any:
+    """A part of a node by its name, also where the node came apart into a mapping."""
+    if isinstance(node, Mapping):
+        return node[name]
+    return getattr(node, name) if isinstance(name, str) else node[name]
+
+
+def at(node: Any, path: tuple[Any, ...]) -> Any:
+    """What is at a path, also where nodes on it came apart into mappings."""
+    for key in path:
+        name = getattr(key, "name", getattr(key, "key", None))
+        node = field(node, key.idx if name is None else name)
+    return node
+
+
+def as_arrays(tree: Any) -> Any:
+    """The tree with its plain numbers as arrays, which is what optax's own parts take them for."""
+    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, numbers.Number) else x, tree)
 
 
 def accumulator_dtype(leaf: jax.typing.ArrayLike) -> jnp.dtype:

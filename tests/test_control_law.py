@@ -238,13 +238,13 @@ WRONG = [
     (Meta3, {"scale_bounds": (2.0, 1.0)}, r"scale_bounds must have lower <= upper"),
     (Meta3, {"scale_bounds": 1.0}, r"scale_bounds must be a pair"),
     (Meta3, {"scale_bounds": (2.0, 3.0)}, r"scale_bounds must contain 1, got"),
-    (Meta3, {"clip_threshold": 0.0}, r"clip_threshold must be in \(0, infinity\], got 0.0"),
+    (Meta3, {"clip_threshold": 0.0}, r"clip_threshold must be in \(0, infinity\), got 0.0"),
     (Meta3, {"phase_strength": 1.0}, r"phase_strength must be in \[0, 1\), got 1.0"),
     (Meta3, {"history": 0}, "history must be a whole number >= 1"),
-    (StabilityV1, {"temperature": 0.0}, r"temperature must be in \(0, infinity\], got 0.0"),
+    (StabilityV1, {"temperature": 0.0}, r"temperature must be in \(0, infinity\), got 0.0"),
     (StabilityV1, {"high_phase": 0.1}, r"high_phase must be in \[0.45, 1\], got 0.1"),
     (StabilityV2, {"alarm_brake": 2.0}, r"alarm_brake must be in \(0, 1\], got 2.0"),
-    (StabilityV2, {"outlier_cap": 0.5}, r"outlier_cap must be in \[1, infinity\], got 0.5"),
+    (StabilityV2, {"outlier_cap": 0.5}, r"outlier_cap must be in \[1, infinity\), got 0.5"),
 ]
 
 

@@ -226,10 +226,10 @@ def test_its_gradients_can_be_released():
         ({"b1": 0.9, "snr_floor": 1.0}, r"snr_floor must be in \[0, 1\), got 1.0"),
         ({"b1": 1.0}, r"b1 must be in \(0, 1\), got 1.0; 0.9 is a usual value, None is no"),
         ({"b1": 0.9, "momentum_bits": 3}, r"momentum_bits must be 32, 16, 8 or 4, got 3"),
-        ({"clip_rms": 0.0}, r"clip_rms must be in \(0, infinity\], got 0.0"),
+        ({"clip_rms": 0.0}, r"clip_rms must be in \(0, infinity\), got 0.0"),
         ({"decay_rate": 0.0}, r"decay_rate must be in \(0, 1\], got 0.0"),
         ({"min_dim_size_to_factor": 1}, r"min_dim_size_to_factor must be a whole number >= 2"),
-        ({"learning_rate": -1.0}, r"learning_rate must be in \[0, infinity\], got -1.0"),
+        ({"learning_rate": -1.0}, r"learning_rate must be in \[0, infinity\), got -1.0"),
     ],
 )
 def test_a_bad_argument_is_refused_with_a_remedy(options, message):

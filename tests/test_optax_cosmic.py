@@ -351,7 +351,7 @@ def test_it_runs_where_parameters_are_sharded():
 def test_bad_arguments_say_what_to_do():
     with pytest.raises(ValueError, match=r"state_budget must be a size in bytes, got 'lots'"):
         cosmic(1e-3, "lots")
-    with pytest.raises(ValueError, match=r"hysteresis must be in \[0, infinity\], got -1"):
+    with pytest.raises(ValueError, match=r"hysteresis must be in \[0, infinity\), got -1"):
         cosmic(1e-3, hysteresis=-1.0)
     with pytest.raises(ValueError, match=r"state_bits must be 32, 16, 8 or 4, got 2"):
         cosmic(1e-3, state_bits=2)

@@ -2,40 +2,61 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
-from cruxy_control import Meta3
+from cruxy_control import Meta3, StabilityV2
 from cruxy_optax import (
     TelemetryLog,
+    average_iterates,
+    axiom,
     clip_by_predicted_norm,
+    cosmic,
+    limit_relative_step,
     meta3,
     meta_lion,
+    quantize_state,
     scale_by_controlled_adam,
     scale_by_controlled_lion,
     scale_by_meta_learning_rate,
+    self_driving,
     stability_v1,
     stability_v2,
     stabilize,
     telemetry,
     throttle_by_phase,
+    tier_plan,
     track_curvature,
     track_gamma_norm,
 )
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 WRONG = [
-    (lambda: meta3(-1e-3), r"learning_rate must be in \[0, infinity\], got -0.001; use about"),
-    (lambda: meta3(NAN), r"learning_rate must be in \[0, infinity\], got nan"),
+    (lambda: meta3(-1e-3), r"learning_rate must be in \[0, infinity\), got -0.001; use about"),
+    (lambda: meta3(NAN), r"learning_rate must be in \[0, infinity\), got nan"),
     (lambda: meta3(1e-3, b1=1.0), r"b1 must be in \[0, 1\), got 1.0"),
     (lambda: meta_lion(1e-3, b2=-0.1), r"b2 must be in \[0, 1\), got -0.1"),
-    (lambda: meta3(1e-3, eps=-1.0), r"eps must be in \[0, infinity\], got -1.0"),
-    (lambda: stability_v1(1e-3, weight_decay=-0.1), r"weight_decay must be in \[0, infinity\]"),
+    (lambda: meta3(1e-3, eps=-1.0), r"eps must be in \[0, infinity\), got -1.0"),
+    (lambda: stability_v1(1e-3, weight_decay=-0.1), r"weight_decay must be in \[0, infinity\)"),
     (lambda: stability_v2(1e-3, bounds=(1.0, 0.1)), r"bounds must have lower <= upper"),
     (lambda: meta3(1e-3, law=Meta3(meta_interval=0)), "meta_interval must be a whole number"),
-    (lambda: track_gamma_norm(gamma=0.9), r"gamma must be in \[1, infinity\], got 0.9"),
+    (lambda: track_gamma_norm(gamma=0.9), r"gamma must be in \[1, infinity\), got 0.9"),
     (lambda: track_curvature(decay=1.0), r"decay must be in \[0, 1\), got 1.0"),
     (lambda: TelemetryLog(), "needs a path or a writer, got neither"),
+    (lambda: meta3(INF), r"learning_rate must be in \[0, infinity\), got inf"),
+    (lambda: self_driving(INF), r"learning_rate must be in \(0, infinity\), got inf"),
+    (
+        lambda: meta_lion(1e-3, weight_decay=INF),
+        r"weight_decay must be in \[0, infinity\), got inf",
+    ),
+    (lambda: meta3(1e-3, eps=INF), r"eps must be in \[0, infinity\), got inf"),
+    (lambda: axiom(clip_rms=INF), r"clip_rms must be in \(0, infinity\), got inf"),
+    (lambda: average_iterates(INF), r"power must be in \[0, infinity\), got inf"),
+    (lambda: limit_relative_step(INF), r"limit must be in \(0, infinity\), got inf"),
+    (lambda: meta3(1e-3, law=Meta3(rate_gain=INF)), r"rate_gain must be in \[0, infinity\)"),
+    (lambda: meta3(1e-3, law=Meta3(curvature_alarm=NAN)), r"curvature_alarm must be in \(0, inf"),
+    (lambda: axiom(momentum_bits=7), "momentum_bits must be 32, 16, 8 or 4, got 7"),
     (lambda: TelemetryLog("x", every=0), "every must be a whole number >= 1, got 0"),
 ]
 
@@ -45,6 +66,24 @@ def test_wrong_value(make, message):
     with pytest.raises(ValueError, match=message) as error:
         make()
     assert ";" in str(error.value), "the remedy follows"
+
+
+def test_infinity_is_taken_where_it_says_something():
+    Meta3(scale_bounds=(0.0, INF), surge_ratio=INF, curvature_alarm=INF)
+    StabilityV2(alarm=INF)
+    meta3(1e-3, bounds=(1e-7, INF))
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    params = {"w": jnp.ones((64, 64))}
+    plain = cosmic(1e-3, 40_000, state_bits=8, tiers={"['w']": 2})
+    numpy = cosmic(
+        1e-3, np.int64(40_000), state_bits=np.int32(8), tiers={"['w']": np.int64(2)},
+        law=Meta3(meta_interval=np.int64(10), history=np.int32(14)),
+    )  # fmt: skip
+    assert repr(tier_plan(numpy.init(params))) == repr(tier_plan(plain.init(params)))
+    axiom(b1=0.9, momentum_bits=np.int64(4), min_dim_size_to_factor=np.int64(32))
+    quantize_state(optax.adam(1e-3), 8, block_size=np.int64(256))
 
 
 @pytest.mark.parametrize("law", ["meta3", Meta3, None, object()])

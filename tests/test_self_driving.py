@@ -126,8 +126,8 @@ def test_law_learns_nothing_from_a_step_after_which_nothing_had_moved():
     [
         ({"set_point": -1.0}, r"set_point must be in \(-1, 1\), got -1.0"),
         ({"alignment_decay": 1.0}, r"alignment_decay must be in \[0, 1\), got 1.0"),
-        ({"gain": -1.0}, r"gain must be in \[0, infinity\], got -1.0"),
-        ({"gain_time": 0.0}, r"gain_time must be in \(0, infinity\], got 0.0"),
+        ({"gain": -1.0}, r"gain must be in \[0, infinity\), got -1.0"),
+        ({"gain_time": 0.0}, r"gain_time must be in \(0, infinity\), got 0.0"),
         ({"scale_bounds": (2.0, 3.0)}, r"scale_bounds must contain 1, got \(2.0, 3.0\)"),
     ],
 )
@@ -644,7 +644,7 @@ def test_averages_are_refused_where_there_are_none():
     params = jnp.ones(3)
     with pytest.raises(ValueError, match="needs a state with an average in it"):
         averaged_params(self_driving(averaging=None).init(params), params)
-    with pytest.raises(ValueError, match=r"power must be in \[0, infinity\], got -1"):
+    with pytest.raises(ValueError, match=r"power must be in \[0, infinity\), got -1"):
         average_iterates(-1)
     tx = average_iterates()
     with pytest.raises(ValueError, match="but got params=None"):
@@ -652,7 +652,7 @@ def test_averages_are_refused_where_there_are_none():
     limited = self_driving(averaging=None, weight_decay=0.0)
     with pytest.raises(ValueError, match="relative limit measures the parameters"):
         limited.update(params, limited.init(params))
-    with pytest.raises(ValueError, match=r"relative_limit must be in \(0, infinity\], got 0"):
+    with pytest.raises(ValueError, match=r"relative_limit must be in \(0, infinity\), got 0"):
         self_driving(relative_limit=0.0)
 
 

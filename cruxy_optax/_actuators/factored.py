@@ -13,7 +13,7 @@ from cruxy_control.formulas.factored import (
     snr_factor,
     streak_factor,
 )
-from cruxy_optax._memory.quantize import in_bits
+from cruxy_optax._memory.quantize import check_bits, in_bits
 from cruxy_optax._tree import accumulator_dtype
 
 
@@ -30,7 +30,8 @@ def scale_by_factored_rms(decay_rate: Any, min_dim: int) -> optax.GradientTransf
     decay_rate = check_range(
         "decay_rate", decay_rate, 0.0, 1.0, lower_open=True, remedy="0.8 is Adafactor's"
     )
-    check_count("min_dim_size_to_factor", min_dim, 2, remedy="32 factors nearly every matrix")
+    remedy = "32 factors nearly every matrix"
+    min_dim = check_count("min_dim_size_to_factor", min_dim, 2, remedy=remedy)
     factored = optax.scale_by_factored_rms(
         decay_rate=decay_rate,
         min_dim_size_to_factor=min_dim,
@@ -91,6 +92,7 @@ def momentum_of_directions(
     boost = check_range("streak_boost", streak_boost, 1.0, BOOST_LIMIT, remedy=remedy)
     remedy = "0 switches it off, 0.1 is twice what noise has at b1=0.9"
     floor = check_range("snr_floor", snr_floor, 0.0, 1.0, upper_open=True, remedy=remedy)
+    bits = check_bits("momentum_bits", bits)
     if b1 is None:
         for name, value, off in (("streak_boost", boost, 1.0), ("snr_floor", floor, 0.0)):
             if value != off:

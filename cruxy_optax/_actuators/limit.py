@@ -67,6 +67,7 @@ def limit_relative_step(
     axes = as_axes(axis_names)
 
     def limited(u: Any, p: Any) -> jax.Array:
+        u = jnp.asarray(u)
         if p is None:
             raise ValueError(
                 "limit_relative_step() measures the parameters, but got params=None; call "

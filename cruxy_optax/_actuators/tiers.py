@@ -36,10 +36,11 @@ from cruxy_control.tiers import (
 from cruxy_optax._actuators.moments import ScaleByControlledAdamState, scale_by_controlled_adam
 from cruxy_optax._controls import materialize, require_controls
 from cruxy_optax._distributed.axes import mean_over_shards
+from cruxy_optax._flax import tell_flax
 from cruxy_optax._memory.estimate import tree_bytes
-from cruxy_optax._memory.quantize import in_bits
+from cruxy_optax._memory.quantize import check_bits, in_bits
 from cruxy_optax._sensors.power_sums import power_sums
-from cruxy_optax._tree import find, root, unshared
+from cruxy_optax._tree import at, field, find, nodes_with_paths, root, unshared
 
 
 @jax.tree_util.register_static
@@ -62,6 +63,9 @@ class TierPlan:
     hysteresis: float
     state_bits: int
 
+    def __post_init__(self) -> None:
+        tell_flax(TierPlan, structure=("tiers", "state_bits"))
+
 
 class ScaleByTiersState(NamedTuple):
     """What every tensor has, and what each has for itself."""
@@ -70,6 +74,21 @@ class ScaleByTiersState(NamedTuple):
     count: jax.Array  # good steps so far; shape=(), dtype=int32
     averages: filters.Windows  # of gradient sizes, float32; values (tensors,), weights ()
     tensors: Any  # like the parameters: EmptyState, float32 of shape (), or a state of moments
+
+    def as_built(self, updates: optax.Updates) -> "ScaleByTiersState":
+        """The state as `init` builds it, from one whose tensors' states came apart into mappings.
+
+        nnx keeps each tensor's in a box, and gives back its fields by name.
+        """
+        grads, tree = jax.tree.flatten(updates)
+        own = tree.flatten_up_to(self.tensors)
+        for index, (state, g) in enumerate(zip(own, grads, strict=True)):
+            if isinstance(state, Mapping):
+                like = jax.eval_shape(_moments(index, self.plan.state_bits).init, g)
+                own[index] = jax.tree_util.tree_map_with_path(
+                    lambda path, _, fields=state: at(fields, path), like
+                )
+        return self._replace(tensors=tree.unflatten(own))
 
     no_first_moment = (
         "scale_by_tiers() keeps that of some tensors only, and may drop it at the next plan"
@@ -83,16 +102,22 @@ class ScaleByTiersState(NamedTuple):
     @property
     def beta1(self) -> jax.Array:
         """This step's decay rate of the first moments."""
-        return self._moments[0].beta1
+        return field(self._moments[0], "beta1")
 
     @property
     def beta2(self) -> jax.Array:
         """This step's decay rate of the second moments."""
-        return self._moments[0].beta2
+        return field(self._moments[0], "beta2")
 
     @property
-    def _moments(self) -> list[ScaleByControlledAdamState]:
-        return find(self.tensors, ScaleByControlledAdamState)
+    def _moments(self) -> list[Any]:
+        found = nodes_with_paths(self.tensors, _is_adam)
+        return [node for _, node in found]
+
+
+def _is_adam(node: Any) -> bool:
+    apart = isinstance(node, Mapping) and "nu_decay" in node  # see `as_built`
+    return apart or isinstance(node, ScaleByControlledAdamState)
 
 
 def scale_by_tiers(
@@ -130,11 +155,15 @@ def scale_by_tiers(
     budget = parse_bytes("state_budget", state_budget)
     remedy = "0.2 keeps what is nearly as good"
     hysteresis = check_range("hysteresis", hysteresis, 0.0, remedy=remedy)
+    state_bits = check_bits("state_bits", state_bits)
     _moments(0, state_bits, b1, b2, eps)  # checks them
 
     def init_fn(params: optax.Params) -> ScaleByTiersState:
         plan = TierPlan((), budget, reserved, hysteresis, state_bits)
         leaves, tree = jax.tree.flatten(params)
+        if _is_placeholder(params):
+            own_plan: Any = params  # which stands for every tree like the parameters, plan included
+            return _initial(own_plan, params, 0)
         candidates, fixed = _candidates(plan, params, np.ones(len(leaves)))
         chosen = (
             fill(candidates, budget, fixed=fixed)
@@ -145,13 +174,8 @@ def scale_by_tiers(
             _start(tier, p, index, state_bits, 0.0)
             for index, (p, tier) in enumerate(zip(leaves, chosen.values(), strict=True))
         ]
-        zeros, weight = jnp.zeros(len(leaves), jnp.float32), jnp.zeros((), jnp.float32)
-        return ScaleByTiersState(
-            plan=dataclasses.replace(plan, tiers=tuple(chosen.items())),
-            count=jnp.zeros((), jnp.int32),
-            averages=filters.Windows(filters.Ema(zeros, weight), filters.Ema(zeros, weight)),
-            tensors=tree.unflatten(own),
-        )
+        plan = dataclasses.replace(plan, tiers=tuple(chosen.items()))
+        return _initial(plan, tree.unflatten(own), len(leaves))
 
     def update_fn(
         updates: optax.Updates,
@@ -290,6 +314,27 @@ def _moments(
     return optax.with_extra_args_support(
         in_bits(bits, None, lambda dtype: scale_by_controlled_adam(b1, b2, eps, dtype), seed=index)
     )
+
+
+def _initial(plan: Any, tensors: Any, number: int) -> ScaleByTiersState:
+    zeros, weight = jnp.zeros(number, jnp.float32), jnp.zeros((), jnp.float32)
+    return ScaleByTiersState(
+        plan=plan,
+        count=jnp.zeros((), jnp.int32),
+        averages=filters.Windows(filters.Ema(zeros, weight), filters.Ema(zeros, weight)),
+        tensors=tensors,
+    )
+
+
+def _is_placeholder(params: optax.Params) -> bool:
+    """Whether this is what `optax.tree.map_params` has `init` put in place of the parameters.
+
+    A node of a class of its own without leaves. What it does with it is done to what is at its
+    place in a state.
+    """
+    structure = jax.tree.structure(params)
+    empty = structure.num_leaves == 0 and structure.num_nodes == 1
+    return empty and params is not None and not isinstance(params, dict | list | tuple)
 
 
 def _start(tier: int, param: Any, index: int, bits: int, square: float) -> Any:

@@ -1,5 +1,6 @@
 """`quantize_state`: the state of any optax transformation in 8 or 4 bits between steps."""
 
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from cruxy_control.checks import check_count
 from cruxy_exact.codes import BlockCode
 from cruxy_exact.random_bits import stream_key
 from cruxy_optax._controls import any_step_taken
-from cruxy_optax._low_bit import LANES, BlockLayout, LowBitArray, is_low_bit, where
+from cruxy_optax._low_bit import LANES, BlockLayout, LowBitArray, as_built, is_low_bit, where
 from cruxy_optax._places import WHOLE, Place
 from cruxy_optax._stabilize import StabilizeState
 from cruxy_optax._tree import find, find_with_paths
@@ -115,7 +116,7 @@ def quantize_state(
             "like."
         )
     codes = {sign: BlockCode(bits, sign) for sign in (True, False)}
-    check_count("block_size", block_size, LANES, remedy="256 is a usual value")
+    block_size = check_count("block_size", block_size, LANES, remedy="256 is a usual value")
     if block_size & (block_size - 1):
         raise ValueError(
             f"block_size must be a power of two, got {block_size!r}; 256 is a usual value."
@@ -151,6 +152,7 @@ def quantize_state(
         **extra_args: Any,
     ) -> tuple[optax.Updates, QuantizeState]:
         place: Place = extra_args.get("place", WHOLE)
+        state = as_built(state, init_fn, updates if params is None else params)
         before = state.inner_state
         dense = jax.tree.map(
             lambda x: x.decode() if is_low_bit(x) else x, before, is_leaf=is_low_bit
@@ -204,15 +206,25 @@ def in_bits(
             "state_bits and mu_dtype both say how the first moment is kept, got "
             f"{state_bits!r} and {mu_dtype!r}; give one of them."
         )
-    if not isinstance(state_bits, int) or state_bits not in (32, 16, 8, 4):
-        raise ValueError(
-            f"{name} must be 32, 16, 8 or 4, got {state_bits!r}; use one of them, and name it "
-            "in static_args under optax.inject_hyperparams."
-        )
+    state_bits = check_bits(name, state_bits)
     if state_bits == 16:
         return moments(jnp.bfloat16)
     wide = moments(jnp.float32)
     return wide if state_bits == 32 else quantize_state(wide, state_bits, seed=seed)
+
+
+def check_bits(name: str, bits: Any) -> int:
+    """A number of bits an element, as a plain int.
+
+    Raises:
+        ValueError: where it is none of 32, 16, 8 and 4.
+    """
+    if not isinstance(bits, numbers.Integral) or bits not in (32, 16, 8, 4):
+        raise ValueError(
+            f"{name} must be 32, 16, 8 or 4, got {bits!r}; use one of them, and name it in "
+            "static_args under optax.inject_hyperparams."
+        )
+    return int(bits)
 
 
 def _parameters(params: optax.Params, select: Select) -> dict[tuple[Any, ...], tuple[int, ...]]:
@@ -270,4 +282,4 @@ def _keys(count: jax.Array, seed: int, first: int, number: int) -> list[jax.Arra
     if not number:
         return []
     leaves = jnp.arange(number, dtype=jnp.int32) + (first << 16)
-    return list(lax.optimization_barrier(stream_key(count, seed, leaves, xp=jnp)))
+    return list(lax.optimization_barrier(stream_key(jnp.asarray(count), seed, leaves, xp=jnp)))

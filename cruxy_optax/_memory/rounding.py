@@ -116,9 +116,10 @@ def round_updates(
             rounded = [u for u, _ in pairs]
         else:
             compensation, place = None, extra_args.get("place", WHOLE)
+            count = jnp.asarray(state.count)
             rounded = [
                 # Numbers of their own, apart from those of the codes of a state.
-                _stochastic(p, u, stream_key(state.count, seed, -1 - n, xp=jnp), place.layer)
+                _stochastic(p, u, stream_key(count, seed, -1 - n, xp=jnp), place.layer)
                 for n, (p, u) in enumerate(zip(leaves, asked, strict=True), place.leaf)
             ]
         count = state.count + jnp.asarray(ok, jnp.int32)
