@@ -128,8 +128,11 @@ def dense_grad(param: Tensor) -> Tensor:
         ValueError: where the parameter is complex.
         RuntimeError: where the gradient is sparse.
     """
+    grad: Any = param.grad
+    if type(grad) is Tensor and grad.is_floating_point() and grad.layout is torch.strided:
+        return grad
     check_params([param])
-    grad: Any = placed_like(cast(Tensor, param.grad), param)
+    grad = placed_like(cast(Tensor, param.grad), param)
     if grad.layout is not torch.strided:
         raise RuntimeError(
             f"gradients must be dense, got layout {grad.layout}; "

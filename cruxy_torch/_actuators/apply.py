@@ -44,7 +44,7 @@ class DirectedGroup(Group):
     def rounds(self) -> bool:
         """Whether anything of it may be rounded by chance."""
         columns = (self.columns.params, *self.columns.moments.values())
-        return any(isinstance(kept, Rounded | Coded) for column in columns for kept in column)
+        return not all({Rounded, Coded}.isdisjoint(map(type, column)) for column in columns)
 
     def momenta(self) -> Sequence[Kept]:
         """The first moment that belongs to each gradient, this rank's shards of them."""

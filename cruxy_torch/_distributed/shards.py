@@ -15,14 +15,17 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether it is a `DTensor`."""
-    return type(tensor) is not Tensor and hasattr(tensor, "device_mesh")
+    return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
 
 
 def any_sharded(tensors: Sequence[Tensor]) -> bool:
     """Whether one of them is a `DTensor`."""
-    return any(is_sharded(t) for t in tensors if type(t) is not Tensor)
+    return not _PLAIN.issuperset(map(type, tensors)) and any(map(is_sharded, tensors))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -155,8 +155,10 @@ def check_shapes(
     Raises:
         ValueError: where something has another shape.
     """
-    for param, state in zip(params, states, strict=True):
-        for name in names:
+    for name in names:
+        for param, state in zip(params, states, strict=True):
+            if name in state and state[name].shape == param.shape:
+                continue
             for key, shape in _shapes(param, state, name):
                 if state[key].shape != shape:
                     raise ValueError(

@@ -6,6 +6,7 @@ in order, without gaps and of the shape of its parameter takes the slower path.
 
 import array
 import ctypes
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,8 @@ def parts(
         moments: columns that may also be kept in fewer bits.
         centralize: whether gradients of two or more axes are.
     """
+    if _all_fit(whole, moments):
+        return [list(range(len(whole[0])))] if whole[0] else [], []
     alike: dict[tuple[Any, ...], list[int]] = {}
     slow = []
     float32 = (torch.float32,) * len(whole)
@@ -50,6 +53,28 @@ def parts(
         else:
             slow.append(i)
     return list(alike.values()), slow
+
+
+_DTYPE, _SHAPE, _IS_CPU = map(operator.attrgetter, ("dtype", "shape", "is_cpu"))
+_IS_CONTIGUOUS = operator.methodcaller("is_contiguous")
+
+
+def _all_fit(whole: Sequence[Sequence[Kept]], moments: Sequence[Sequence[Any]]) -> bool:
+    """Whether all rows fit and are kept alike: what `_fits` says, a column at a time.
+
+    Most models are so, and a step of many small tensors is mostly this check.
+    """
+    shapes = None
+    for column in (*whole, *moments):
+        if not _TYPES.issuperset(map(type, column)):
+            return False
+        shapes = shapes or list(map(_SHAPE, column))
+        alike = len(set(map(_DTYPE, column))) <= 1 and list(map(_SHAPE, column)) == shapes
+        if not (alike and all(map(_IS_CPU, column)) and all(map(_IS_CONTIGUOUS, column))):
+            return False
+    return {torch.float32}.issuperset(_DTYPE(column[0]) for column in whole if column) and (
+        _PLAIN.issuperset(_DTYPE(column[0]) for column in moments if column)
+    )
 
 
 def _form(kept: Kept) -> Any:
@@ -72,8 +97,6 @@ def _fits(row: Sequence[Any], forms: tuple[Any, ...], centralize: bool) -> bool:
             or tensor.shape != shape
             or tensor.dtype not in _PLAIN
         ):
-            return False
-        if not tensor.data_ptr() and tensor.numel():  # its storage was given back
             return False
     if plain and all(map(_channels_last, row)):
         return True
@@ -175,7 +198,7 @@ def update(
         grads=_addresses(grads),
         first=_Moments.of(first),
         numel=_counts(list(map(Tensor.numel, grads))),
-        numbers=_counts([0 if isinstance(m, Tensor) else m.first for m in first]),
+        numbers=_counts(_first_numbers(first)),
         rate=float(orders.rate),
         beta1=float(orders.beta1),
         beta2=float(orders.beta2),
@@ -201,6 +224,12 @@ def update(
         arguments.hold(row=_counts(rows))
     library.call("cruxy_update", arguments)
     torch.autograd.graph.increment_version(params)  # as torch's own in-place operations do
+
+
+def _first_numbers(column: Sequence[Any]) -> list[int]:
+    """The number of each tensor's first element; 0 where nothing is rounded by chance."""
+    plain = isinstance(column[0], Tensor)
+    return [0] * len(column) if plain else [kept.first for kept in column]
 
 
 class _Struct(ctypes.Structure):
@@ -289,7 +318,18 @@ class _Moments(_Struct):
 
 
 def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array:
-    return _counts(list(map(Tensor.data_ptr, tensors)))
+    """Where tensors lie.
+
+    Raises:
+        RuntimeError: where one lies nowhere, since its storage was given back.
+    """
+    addresses = list(map(Tensor.data_ptr, tensors))
+    if 0 in addresses and any(t.numel() for t in tensors if not t.data_ptr()):
+        raise RuntimeError(
+            "a tensor has elements and no storage, which something has freed or resized; gather "
+            "parameters before step()."
+        )
+    return _counts(addresses)
 
 
 def _counts(values: list[int]) -> ctypes.Array:
@@ -303,11 +343,11 @@ def _numbers(tensors: Sequence[Tensor]) -> ctypes.Array:
     Raises:
         ValueError: where one is anything else.
     """
-    for tensor in tensors:
-        if tensor.dtype is not torch.float32 or tensor.numel() != 1 or not tensor.is_cpu:
-            raise ValueError(
-                "the counters beside a parameter must be float32 numbers on its device, got "
-                f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; load the state "
-                "with load_state_dict, which keeps them as they were."
-            )
+    kinds = {(t.dtype, t.numel(), t.is_cpu) for t in tensors}
+    if not kinds <= {(torch.float32, 1, True)}:
+        raise ValueError(
+            "the counters beside a parameter must be single float32 numbers on its device, got "
+            f"{sorted(map(str, kinds))}; load the state with load_state_dict, which keeps them as "
+            "they were."
+        )
     return _addresses(tensors)

@@ -59,7 +59,7 @@ class DirectedOptimizer(ControlledOptimizer):
 
     def _late(self, group: dict[str, Any], moving: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """The parameters of a group that have an average and do not move now, with it."""
-        if group["averaging"] is None:
+        if group["averaging"] is None or len(moving) == len(group["params"]):
             return []
         moved = set(moving)
         states = ((p, self.state[p]) for p in group["params"] if p in self.state and p not in moved)
@@ -68,7 +68,7 @@ class DirectedOptimizer(ControlledOptimizer):
     def _late_group(self, index: int, moving: Sequence[Tensor]) -> DirectedGroup | None:
         """What moves in a group at the end of a pass that has updated these: late averages."""
         group = self.param_groups[index]
-        late = self._late(group, moving)
+        late = self._late(group, [p for p in group["params"] if p in set(moving)])
         if not late:
             return None
         nothing = ([], [], [], [])
@@ -92,10 +92,12 @@ class DirectedOptimizer(ControlledOptimizer):
     def _add(self, moving: list[Tensor], group: dict[str, Any], *lists: list[Any]) -> None:
         params, grads, states, numbers = lists
         direction = self._direction_of(group)
+        wanted = {*direction.moments, *direction.clocks}
         for param in moving:
             grads.append(_checks.dense_grad(param))
             state = self.state[param]
-            direction.start(state, param, self._adder(state, param, group))
+            if not state or not wanted <= state.keys():
+                direction.start(state, param, self._adder(state, param, group))
             if group["averaging"] is not None and "average" not in state:
                 state["average"] = param.detach().to(compute_dtype(param), copy=True)
             params.append(param)
