@@ -121,9 +121,9 @@ def test_defaults_follow_the_mode():
 
 def test_what_does_not_fit_is_refused_at_the_door():
     params = [torch.nn.Parameter(torch.ones(300))]
-    with pytest.raises(ValueError, match=r"relative_limit must be in \(0, infinity\], got 0"):
+    with pytest.raises(ValueError, match=r"relative_limit must be in \(0, infinity\), got 0"):
         CruxyOptimizer(params, relative_limit=0.0)
-    with pytest.raises(ValueError, match=r"averaging must be in \[0, infinity\], got -1"):
+    with pytest.raises(ValueError, match=r"averaging must be in \[0, infinity\), got -1"):
         CruxyOptimizer(params, averaging=-1.0)
     with (
         pytest.raises(ValueError, match="every group has averaging=None"),
