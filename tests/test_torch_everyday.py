@@ -350,6 +350,7 @@ def test_counters_stay_at_the_largest():
         ({"betas": 0.9}, "betas must be a pair, got 0.9"),
         ({"gamma_norm": 0.5, "mode": "stability_v1"}, "gamma_norm must be in"),
         ({"meta_interval": 0, "mode": "self_driving"}, "meta_interval must be a whole number"),
+        ({"lr": 0.0, "mode": "self_driving"}, "lr must be above 0 under a law that finds the rate"),
     ],
 )
 def test_what_no_step_could_use_is_refused_at_the_door(options, message):

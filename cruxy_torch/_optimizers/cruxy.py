@@ -66,7 +66,7 @@ class CruxyOptimizer(DirectedOptimizer):
     Args:
         params: parameters, or parameter groups, as for every `torch.optim` optimizer.
         lr: learning rate, at least 0; a number or a tensor of one element. About 1e-3 for Adam and
-            1e-4 for Lion.
+            1e-4 for Lion. Under `mode="self_driving"` above 0, the start of the search.
         mode: `"meta3"`, `"self_driving"`, `"stability_v2"` or `"stability_v1"`.
         betas: bases of the two decay rates, each in `[0, 1)`, which the controller moves. The
             default is (0.9, 0.999), that of `cruxy` 2.1.0, with `use_lion` too; Lion's authors use
@@ -235,6 +235,11 @@ class CruxyOptimizer(DirectedOptimizer):
             process_group=process_group,
             log_path=metrics_path if log_metrics else None,
         )
+        if driving and _step.is_zero(lr):
+            raise ValueError(
+                "lr must be above 0 under a law that finds the rate, got 0: it multiplies what it "
+                "is given; leave lr out. A parameter group may be at 0, which stands still."
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

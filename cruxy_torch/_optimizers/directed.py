@@ -67,8 +67,8 @@ class DirectedOptimizer(ControlledOptimizer):
 
     def _late_group(self, index: int, moving: Sequence[Tensor]) -> DirectedGroup | None:
         """What moves in a group at the end of a pass that has updated these: late averages."""
-        group = self.param_groups[index]
-        late = self._late(group, [p for p in group["params"] if p in set(moving)])
+        group, moved = self.param_groups[index], set(moving)
+        late = self._late(group, [p for p in group["params"] if p in moved])
         if not late:
             return None
         nothing = ([], [], [], [])
