@@ -13,6 +13,8 @@ from torch.optim.optimizer import Optimizer
 from cruxy_control import Law
 from cruxy_control.law import check_law, needs_alignment
 from cruxy_torch import _checks, _law_state, _step, _telemetry
+from cruxy_torch._distributed.replicas import ReplicaCheck
+from cruxy_torch._distributed.shards import is_sharded
 from cruxy_torch._law_state import KEY
 from cruxy_torch._loading import load
 from cruxy_torch._native import library
@@ -67,6 +69,7 @@ class ControlledOptimizer(Optimizer):
         self._release: Release | None = None
         self._averaged = False
         self._numbers: dict[Tensor, int] = {}
+        self._replicas = ReplicaCheck()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group with options of its own; the one controller sees its gradients too."""
@@ -149,6 +152,9 @@ class ControlledOptimizer(Optimizer):
             native=native,
             foreach=foreach,
         )
+        if losses and self._process_group is None and grad is not None and not is_sharded(grad):
+            report = dict(zip(_law_state.REPORT, law_state["report"], strict=True))
+            self._replicas.look(report["grad_norm"], report["loss"])
         bounded = self._settings.lr_bounds is not None
         zero = [not bounded and _step.is_zero(group["lr"]) for group in self.param_groups]
         for group, still in zip(self.param_groups, zero, strict=True):

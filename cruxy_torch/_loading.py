@@ -1,7 +1,7 @@
 """Loading what `state_dict` gave: checked first, then copied into the tensors that are here."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
@@ -10,15 +10,12 @@ from cruxy_torch import _law_state
 from cruxy_torch._law_state import KEY
 from cruxy_torch._memory.state import SHAPED, check_shapes, check_shards, restored
 
-if TYPE_CHECKING:
-    from cruxy_torch._controlled_optimizer import ControlledOptimizer
-
 _MAY_LACK = {"state_bits", "relative_limit", "averaging", "differentiable"}
 """Options that a state of an earlier version may lack, and torch's own."""
 
 
 def load(
-    optimizer: "ControlledOptimizer",
+    optimizer: Any,
     law_state: dict[str, Tensor],
     state_dict: dict[str, Any],
     base: Callable[[dict[str, Any]], None],
@@ -26,7 +23,7 @@ def load(
     """Loads a state, or raises and leaves the optimizer as it was.
 
     Args:
-        optimizer: into which.
+        optimizer: the `ControlledOptimizer` into which.
         law_state: its law's state, whose tensors stay.
         state_dict: the state.
         base: `load_state_dict` of torch's base class, whose casts are undone.
@@ -65,7 +62,7 @@ def load(
         after.remove()
 
 
-def _check_shapes(optimizer: "ControlledOptimizer", saved: dict[str, Any]) -> None:
+def _check_shapes(optimizer: Any, saved: dict[str, Any]) -> None:
     """Raises unless what was saved of each parameter has its shape."""
     saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -76,7 +73,7 @@ def _check_shapes(optimizer: "ControlledOptimizer", saved: dict[str, Any]) -> No
         check_shapes(params, states, SHAPED)
 
 
-def _check_options(optimizer: "ControlledOptimizer", saved: dict[str, Any]) -> None:
+def _check_options(optimizer: Any, saved: dict[str, Any]) -> None:
     """Raises unless a group has the options of this optimizer's groups."""
     missing = optimizer.defaults.keys() - saved.keys() - _MAY_LACK
     if missing:

@@ -6,7 +6,7 @@
 import functools
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from cruxy_torch._sensors.loss import mean_loss
 from cruxy_torch._sensors.measure import conclude, signals, whole_sums
 from cruxy_torch._sensors.sizes import sizes, whole_mean_square
 
-if TYPE_CHECKING:
-    from cruxy_torch._controlled_optimizer import ControlledOptimizer
-
 
 class Release:
     """The hooks of one optimizer, and the pass that is open since its last step.
@@ -30,10 +27,11 @@ class Release:
     Parameters hold no reference to the optimizer: one that is dropped releases nothing any more.
 
     Args:
-        optimizer: whose parameters are updated. What an update raises comes out of `backward`.
+        optimizer: the `ControlledOptimizer` whose parameters are updated. What an update raises
+            comes out of `backward`.
     """
 
-    def __init__(self, optimizer: "ControlledOptimizer") -> None:
+    def __init__(self, optimizer: Any) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._handles: dict[Tensor, RemovableHandle] = {}
         self._done: set[Tensor] = set()
@@ -78,7 +76,7 @@ class Release:
         param.grad = None
         self._done.add(param)
 
-    def _update(self, optimizer: "ControlledOptimizer", param: Tensor) -> None:
+    def _update(self, optimizer: Any, param: Tensor) -> None:
         native, _ = optimizer._path(param.device)
         if self._pass is None:
             groups = optimizer.param_groups
@@ -89,7 +87,7 @@ class Release:
             self._indices = {p: i for i, group in enumerate(groups) for p in group["params"]}
         self._pass.update(optimizer._group(self._indices[param], param), native=native)
 
-    def close(self, optimizer: "ControlledOptimizer", losses: list[float | Tensor]) -> bool:
+    def close(self, optimizer: Any, losses: list[float | Tensor]) -> bool:
         """Ends the pass; returns whether it updated anything.
 
         A gradient that no hook has seen is used first.

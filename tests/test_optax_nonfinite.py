@@ -25,7 +25,9 @@ def tensors():
 @every_optimizer
 @pytest.mark.parametrize("loss", [None, 1.5])
 @pytest.mark.parametrize("jitted", [False, True])
-def test_debugging_of_nans_stops_at_none_of_ours_and_no_state_has_one_or_an_infinity(name, loss, jitted, debug_nans):
+def test_debugging_of_nans_stops_at_none_of_ours_and_states_are_finite(
+    name, loss, jitted, debug_nans
+):
     tx, params = optax.with_extra_args_support(OPTIMIZERS[name]()), tensors()
     update = jax.jit(tx.update) if jitted else tx.update
     state = tx.init(params)

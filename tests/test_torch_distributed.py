@@ -122,3 +122,26 @@ def test_codes_of_another_sharding_are_refused(results, name):
     for rank in results:
         message = rank[f"resharded-{name}"]
         assert "shards of 3157 elements for shards of 6307; load them on as many" in message
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """What two replicas saw, by rank."""
+    import torch_replicas as replicas
+
+    folder = str(tmp_path_factory.mktemp("replicas"))
+    torch.multiprocessing.spawn(replicas.run, (folder,), nprocs=2)
+    return [torch.load(f"{folder}/rank{rank}.pt") for rank in (0, 1)]
+
+
+def test_replicas_that_pass_losses_of_their_own_are_warned_once(seen):
+    for rank in seen:
+        assert len(rank["own"]) == 1
+        assert "give process_group=torch.distributed.group.WORLD" in rank["own"][0]
+        assert rank["reduced"] == rank["group"] == []
+
+
+def test_partial_gradients_are_added_up(seen):
+    for rank in seen:
+        assert torch.equal(rank["partial"], rank["whole"])
+        assert (rank["whole"] < 1.0).all()
