@@ -60,6 +60,11 @@ class ControlledOptimizer(Optimizer):
         self._process_group = process_group
         self._forget()
         super().__init__(params, defaults)
+        if needs_alignment(law) and _step.is_zero(defaults["lr"]):
+            raise ValueError(
+                "lr must be above 0 under a law that finds the rate, got 0: it multiplies what it "
+                "is given; leave lr out. A parameter group may be at 0, which stands still."
+            )
         self._log = None if log_path is None else TelemetryLog(log_path, self._shown())
         self._step_supports_amp_scaling = True
 

@@ -131,6 +131,11 @@ def test_axiom_without_momentum_cannot_drive_itself():
     assert len(optimizer.param_groups) == 1
 
 
+def test_axiom_cannot_start_its_search_at_0():
+    with pytest.raises(ValueError, match="lr must be above 0 under a law that finds the rate"):
+        AXIOM(parameters((3,)), lr=0.0, momentum=0.9, law=SelfDriving())
+
+
 def test_cosmic_cannot_drive_itself():
     with pytest.raises(ValueError, match="which Cosmic keeps of some tensors only and may drop"):
         made("cosmic", law=SelfDriving())

@@ -235,11 +235,6 @@ class CruxyOptimizer(DirectedOptimizer):
             process_group=process_group,
             log_path=metrics_path if log_metrics else None,
         )
-        if driving and _step.is_zero(lr):
-            raise ValueError(
-                "lr must be above 0 under a law that finds the rate, got 0: it multiplies what it "
-                "is given; leave lr out. A parameter group may be at 0, which stands still."
-            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
