@@ -70,7 +70,10 @@ def telemetry(opt_state: Any) -> dict[str, Any]:
 
 
 def _read(state: StabilizeState) -> dict[str, Any]:
-    values = _of_actuators(state.inner_state)
+    # Replicated over devices every scalar has an axis in front; released layers have one more.
+    axes = getattr(_scalar(state.step), "ndim", 0)
+    applied = _of_actuators(state.inner_state)
+    values = {name: _mean_over_layers(value, axes) for name, value in applied.items()}
     for name in getattr(type(state.law_state), "telemetry", _CONTROLS):
         values[name] = _scalar(getattr(state.controls, name))
     if "clip_threshold" in values:
@@ -112,10 +115,13 @@ def _throttle(rate: Any, path: tuple[Any, ...], factors: list[tuple[Any, Any]]) 
 def _scalar(leaf: Any, none: float | None = None) -> Any:
     """The array itself, where a framework (nnx) keeps each leaf in a box of its own.
 
-    The states of released layers are stacked: of those the mean is shown. `none` is what is shown
-    for `NOT_KNOWN`.
+    `none` is what is shown for `NOT_KNOWN`.
     """
     array = jax.tree.leaves(leaf)[0]
-    if none is not None:
-        array = jnp.where(array == NOT_KNOWN, none, array)
-    return array.mean() if getattr(array, "ndim", 0) else array
+    return array if none is None else jnp.where(array == NOT_KNOWN, none, array)
+
+
+def _mean_over_layers(value: Any, axes: int) -> Any:
+    """The mean over the axes of released layers, whose states are stacked behind `axes` others."""
+    behind = tuple(range(axes, getattr(value, "ndim", 0)))
+    return value.mean(axis=behind) if behind else value

@@ -27,7 +27,16 @@ def close(name, params):
     return error < 0.02 * wanted.square().mean().sqrt()
 
 
-@pytest.mark.parametrize("name", list(golden.RUNS))
+CORE = ("meta3", "meta_lion", "self_driving", "limited")
+
+
+def marked(name):
+    """The slower paths of what has a near relative are for `make test-all`."""
+    related = name.endswith(("/single", "/foreach")) and name.split("/")[0] not in CORE
+    return pytest.param(name, marks=[pytest.mark.slow] if related else [])
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in golden.RUNS])
 def test_a_run_gives_the_bits_it_gave(name):
     params, optimizer = golden.make(name)
     got = finish(name, params, optimizer, 0)
