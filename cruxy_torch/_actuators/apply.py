@@ -141,7 +141,7 @@ def _single(
         tensor = SteppedTensor(columns, index, frame, orders)
         block = direction.blocks(tensor, factors[index], orders)
         for number in range(tensor.blocks):
-            tensor.move(number, block(number), rate)
+            tensor.move(number, block(number), rate, finite=direction.is_finite)
 
 
 def _foreach(

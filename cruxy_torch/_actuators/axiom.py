@@ -42,6 +42,8 @@ class FactoredDirection(Direction):
     snr_floor: float
     min_dim_size_to_factor: int
 
+    is_finite = True
+
     @property
     def moments(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The average of the normalised gradient, where there is momentum."""

@@ -31,6 +31,8 @@ class Direction:
             they are kept. The first is the momentum with which self-driving compares gradients.
         clocks: names of float32 numbers kept for each parameter, 1 at first, such as the product of
             all decay rates so far.
+        is_finite: whether the direction is finite on a skipped step too, whose gradient is zero and
+            whose moments may be; what is not costs another pass over the parameters.
 
     Example:
         >>> import torch
@@ -52,6 +54,7 @@ class Direction:
 
     moments: tuple[str, ...] = ()
     clocks: tuple[str, ...] = ()
+    is_finite: bool = False
 
     foreach: Any = None
     """`foreach(bucket, factors, orders)`, the same for many tensors at once by torch's foreach

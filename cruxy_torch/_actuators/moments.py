@@ -33,6 +33,7 @@ class Adam(Direction):
     eps: float
     nesterov: bool
 
+    is_finite = True
     moments = ("exp_avg", "exp_avg_sq")
     clocks = ("beta1_product", "beta2_product")
 
@@ -115,6 +116,7 @@ class Adam(Direction):
 class Lion(Direction):
     """Lion's direction (WP 11, 12): a sign, of one moment."""
 
+    is_finite = True
     moments = ("exp_avg",)
 
     def formula(

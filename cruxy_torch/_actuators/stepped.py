@@ -111,13 +111,21 @@ class SteppedTensor:
         """
         return over_ranks(part, self._whole, axis)
 
-    def move(self, number: int, direction: Tensor, rate: Tensor) -> None:
-        """`p <- p - rate (direction + decay p)` for a block `p` of the parameter (WP 7, 13)."""
+    def move(self, number: int, direction: Tensor, rate: Tensor, *, finite: bool) -> None:
+        """`p <- p - rate (direction + decay p)` for a block `p` of the parameter (WP 7, 13).
+
+        Args:
+            number: of the block.
+            direction: of it.
+            rate: 0 on a skipped step.
+            finite: whether the direction is, also on a skipped step.
+        """
         param, value = self._params[number], self.value(number)
         if self._frame.decay:
             direction = direction + self._frame.decay * value
-        # A rate of 0 alone would let through what is not finite.
-        step = torch.where(self._orders.ok, rate * direction, 0)
+        step = rate * direction
+        if not finite:  # a rate of 0 alone would let it through
+            step = torch.where(self._orders.ok, step, 0)
         if value is param:
             value.sub_(step)
         else:

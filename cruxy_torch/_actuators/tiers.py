@@ -34,6 +34,7 @@ class Tiered(Direction):
     peers: Sequence[Tensor] = ()
     unscale: Tensor | None = None
 
+    is_finite = True
     moments = Adam.moments
 
     def start(self, state: dict[str, Any], param: Tensor, add: Callable[[str], None]) -> None:
