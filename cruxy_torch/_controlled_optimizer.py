@@ -158,8 +158,12 @@ class ControlledOptimizer(Optimizer):
             foreach=foreach,
         )
         if losses and self._process_group is None and grad is not None and not is_sharded(grad):
-            report = dict(zip(_law_state.REPORT, law_state["report"], strict=True))
-            self._replicas.look(report["grad_norm"], report["loss"])
+            self._replicas.look(law_state["report"])
+        self._mark_still(fresh=fresh)
+        return True
+
+    def _mark_still(self, *, fresh: bool) -> None:
+        """Tells each group whether a rate of 0 has just kept it where it was."""
         bounded = self._settings.lr_bounds is not None
         zero = [not bounded and _step.is_zero(group["lr"]) for group in self.param_groups]
         for group, still in zip(self.param_groups, zero, strict=True):
@@ -167,7 +171,6 @@ class ControlledOptimizer(Optimizer):
                 group.pop("still", None)
             elif not (fresh and all(zero)):  # else a tool fills the state of a new optimizer
                 group["still"] = True
-        return True
 
     def register_hooks(self) -> None:
         """From now on `backward` updates each parameter and frees its gradient as soon as it can.

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cruxy_torch._distributed.shards import in_processes
+from cruxy_torch._law_state import REPORT
 
 _numbers = itertools.count()
 """Replicas make their optimizers in the same order."""
@@ -28,14 +29,15 @@ class ReplicaCheck:
         self._left, self._key = STEPS, ""
         self._own: tuple[float, float] | None = None
 
-    def look(self, grad_norm: Tensor, loss: Tensor) -> None:
-        """Takes part with one step's numbers; reads them on the host in the first step alone."""
-        if not self._left or not in_processes() or _capturing(loss):
+    def look(self, report: Tensor) -> None:
+        """Takes part with one step's report; reads it on the host in the first step alone."""
+        if not self._left or not in_processes() or _capturing(report):
             return
         self._left -= 1
         store = dist.distributed_c10d._get_default_store()
         if self._own is None:
-            self._own = float(grad_norm), float(loss)
+            numbers = dict(zip(REPORT, report.tolist(), strict=True))
+            self._own = numbers["grad_norm"], numbers["loss"]
             self._key = f"cruxy_torch/replicas/{next(_numbers)}"
             store.set(f"{self._key}/{dist.get_rank()}", " ".join(map(float.hex, self._own)))
             return
