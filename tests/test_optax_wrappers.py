@@ -90,6 +90,7 @@ def test_inject_hyperparams_sets_the_rate_and_leaves_the_law_alone():
     _, state = step(params, state, params, value=1.0)
     first = float(telemetry(state)["learning_rate"])
     state.hyperparams["learning_rate"] = jnp.float32(0.02)
+    assert float(optax.tree.get(state, "learning_rate")) == pytest.approx(0.02)  # the one to set
     _, state = step(params, state, params, value=1.0)
     assert float(telemetry(state)["learning_rate"]) == pytest.approx(2 * first, rel=1e-5)
     assert step._cache_size() == 1

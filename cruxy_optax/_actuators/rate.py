@@ -65,11 +65,16 @@ class ScaleByMetaLearningRateState(NamedTuple):
     """The schedule's position and the rate last applied."""
 
     count: jax.Array  # good steps so far; shape=(), dtype=int32
-    learning_rate: jax.Array  # 0 on a skipped step; shape=(), dtype=float32
+    applied_rate: jax.Array  # 0 on a skipped step; shape=(), dtype=float32
     limit_scale: jax.Array  # largest share of it that a tensor got, 0 of 0; shape=(), float32
 
     held_by_controls = True
     telemetry = ("learning_rate",)
+
+    @property
+    def learning_rate(self) -> jax.Array:
+        """What telemetry shows. No field: `inject_hyperparams` has one of this name to set."""
+        return self.applied_rate
 
 
 def scale_by_meta_learning_rate(
