@@ -28,6 +28,25 @@ def second_moment_decay(count: Any, exponent: Any, *, xp: Any) -> Any:
     return 1.0 - xp.exp(-exponent * xp.log(step))
 
 
+def inverse_power(v: Any, power: Any, *, xp: Any) -> Any:
+    """`v^(-power / 2)`: what a gradient is multiplied by (Padam's partial adaptivity).
+
+    The whole root at 1, no preconditioner at 0. Below 1 the size of `g v^(-power / 2)` is about
+    `|g|^(1 - power)`, no longer 1: a rate is then one for gradients of this size alone. Through a
+    logarithm, whose derivative is still finite at the smallest means.
+
+    Args:
+        v: a second moment, or one of its two factors, above 0; any shape.
+        power: in `[0, 1]`.
+        xp: the array namespace.
+
+    References:
+        Chen et al., [Padam](https://arxiv.org/abs/1806.06763), 2018, algorithm 1; `power` is twice
+        its `p`.
+    """
+    return xp.exp(-0.5 * power * xp.log(v))
+
+
 def streak_factor(m_hat: Any, boost: Any, *, xp: Any) -> Any:
     """Factor on a coordinate: up to `boost` where its sign has persisted, 1 where it has not.
 
