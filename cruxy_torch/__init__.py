@@ -6,15 +6,20 @@ from cruxy_torch._memory.estimate import MemoryEstimate, estimate_memory, state_
 from cruxy_torch._optimizers.axiom import AXIOM
 from cruxy_torch._optimizers.cosmic import Cosmic
 from cruxy_torch._optimizers.cruxy import CruxyOptimizer
+from cruxy_torch.backends import Backend, BackendUse, backends, use_backend
 
 __all__ = [
     "AXIOM",
+    "Backend",
+    "BackendUse",
     "Cosmic",
     "CruxyOptimizer",
     "Direction",
     "MemoryEstimate",
+    "backends",
     "estimate_memory",
     "state_bytes",
     "state_from_optax",
     "state_to_optax",
+    "use_backend",
 ]

@@ -223,7 +223,7 @@ def test_no_temporary_is_larger_than_the_largest_parameter(path, lion):
 
 
 def test_without_a_compiler_the_default_still_steps(monkeypatch):
-    monkeypatch.setattr(library, "_library", lambda: None)
+    monkeypatch.setattr(library, "_library", lambda: library.Found(why="no compiler"))
     net = models.model()
     optimizer = models.optimizer(net)
     models.train(net, optimizer, 2)

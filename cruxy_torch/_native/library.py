@@ -10,6 +10,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -27,9 +29,47 @@ _SIMD = {
 _log = logging.getLogger(__name__)
 
 
+NOT_BUILT = "not built yet: the first step on CPU builds it, as does backends(build=True)"
+_NO_COMPILER = "no C compiler found: cc, gcc or clang, or the variable CC"
+
+
+class Found(NamedTuple):
+    """What has come of looking for the library.
+
+    Attributes:
+        handle: the library; `None` where it is not there.
+        path: its file.
+        flags: what it was compiled with.
+        why: why it is not there, in one line.
+    """
+
+    handle: ctypes.CDLL | None = None
+    path: pathlib.Path | None = None
+    flags: tuple[str, ...] = ()
+    why: str = ""
+
+
 def available() -> bool:
     """Whether the library is there, building it if need be."""
-    return _library() is not None
+    return _library().handle is not None
+
+
+def found(*, build: bool) -> Found:
+    """The library, or why it is not there.
+
+    Args:
+        build: builds it if need be; otherwise one that was built before is loaded.
+    """
+    if build or _library.cache_info().currsize:
+        return _library()
+    compiler = _compiler()
+    if not compiler:
+        return Found(why=_NO_COMPILER)
+    for flags, link in _recipes():
+        path = _path(compiler, flags, link)
+        if path.exists():
+            return _opened(path, flags)
+    return Found(why=NOT_BUILT)
 
 
 def call(name: str, arguments: ctypes.Structure) -> None:
@@ -44,31 +84,63 @@ def call(name: str, arguments: ctypes.Structure) -> None:
         MemoryError: where the function found no memory for its work list.
     """
     library = _library()
-    if library is None:
-        raise RuntimeError("the C library is not available; check available() first")
-    if getattr(library, name)(ctypes.addressof(arguments)):
+    if library.handle is None:
+        raise RuntimeError(f"the C library is not available: {library.why}")
+    if getattr(library.handle, name)(ctypes.addressof(arguments)):
         raise MemoryError("the optimizer step could not allocate its work list")
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    compiler = (
-        shlex.split(os.environ.get("CC", ""))
-        or [found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))][:1]
-    )
+def _library() -> Found:
+    compiler, result = _compiler(), Found(why=_NO_COMPILER)
     if not compiler:
-        _log.info("no C compiler found; CruxyOptimizer takes its slower path on CPU")
-        return None
-    simd = _SIMD.get(torch.backends.cpu.get_cpu_capability(), ())
-    # Linked without -fopenmp the library finds the OpenMP runtime that torch has loaded; a second
-    # one would bring threads of its own that compete with torch's. The last resort is one thread.
-    for openmp, link in ((("-fopenmp",), ()), (("-fopenmp",), ("-fopenmp",)), ((), ())):
+        _log.info("%s; CruxyOptimizer takes its slower path on CPU", _NO_COMPILER)
+        return result
+    for flags, link in _recipes():
         try:
-            return _load(_build(compiler, (*_FLAGS, *simd, *openmp), link))
+            result = _opened(_build(compiler, flags, link), flags)
         except (OSError, subprocess.SubprocessError) as error:
-            detail = getattr(error, "stderr", None) or error
-            _log.info("building the CPU kernels with %s failed: %s", compiler, detail)
-    return None
+            result = Found(flags=flags, why=_last_line(error, compiler))
+        if result.handle is not None:
+            return result
+        _log.info("building the CPU kernels with %s failed: %s", compiler, result.why)
+    return result
+
+
+def _compiler() -> list[str]:
+    """The command of the C compiler; empty where there is none."""
+    names = ("cc", "gcc", "clang")
+    return (
+        shlex.split(os.environ.get("CC", ""))
+        or [found for name in names if (found := shutil.which(name))][:1]
+    )
+
+
+def _recipes() -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Flags for compiling and for linking, in the order in which they are tried.
+
+    Linked without -fopenmp the library finds the OpenMP runtime that torch has loaded; a second one
+    would bring threads of its own that compete with torch's. The last resort is one thread.
+    """
+    simd = _SIMD.get(torch.backends.cpu.get_cpu_capability(), ())
+    for openmp, link in ((("-fopenmp",), ()), (("-fopenmp",), ("-fopenmp",)), ((), ())):
+        yield (*_FLAGS, *simd, *openmp), link
+
+
+def _last_line(error: Exception, compiler: list[str]) -> str:
+    """The last line of what a compiler said, or of what kept it from being run."""
+    if isinstance(error, subprocess.CalledProcessError):
+        said = error.stderr or f"{shlex.join(compiler)} ended with exit status {error.returncode}"
+    else:
+        said = str(error)
+    return (said.strip().splitlines() or [type(error).__name__])[-1].strip()
+
+
+def _opened(path: pathlib.Path, flags: tuple[str, ...]) -> Found:
+    try:
+        return Found(_load(path), path, flags)
+    except OSError as error:
+        return Found(path=path, flags=flags, why=_last_line(error, []))
 
 
 def _load(path: pathlib.Path) -> ctypes.CDLL:
@@ -79,16 +151,19 @@ def _load(path: pathlib.Path) -> ctypes.CDLL:
     return library
 
 
-def _build(compiler: list[str], flags: tuple[str, ...], link: tuple[str, ...]) -> pathlib.Path:
-    """The path of the library, compiled unless the same one lies in the cache already."""
+def _path(compiler: list[str], flags: tuple[str, ...], link: tuple[str, ...]) -> pathlib.Path:
+    """Where the library of this recipe lies, whether it has been built or not."""
     sources = sorted(SOURCE.parent.glob("*.[ch]"))
     recipe = repr((compiler, flags, link)).encode() + b"".join(s.read_bytes() for s in sources)
-    name = f"native-{hashlib.sha256(recipe).hexdigest()[:16]}"
-    folder = _cache_folder()
-    path = folder / f"{name}.so"
+    return _cache_folder() / f"native-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
+
+
+def _build(compiler: list[str], flags: tuple[str, ...], link: tuple[str, ...]) -> pathlib.Path:
+    """The path of the library, compiled unless the same one lies in the cache already."""
+    path = _path(compiler, flags, link)
     if path.exists():
         return path
-    with tempfile.TemporaryDirectory(dir=folder) as work:
+    with tempfile.TemporaryDirectory(dir=path.parent) as work:
         unit, built = os.path.join(work, "native.o"), os.path.join(work, "native.so")
         for command in (
             [*compiler, *flags, "-c", str(SOURCE), "-o", unit],

@@ -45,13 +45,11 @@ def parts(
         return [list(range(len(whole[0])))] if whole[0] else [], []
     alike: dict[tuple[Any, ...], list[int]] = {}
     slow = []
-    float32 = (torch.float32,) * len(whole)
     for i, row in enumerate(zip(*whole, *moments, strict=True)):
-        forms = tuple(map(_form, row))
-        if forms[: len(whole)] == float32 and _fits(row, forms, centralize):
-            alike.setdefault(forms, []).append(i)
-        else:
+        if misfit(row[: len(whole)], row[len(whole) :], centralize=centralize):
             slow.append(i)
+        else:
+            alike.setdefault(tuple(map(_form, row)), []).append(i)
     return list(alike.values()), slow
 
 
@@ -60,7 +58,7 @@ _IS_CONTIGUOUS = operator.methodcaller("is_contiguous")
 
 
 def _all_fit(whole: Sequence[Sequence[Kept]], moments: Sequence[Sequence[Any]]) -> bool:
-    """Whether all rows fit and are kept alike: what `_fits` says, a column at a time.
+    """Whether all rows fit and are kept alike: what `misfit` says, a column at a time.
 
     Most models are so, and a step of many small tensors is mostly this check.
     """
@@ -83,26 +81,32 @@ def _form(kept: Kept) -> Any:
     return kept.code if isinstance(kept, Coded) else Rounded
 
 
-def _fits(row: Sequence[Any], forms: tuple[Any, ...], centralize: bool) -> bool:
-    shape = row[0].shape
+def misfit(whole: Sequence[Kept], moments: Sequence[Any], *, centralize: bool = False) -> str:
+    """Why a row of columns cannot take this path, in a few words; empty where it can."""
+    row = (*whole, *moments)
+    forms, shape = tuple(map(_form, row)), raw(row[0]).shape
+    for form in forms[: len(whole)]:
+        if form is not torch.float32:
+            return "bfloat16 rounded by chance" if form is Rounded else f"dtype {form}"
     plain = _PLAIN.issuperset(forms)
     if not plain and centralize and len(shape) > 1:
-        return False
-    tensors = row if plain else [kept for kept in row if not isinstance(kept, Coded)]
-    for kept in tensors:
-        tensor = raw(kept)
-        if (
-            type(tensor) not in _TYPES
-            or not tensor.is_cpu
-            or tensor.shape != shape
-            or tensor.dtype not in _PLAIN
-        ):
-            return False
-    if plain and all(map(_channels_last, row)):
-        return True
-    if not all(raw(kept).is_contiguous() for kept in tensors):
-        return False
-    return plain or all(_is_whole(kept, shape) for kept in row if isinstance(kept, Coded))
+        return "centralized, with moments in few bits"
+    tensors = [raw(kept) for kept in row if not isinstance(kept, Coded)]
+    for tensor in tensors:
+        if type(tensor) not in _TYPES:
+            return f"class {type(tensor).__name__}"
+        if not tensor.is_cpu:
+            return f"device {tensor.device.type}"
+        if tensor.dtype not in _PLAIN:
+            return f"dtype {tensor.dtype} of a moment"
+        if tensor.shape != shape:
+            return "shapes that differ"
+    if plain and all(map(_channels_last, tensors)):
+        return ""
+    if not all(map(Tensor.is_contiguous, tensors)):
+        return "layout: not all in one order without gaps"
+    whole_codes = plain or all(_is_whole(kept, shape) for kept in row if isinstance(kept, Coded))
+    return "" if whole_codes else "codes that do not fill their tensor"
 
 
 def _is_whole(kept: Coded, shape: torch.Size) -> bool:

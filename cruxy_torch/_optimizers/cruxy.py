@@ -98,8 +98,8 @@ class CruxyOptimizer(DirectedOptimizer):
         direction: what a gradient becomes, in the place of Adam's or Lion's direction.
         maximize: climbs instead of descending.
         foreach: torch's foreach operations; by default on every device but the CPU.
-        fused: the C library on CPU. `None` takes it where it can be built and the tensors fit,
-            `True` insists on it, `False` does without.
+        fused: the C library on CPU. `None` takes it where it can be built and the tensors fit, or
+            what `use_backend` says; `True` insists on it, `False` does without. See `backend`.
         capturable: kept for code that looks for it: a step can always be captured in a CUDA graph.
         differentiable: must be false.
         state_bits: bits an element in which moments are kept between steps: 32; 16 for bfloat16; 8
@@ -278,6 +278,8 @@ class CruxyOptimizer(DirectedOptimizer):
         return None if group["state_bits"] == 16 else self._moment_dtype(param, "exp_avg")
 
     def _path(self, device: torch.device) -> tuple[bool, bool]:
+        if self._foreach is None and self._fused is None and not self._compile:
+            return super()._path(device)
         foreach = device.type != "cpu" if self._foreach is None else self._foreach
         tracing = torch.compiler.is_compiling() or self._compile
         native = not tracing and self._fused is not False and not self._foreach

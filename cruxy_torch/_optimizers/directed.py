@@ -1,5 +1,6 @@
 """What optimizers with a direction share: how a group of theirs is put together for a step."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from cruxy_torch._actuators.stepped import Frame
 from cruxy_torch._controlled_optimizer import ControlledOptimizer
 from cruxy_torch._kept import compute_dtype
 from cruxy_torch._memory.state import add_moment, bits_of, numbered
+from cruxy_torch._native import library, passes
+from cruxy_torch.backends import BackendUse
 
 
 class DirectedOptimizer(ControlledOptimizer):
@@ -23,6 +26,67 @@ class DirectedOptimizer(ControlledOptimizer):
 
     _stochastic: bool
     _pickled = (*ControlledOptimizer._pickled, "_stochastic")
+
+    @property
+    def backend(self) -> BackendUse:
+        """What took the last step: how many tensors each backend, and why the rest not `native`.
+
+        It is found out when it is asked for, from the gradients, parameters and state as they are
+        now, and costs a step nothing. Tensors that have not been stepped yet are not counted; where
+        a gradient is gone its parameter stands in for it. A tensor that is alone of its kind counts
+        under `foreach`, though it is stepped by itself there.
+
+        Example:
+            >>> import torch
+            >>> from cruxy_torch import AXIOM
+            >>> x = torch.nn.Parameter(torch.ones(3))
+            >>> optimizer = AXIOM([x])
+            >>> (x**2).sum().backward()
+            >>> _ = optimizer.step()
+            >>> optimizer.backend
+            BackendUse(tensors={'reference': 1}, why={'FactoredDirection has no native pass': 1})
+        """
+        tensors, why = Counter[str](), Counter[str]()
+        for index, group in enumerate(self.param_groups):
+            stepped = [p for p in group["params"] if p in self.state]
+            if stepped:
+                self._count(index, stepped, tensors, why)
+        return BackendUse(dict(tensors), dict(why))
+
+    def _count(
+        self, index: int, stepped: list[Tensor], tensors: Counter[str], why: Counter[str]
+    ) -> None:
+        """Counts the tensors of a group by what takes them, and why it is not the C library."""
+        if self._compile:
+            tensors["compile"] += len(stepped)
+            why["compile=True"] += len(stepped)
+            return
+        device = self._law()["step"].device
+        native, foreach = self._path(device)
+        group = self.param_groups[index]
+        direction, frame = self._direction_of(group, stepped), self._frame(group)
+        has_foreach = foreach and direction.foreach is not None and self._release is None
+        rest = "foreach" if has_foreach else "reference"
+        reason = "" if native else _why_no_library(device)
+        if native and direction.native is None:
+            reason = f"{type(direction).__name__} has no native pass"
+        if reason:
+            tensors[rest] += len(stepped)
+            why[reason] += len(stepped)
+            return
+        grads = [p.detach() if p.grad is None else _checks.dense_grad(p) for p in stepped]
+        lists = stepped, grads, [self.state[p] for p in stepped], list(map(self._number, stepped))
+        bits = self._bits(group)
+        columns = group_of(
+            index, group, lists, direction, frame, bits=bits, stochastic=self._stochastic
+        ).columns
+        whole = [c for c in (columns.grads, columns.params, columns.averages) if c]
+        for row in zip(*whole, *columns.moments.values(), strict=True):
+            own, moments = row[: len(whole)], row[len(whole) :]
+            reason = passes.misfit(own, moments, centralize=frame.centralize)
+            tensors[rest if reason else "native"] += 1
+            if reason:
+                why[reason] += 1
 
     def _direction_of(self, group: dict[str, Any], moving: Sequence[Tensor] = ()) -> Direction:
         """The direction of a group, of which these parameters have a gradient."""
@@ -119,3 +183,13 @@ class DirectedOptimizer(ControlledOptimizer):
             everything = (p for group in self.param_groups for p in group["params"])
             self._numbers = numbered(everything)
         return self._numbers[param]
+
+
+def _why_no_library(device: torch.device) -> str:
+    """Why a step does not ask for the C library."""
+    if device.type != "cpu":
+        return f"device {device.type}"
+    missing = library.found(build=False).why
+    if missing and missing != library.NOT_BUILT:
+        return f"no library: {missing}"
+    return "another backend was chosen"
