@@ -13,17 +13,18 @@ from torch.optim.optimizer import Optimizer
 from cruxy_control import Law
 from cruxy_control.law import check_law, needs_alignment
 from cruxy_torch import _checks, _law_state, _step, _telemetry
+from cruxy_torch._diagnose import Diagnosed
 from cruxy_torch._distributed.replicas import ReplicaCheck
 from cruxy_torch._distributed.shards import is_sharded
 from cruxy_torch._law_state import KEY
 from cruxy_torch._loading import load
-from cruxy_torch._native import library
 from cruxy_torch._release import Release
 from cruxy_torch._sensors.loss import mean_loss, scalar_loss
 from cruxy_torch._telemetry_log import TelemetryLog
+from cruxy_torch.backends import path
 
 
-class ControlledOptimizer(Optimizer):
+class ControlledOptimizer(Diagnosed, Optimizer):
     """An optimizer under a control law. A subclass says what a group updates, and how.
 
     It writes `_group` and `_check_group`. The law's state lies in
@@ -356,7 +357,7 @@ class ControlledOptimizer(Optimizer):
 
     def _path(self, device: torch.device) -> tuple[bool, bool]:
         """Whether to take the C library and whether to take foreach calls."""
-        return device.type == "cpu" and library.available(), device.type != "cpu"
+        return path(device)
 
     def _run(self) -> Callable[..., None]:
         """What takes an ordinary step: `_step.run`, as it is or compiled."""
