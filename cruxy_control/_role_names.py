@@ -1,0 +1,198 @@
+"""The words that say what a parameter is, and how a path is read: the tables behind `roles`.
+
+Only these words give a role. Names are compared whole and in lower case, never by a part of them.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+def _table(roles: Mapping[str, str]) -> dict[str, str]:
+    return {name: role for role, names in roles.items() for name in names.split()}
+
+
+ATTENTION = _table(
+    {
+        "attention.q": "q q_proj q_lin q_linear q_attn query query_proj query_layer query_dense wq "
+        "to_q linear_q q_einsum",
+        "attention.k": "k k_proj k_lin k_linear key key_proj key_layer wk to_k linear_k",
+        "attention.v": "v v_proj v_lin v_linear value value_proj value_layer wv to_v linear_v",
+        "attention.qkv": "qkv qkv_proj qkv_linear query_key_value c_attn in_proj wqkv to_qkv "
+        "attention_in qkv_einsum",
+        "attention.kv": "kv kv_proj key_value wkv to_kv kv_einsum",
+        "attention.out": "o o_proj out out_proj out_lin out_linear output wo c_proj dense proj "
+        "to_out linear_out attention_out attn_out attn_vec_einsum",
+        "attention.q.a": "q_a_proj wq_a",
+        "attention.q.b": "q_b_proj wq_b",
+        "attention.kv.a": "kv_a_proj kv_a_proj_with_mqa wkv_a",
+        "attention.kv.b": "kv_b_proj wkv_b",
+    }
+)
+"""Inside what says attention."""
+
+MLP = _table(
+    {
+        "mlp.gate": "gate gate_proj wi_0 linear_gate",
+        "mlp.up": "up up_proj w1 w3 v1 wi wi_1 fc1 fc_in c_fc lin1 linear1 linear_fc1 "
+        "dense_h_to_4h intermediate_dense mlp_in w_in",
+        "mlp.gate_up": "gate_up gate_up_proj gate_and_up_proj w12 gating_einsum",
+        "mlp.down": "down down_proj w2 wo fc2 fc_out c_proj lin2 linear2 linear_fc2 "
+        "dense_4h_to_h output_dense mlp_out w_out",
+    }
+)
+"""Inside what says MLP, but for `dense` and the three names of `w1`, which need what is beside."""
+
+BESIDE_ATTENTION = frozenset("fc1 fc2 fc_in fc_out linear1 linear2 lin1 lin2".split())
+"""Names of `MLP` that need no MLP around them in a layer that holds an attention too."""
+
+SSM = _table(
+    {
+        "ssm.in": "in_proj",
+        "ssm.x": "x_proj",
+        "ssm.dt": "dt_proj",
+        "ssm.out": "out_proj",
+        "ssm.a": "a_log",
+        "ssm.d": "d",
+    }
+)
+"""Beside a parameter `A_log`."""
+
+HEADS = frozenset(
+    "lm_head head classifier score qa_outputs embed_out classification_head unembed".split()
+)
+INSIDE_A_HEAD = frozenset("fc out_proj decoder".split())
+LAST = frozenset("fc linear lin dense layer out output decoder l".split())
+"""Names, but for a number behind them, of a last layer that is a head."""
+
+TOKENS = frozenset(
+    "cls_token class_token class_embedding mask_token dist_token distillation_token reg_token "
+    "reg_tokens register_tokens".split()
+)
+"""Learned vectors that stand at a place of their own in a sequence."""
+
+_ATTENTION_WORDS = frozenset(
+    "attn attns attention attentions mha selfattn selfattention crossattn crossattention "
+    "multiheadattention".split()
+)
+_MLP_WORDS = frozenset("mlp mlps ffn ffns ff feedforward intermediate".split())
+_POSITION_WORDS = frozenset("pos position positions positional relpos wpe rope rotary".split())
+_EMBEDDING_WORDS = frozenset("embed embedding embeddings emb wte".split())
+_NORM_WORDS = frozenset("norm layernorm rmsnorm batchnorm groupnorm ln bn".split())
+
+LEAVES = frozenset("weight kernel bias embedding scale w b weight_g weight_v gamma beta".split())
+"""Names of parameters that leave it to their owner to say what they are."""
+
+_TRANSPARENT = frozenset(
+    "base_layer base_module original_module module _orig_mod _fsdp_wrapped_module "
+    "_checkpoint_wrapped_module".split()
+)
+LORA = re.compile(
+    r"lora_(?:embedding_)?(?:(?P<side>[AaBb])|(?P<scale>E|magnitude_vector|magnitude))$"
+)
+
+
+def words(name: str) -> list[str]:
+    """The words of a name in lower case, without numbers: `EncDecAttention_0` has three."""
+    parts = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).split("_")
+    return [word for part in parts if (word := part.rstrip("0123456789").lower())]
+
+
+def says(name: str, cls: str = "") -> str:
+    """What a name, or else a class, says is inside: `"attention"`, `"mlp"` or nothing."""
+    parts = words(name)
+    if not _ATTENTION_WORDS.isdisjoint(parts):
+        return "attention"
+    glued = "".join(parts)
+    if not _MLP_WORDS.isdisjoint(parts) or glued in ("feedforward", "densereludense"):
+        return "mlp"
+    if "Attention" in cls or "Attn" in cls:
+        return "attention"
+    return "mlp" if re.search("MLP|Mlp|FeedForward|FFN", cls) else ""
+
+
+def says_experts(name: str, cls: str = "") -> bool:
+    """Whether it holds experts of which a router chooses; shared ones see every token."""
+    parts = words(name)
+    if "shared" in parts:
+        return False
+    return "experts" in parts or "expert" in parts or "Experts" in cls
+
+
+def says_router(name: str, cls: str = "") -> bool:
+    """Whether it chooses experts."""
+    return "router" in words(name) or "Router" in cls
+
+
+def says_position(name: str, cls: str = "") -> bool:
+    """Whether it tells places: an embedding of positions, or a table of relative ones."""
+    parts = words(name)
+    relative = not {"rel", "relative"}.isdisjoint(parts)
+    return (
+        not _POSITION_WORDS.isdisjoint(parts)
+        or (relative and not {"bias", "embed", "embedding", "embeddings"}.isdisjoint(parts))
+        or "Position" in cls
+    )
+
+
+def says_embedding(name: str, cls: str = "") -> bool:
+    """Whether it is looked up."""
+    return not _EMBEDDING_WORDS.isdisjoint(words(name)) or bool(re.search(r"Embed(ding)?s?$", cls))
+
+
+def says_norm(name: str, cls: str = "") -> bool:
+    """Whether it normalises."""
+    return not _NORM_WORDS.isdisjoint(words(name)) or bool(re.search("Norm(?!al)", cls))
+
+
+def says_conv(cls: str) -> bool:
+    """Whether it is a convolution; `Conv1D` of transformers is a matrix."""
+    return bool(re.search(r"Conv(\dd|Transpose|$)", cls))
+
+
+class Name(NamedTuple):
+    """One name of a path without wrappers, where it stands, and the class behind it."""
+
+    text: str
+    index: int
+    cls: str = ""
+    numbered: bool = False  # an element of a list, by the number behind it
+
+
+class Reading(NamedTuple):
+    """A path as read from its end."""
+
+    leaf: str  # the parameter's own name
+    own: Name  # the name that says what it is: the leaf's, or that of its owner
+    above: tuple[Name, ...]  # the names around that, from near to far
+    owner: str  # the owner's class
+
+
+def read(path: tuple[str, ...], owners: tuple[str, ...] = ()) -> Reading:
+    """Reads a path: wrappers are passed through, numbers go to the list they count."""
+    names: list[Name] = [Name("", -1, owners[0] if owners else "")]
+    inside = ""  # of parametrizations, or of what an adapter has copied
+    for index, text in enumerate(path):
+        cls = owners[index + 1] if index + 1 < len(owners) else ""
+        if inside == "modules_to_save":  # this is the adapter's name
+            inside = ""
+            names[-1] = names[-1]._replace(cls=cls or names[-1].cls)
+        elif text in ("parametrizations", "modules_to_save"):
+            inside = text
+        elif inside == "parametrizations" and re.fullmatch(r"original\d*", text):
+            if text == "original0" and path[-2:] == ("weight", text):
+                names[-1] = names[-1]._replace(text="weight_g")
+        elif index == len(path) - 1 and text == "value" and path[index - 1] in LEAVES:
+            pass  # nnx's name of what a variable holds
+        elif text in _TRANSPARENT:
+            names[-1] = names[-1]._replace(cls=cls or names[-1].cls)
+        elif text.isdigit() and len(names) > 1:
+            names[-1] = names[-1]._replace(cls=cls or names[-1].cls, numbered=True)
+        else:
+            cls = "" if inside == "parametrizations" else cls
+            names.append(Name(text, index, cls, bool(re.search(r"_\d+$", text))))
+    leaf = names.pop()
+    bare = leaf.text.lower() not in LEAVES or len(names) == 1
+    own = leaf if bare else names[-1]
+    above = names[1:] if bare else names[1:-1]
+    return Reading(leaf.text, own, tuple(reversed(above)), names[-1].cls)

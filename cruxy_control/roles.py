@@ -1,0 +1,368 @@
+"""What a parameter is: an embedding, a query, a gate, a bias, from what a framework tells of it.
+
+A role comes from, in this order: the user's rules; LoRA's names; the class of the owner; whether
+the owner makes the model's output; the names, read inside the nearest part that says attention or
+MLP; the shape. What nothing tells is a `vector` or a `matrix`, never another's role.
+"""
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+from cruxy_control import _role_names as names
+from cruxy_control._role_names import Name, Reading, read
+
+V = TypeVar("V")
+
+ROLES = (
+    *("embedding", "position", "norm", "norm.bias", "bias", "conv", "head"),
+    *("attention.q", "attention.k", "attention.v", "attention.qkv", "attention.kv"),
+    *("attention.q.a", "attention.q.b", "attention.kv.a", "attention.kv.b", "attention.out"),
+    *("mlp.up", "mlp.gate", "mlp.gate_up", "mlp.down"),
+    "moe.router",
+    *("moe.expert.up", "moe.expert.gate", "moe.expert.gate_up", "moe.expert.down"),
+    *("ssm.in", "ssm.x", "ssm.dt", "ssm.out", "ssm.a", "ssm.d"),
+    *("lora.a", "lora.b", "lora.scale"),
+    *("vector", "matrix"),
+)
+"""All roles there are.
+
+- `embedding`: is looked up; `head`: makes the output. A tied weight is an embedding.
+- `position`: embeddings and tables of positions, and learned vectors with a place of their own in
+  the sequence, such as ViT's class token.
+- `norm`, `norm.bias`: what a normalisation multiplies by and adds; `bias`: what others add.
+- `conv`: a convolution's weight, that which makes patches included.
+- `attention.*`: `qkv` and `kv` are fused; `.a` and `.b` are factors of a projection of low rank.
+- `mlp.*`: `gate_up` is fused. Shared experts, which see every token, are MLPs.
+- `moe.*`: what chooses experts, and the experts. `ssm.*`: Mamba's; `a` is `A_log`, `d` is `D`.
+- `lora.*`: the two factors, and magnitudes (DoRA, AdaLoRA).
+- `vector`, `matrix`: nothing tells more than the shape.
+"""
+
+_KEYS = {role[:i] for role in ROLES for i in [*(m.start() for m in re.finditer(r"\.", role)), None]}
+_NOT_DECAYED = {"norm", "norm.bias", "bias", "position", "vector", "lora.scale", "ssm.a", "ssm.d"}
+
+
+class Parameter(NamedTuple):
+    """What a framework tells of one parameter.
+
+    Attributes:
+        path: the names from the root to it, its own the last.
+        shape: its shape; of a sharded one, of the whole.
+        owners: class names from the root to the owner, one for each name of the path: `owners[i]`
+            is the class of what `path[:i]` leads to. `()` where unknown.
+        kind: what the owner is, whatever its class is called: `"linear"`, `"conv"`, `"embedding"`,
+            `"norm"`, `"attention"`, or `""` where unknown. Where there are no classes names of
+            parameters tell: `kernel` is a linear's, `embedding` an embedding's, and a `bias` beside
+            a `scale` a norm's.
+        is_output: whether the owner makes the model's output.
+        is_last: whether the owner is the last layer that the model itself, or a chain in it, holds.
+        siblings: the names beside `path[own_index(path)]`, that included.
+
+    Example:
+        >>> from cruxy_control.roles import Parameter, label
+        >>> beside = frozenset(["self_attn", "fc1", "fc2"])
+        >>> label(Parameter(("layers", "0", "fc1", "weight"), (64, 16), siblings=beside)).role
+        'mlp.up'
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    owners: tuple[str, ...] = ()
+    kind: str = ""
+    is_output: bool = False
+    is_last: bool = False
+    siblings: frozenset[str] = frozenset()
+
+
+class Label(NamedTuple):
+    """What a parameter is.
+
+    Attributes:
+        role: one of `ROLES`.
+        of: for a `bias` the role of the weight it belongs to, for `lora.*` that of the weight that
+            is adapted; else `None`.
+        decided_by: `"rule"`, `"name"`, `"class"`, `"context"` (what stands around or beside it) or
+            `"shape"`.
+    """
+
+    role: str
+    of: str | None
+    decided_by: str
+
+
+Rule = tuple[str | Callable[[str, Parameter], bool], str]
+"""A pattern for the dotted path, or a function of that and the parameter, and the role."""
+
+
+def label(parameter: Parameter, rules: Iterable[Rule] = ()) -> Label:
+    """What a parameter is.
+
+    Args:
+        parameter: what is known of it.
+        rules: pairs that come before everything else, the first that matches counts: a shell
+            pattern for the dotted path (`"*.adapter.*"`), or a function of the dotted path and the
+            `Parameter`, and a role.
+
+    Returns:
+        Its role, what it belongs to, and what told so.
+
+    Raises:
+        ValueError: where a rule names no role.
+        TypeError: where a rule is no such pair.
+
+    Example:
+        >>> from cruxy_control.roles import Parameter, label
+        >>> label(Parameter(("h", "0", "attn", "c_attn", "bias"), (96,)))
+        Label(role='bias', of='attention.qkv', decided_by='name')
+        >>> label(Parameter(("net", "0", "kernel"), (8, 8)), rules=[("net.*", "mlp.up")]).role
+        'mlp.up'
+    """
+    dotted = ".".join(parameter.path)
+    for rule, role in check_rules(rules):
+        if rule(dotted, parameter) if callable(rule) else fnmatch.fnmatchcase(dotted, rule):
+            return Label(role, None, "rule")
+    return _lora(parameter) or _plain(parameter)
+
+
+def own_index(path: tuple[str, ...]) -> int:
+    """Where in a path the name stands that says what the parameter is: its own or its owner's.
+
+    Example:
+        >>> from cruxy_control.roles import own_index
+        >>> own_index(("layers", "0", "fc1", "base_layer", "weight"))
+        2
+        >>> own_index(("layers", "0", "experts", "gate_up_proj"))
+        3
+    """
+    at = _lora_index(path)
+    return read(path if at is None else (*path[:at], "weight")).own.index
+
+
+def matching(table: Mapping[str, V], role: str, default: V) -> V:
+    """The value whose key is the role or begins it; the longest key wins.
+
+    Example:
+        >>> from cruxy_control.roles import matching
+        >>> matching({"attention": 2.0, "attention.q": 3.0}, "attention.q.a", 1.0)
+        3.0
+        >>> matching({"norm": 3.0}, "bias", 1.0)
+        1.0
+    """
+    while role and role not in table:
+        role = role.rpartition(".")[0]
+    return table[role] if role else default
+
+
+def check_keys(name: str, table: Iterable[str], present: Iterable[str]) -> None:
+    """Raises unless every key is a role or the beginning of one; one of no parameter may be named.
+
+    Args:
+        name: what the user calls the table.
+        table: its keys.
+        present: the roles that the model has, for the message.
+
+    Raises:
+        ValueError: with the key and the roles that are present.
+    """
+    for key in table:
+        if key not in _KEYS:
+            raise ValueError(
+                f"the keys of {name} must be roles or beginnings of them, got {key!r}; this model "
+                f"has {', '.join(sorted(set(present)))}."
+            )
+
+
+def check_rules(rules: Iterable[Rule]) -> Sequence[Rule]:
+    """Raises unless rules are pairs of a pattern or a function, and a role; returns them.
+
+    Raises:
+        ValueError: where a rule names no role.
+        TypeError: where a rule is no such pair.
+    """
+    rules = tuple(rules)
+    for rule in rules:
+        if not (isinstance(rule, tuple) and len(rule) == 2) or not (
+            isinstance(rule[0], str) or callable(rule[0])
+        ):
+            raise TypeError(
+                "a rule must be a pair of a pattern or a function, and a role, got "
+                f'{rule!r}; for instance ("*.adapter.*", "head").'
+            )
+        if rule[1] not in ROLES:
+            raise ValueError(
+                f"the role of a rule must be one of {', '.join(ROLES)}, got {rule[1]!r}; "
+                '"matrix" and "vector" are what nothing is known of.'
+            )
+    return rules
+
+
+def is_decayed(label: Label, parameter: Parameter) -> bool:
+    """Whether weight decay acts on a parameter where the user says nothing.
+
+    Not on norms, biases, positions, vectors and magnitudes, nor on Mamba's `A_log` and `D`; on a
+    `matrix` where its owner is a linear layer or a convolution.
+    """
+    if label.role == "matrix":
+        return parameter.kind in ("linear", "conv")
+    return label.role not in _NOT_DECAYED
+
+
+def _lora_index(path: tuple[str, ...]) -> int | None:
+    return next((i for i, name in enumerate(path) if names.LORA.match(name)), None)
+
+
+def _lora(parameter: Parameter) -> Label | None:
+    """LoRA's own parameters, of the weight they adapt."""
+    path = parameter.path
+    at = _lora_index(path)
+    if at is None:
+        return None
+    match = names.LORA.match(path[at])
+    side = match["side"] if match else None
+    role = f"lora.{side.lower()}" if side else "lora.scale"
+    if path[-1] == "bias" and at < len(path) - 1:
+        return Label("bias", role, "name")
+    base = parameter._replace(
+        path=(*path[:at], "weight"), shape=(0, 0), owners=parameter.owners[: at + 1]
+    )
+    return Label(role, _plain(base).role, "name")
+
+
+def _plain(parameter: Parameter) -> Label:
+    """What a parameter is that no rule names and no adapter brings."""
+    reading = read(parameter.path, parameter.owners)
+    role, decided_by = _weight(parameter, reading)
+    leaf = reading.leaf.lower()
+    if role == "position":
+        return Label(role, None, decided_by)
+    if "bias" in names.words(leaf) or leaf in ("b", "beta"):
+        if role == "norm":
+            return Label("norm.bias", None, decided_by)
+        return Label("bias", None if role in ("vector", "embedding") else role, "name")
+    if leaf == "weight_g" and _is_vector(parameter.shape):
+        return Label("vector", None, "name")
+    return Label(role, None, decided_by)
+
+
+def _is_vector(shape: tuple[int, ...]) -> bool:
+    return sum(size != 1 for size in shape) <= 1
+
+
+def _weight(parameter: Parameter, reading: Reading) -> tuple[str, str]:
+    """The role of a weight, or of that beside a bias, and what told so."""
+    own, kind, owner = reading.own, parameter.kind, reading.owner
+    bare = reading.leaf.lower() not in names.LEAVES
+    layer = kind in ("linear", "conv", "attention")
+    text = re.sub(r"_(weight|bias)$", "", own.text.lower()) if bare else own.text.lower()
+    if kind == "norm" or (not kind and not bare and names.says_norm("", owner)):
+        return "norm", "class"
+    if kind == "conv" or (not kind and names.says_conv(owner)):
+        return "conv", "class"
+    if kind == "embedding" or (not layer and not bare and names.says_embedding("", owner)):
+        return _looked_up(own.text, owner), "class"
+    if own.text.lower() in names.TOKENS:
+        return "position", "name"
+    if not layer and names.says_position(own.text, "" if bare else owner):
+        return "position", "name"
+    if not layer and (reading.leaf == "embedding" or names.says_embedding(own.text)):
+        return "embedding", "name"
+    is_norm = names.says_norm(own.text) or reading.leaf == "scale"
+    if is_norm and not layer and _is_vector(parameter.shape):
+        return "norm", "name"
+    around = _around(reading.above)
+    if _routes(text, owner, around, parameter.siblings):
+        return "moe.router", "context"
+    if parameter.is_output:
+        return "head", "context"
+    if kind in ("linear", "") and _is_head(text, own, reading.above, parameter.is_last):
+        return "head", "name"
+    role = _in_context(text, kind, reading, around, parameter.siblings)
+    if role:
+        return role, "context"
+    if not kind and reading.leaf == "kernel" and len(parameter.shape) > 3:
+        return "conv", "shape"
+    is_matrix = (layer and not bare) or not _is_vector(parameter.shape)
+    return ("matrix" if is_matrix else "vector"), "shape"
+
+
+def _looked_up(text: str, owner: str) -> str:
+    return "position" if names.says_position(text, owner) else "embedding"
+
+
+def _around(above: Sequence[Name]) -> list[Name]:
+    """The names around, up to the nearest element of a list: what is beyond is another part."""
+    end = next((i + 1 for i, name in enumerate(above) if name.numbered), len(above))
+    return list(above[:end])
+
+
+def _routes(text: str, owner: str, around: Sequence[Name], siblings: frozenset[str]) -> bool:
+    if names.says_router(text, owner) or any(names.says_router(n.text, n.cls) for n in around):
+        return True
+    beside_experts = any(names.says_experts(name) for name in siblings)
+    return (text == "gate" and beside_experts) or text == "shared_expert_gate"
+
+
+def _is_head(text: str, own: Name, above: Sequence[Name], is_last: bool) -> bool:
+    if is_last and (text.isdigit() or text.rstrip("0123456789_") in names.LAST):
+        return True
+    if text in names.HEADS:
+        return is_last or not own.numbered
+    return text in names.INSIDE_A_HEAD and bool(above) and above[0].text.lower() in names.HEADS
+
+
+def _in_context(
+    text: str, kind: str, reading: Reading, around: Sequence[Name], siblings: frozenset[str]
+) -> str | None:
+    """The role by name, in the nearest part that says attention or MLP, or by what is beside."""
+    beside = {name.lower() for name in siblings}
+    if "a_log" in beside and text in names.SSM:
+        return names.SSM[text]
+    said = [names.says(n.text, "" if n.numbered else n.cls) for n in around]
+    context = next((said_here for said_here in said if said_here), "")
+    if kind == "attention":
+        context = "attention"
+    inside_output = bool(around) and around[0].text.lower() == "output"
+    if not context:
+        if _is_attention(beside):
+            context = "attention"
+        elif _is_mlp(beside) or (text == "dense" and inside_output):
+            context = "mlp"
+    experts = any(names.says_experts(n.text, n.cls) for n in around)
+    experts = experts or names.says_experts("", reading.owner)
+    role = None
+    if context == "attention":
+        role = names.ATTENTION.get(text)
+        if text == "c_attn" and "q_attn" in beside:
+            role = "attention.kv"
+    elif context == "mlp" or experts:
+        role = _mlp(text, around, beside)
+    in_layer = any(names.says(name) == "attention" for name in siblings)
+    if role is None and in_layer and text in names.BESIDE_ATTENTION:
+        role = names.MLP[text]
+    if role and experts and role.startswith("mlp."):
+        return role.replace("mlp.", "moe.expert.")
+    return role
+
+
+def _mlp(text: str, around: Sequence[Name], beside: set[str]) -> str | None:
+    if text == "dense":  # BERT's, of which one stands in what it calls output
+        return "mlp.up" if "intermediate" in names.words(around[0].text) else "mlp.down"
+    if text == "w1" and "w3" in beside:
+        return "mlp.gate"
+    if text == "w1" and "v1" in beside:
+        return "mlp.gate"
+    if text == "w3" and "w12" in beside:
+        return "mlp.down"
+    return names.MLP.get(text)
+
+
+def _is_attention(beside: set[str]) -> bool:
+    roles = {names.ATTENTION.get(name) for name in beside}
+    fused = {"in_proj_weight", "query_key_value", "c_attn", "qkv", "qkv_proj", "wqkv"}
+    return {"attention.q", "attention.k"} <= roles or not fused.isdisjoint(beside)
+
+
+def _is_mlp(beside: set[str]) -> bool:
+    return {"mlp.gate", "mlp.up", "mlp.down"} <= {names.MLP.get(name) for name in beside}
