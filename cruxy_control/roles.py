@@ -57,7 +57,8 @@ class Parameter(NamedTuple):
             parameters tell: `kernel` is a linear's, `embedding` an embedding's, and a `bias` beside
             a `scale` a norm's.
         is_output: whether the owner makes the model's output.
-        is_last: whether the owner is the last layer that the model itself, or a chain in it, holds.
+        is_last: whether the owner is the last layer that the model itself, or a chain at its end,
+            holds.
         siblings: the names beside `path[own_index(path)]`, that included.
 
     Example:
@@ -281,6 +282,8 @@ def _weight(parameter: Parameter, reading: Reading) -> tuple[str, str]:
     role = _in_context(text, kind, reading, around, parameter.siblings)
     if role:
         return role, "context"
+    if layer and parameter.is_last and (text.isdigit() or text.rstrip("0123456789_") in names.LAST):
+        return "head", "context"
     if not kind and reading.leaf == "kernel" and len(parameter.shape) > 3:
         return "conv", "shape"
     is_matrix = (layer and not bare) or not _is_vector(parameter.shape)
@@ -305,8 +308,6 @@ def _routes(text: str, owner: str, around: Sequence[Name], siblings: frozenset[s
 
 
 def _is_head(text: str, own: Name, above: Sequence[Name], is_last: bool) -> bool:
-    if is_last and (text.isdigit() or text.rstrip("0123456789_") in names.LAST):
-        return True
     if text in names.HEADS:
         return is_last or not own.numbered
     return text in names.INSIDE_A_HEAD and bool(above) and above[0].text.lower() in names.HEADS
