@@ -4,12 +4,14 @@ from cruxy_control import Meta3, SelfDriving, StabilityV1, StabilityV2
 from cruxy_optax._actuators.average import AverageIteratesState, average_iterates, averaged_params
 from cruxy_optax._actuators.centralize import centralize_kernels
 from cruxy_optax._actuators.clip import clip_by_predicted_norm
+from cruxy_optax._actuators.directions import BlendSignState, blend_sign, soften_sign
 from cruxy_optax._actuators.limit import limit_relative_step
 from cruxy_optax._actuators.moments import (
     ScaleByControlledAdamState,
     ScaleByControlledLionState,
     scale_by_controlled_adam,
     scale_by_controlled_lion,
+    scale_by_controlled_momentum,
 )
 from cruxy_optax._actuators.rate import (
     ScaleByMetaLearningRateState,
@@ -46,6 +48,7 @@ from cruxy_optax._telemetry_log import ScalarWriter, TelemetryLog
 
 __all__ = [
     "AverageIteratesState",
+    "BlendSignState",
     "BlockLayout",
     "LayerStack",
     "LowBitArray",
@@ -71,6 +74,7 @@ __all__ = [
     "average_iterates",
     "averaged_params",
     "axiom",
+    "blend_sign",
     "centralize_kernels",
     "clip_by_predicted_norm",
     "cosmic",
@@ -84,10 +88,12 @@ __all__ = [
     "round_updates",
     "scale_by_controlled_adam",
     "scale_by_controlled_lion",
+    "scale_by_controlled_momentum",
     "scale_by_meta_learning_rate",
     "scale_by_tiers",
     "self_driving",
     "self_driving_lion",
+    "soften_sign",
     "stability_v1",
     "stability_v2",
     "stabilize",

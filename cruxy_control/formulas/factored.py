@@ -5,6 +5,7 @@
 a coordinate, and no second buffer is needed to know it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 BOOST_LIMIT = 1.5
@@ -26,6 +27,21 @@ def second_moment_decay(count: Any, exponent: Any, *, xp: Any) -> Any:
     """
     step = count * 1.0 + 1.0
     return 1.0 - xp.exp(-exponent * xp.log(step))
+
+
+def factored_axes(shape: Sequence[int], min_dim: int) -> tuple[int, int] | None:
+    """The second largest and the largest axis; `None` where the second is below `min_dim`.
+
+    Of equal ones the later counts as the larger, as in optax.
+
+    Args:
+        shape: of a tensor.
+        min_dim: elements along an axis from which on a tensor is factored over it.
+    """
+    if len(shape) < 2:
+        return None
+    second, first = sorted(range(len(shape)), key=lambda axis: shape[axis])[-2:]
+    return None if shape[second] < min_dim else (second, first)
 
 
 def inverse_power(v: Any, power: Any, *, xp: Any) -> Any:

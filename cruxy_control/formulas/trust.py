@@ -3,6 +3,7 @@
 from typing import Any
 
 from cruxy_control.formulas.limits import limit_scale
+from cruxy_control.signals import root
 
 TRUST_CAP = 10.0
 """The largest trust ratio."""
@@ -140,7 +141,7 @@ def balance_slices(
     size = xp.log(xp.where(some, update_rms * multipliers, 1.0))
     room = xp.log(xp.where(some, trust / multipliers, 1.0))
     apart = _BALANCE_SIZE * (size.max() - size.min()) ** 2
-    apart = xp.sqrt(apart + _BALANCE_TRUST * (room.max() - room.min()) ** 2)
+    apart = root(apart + _BALANCE_TRUST * (room.max() - room.min()) ** 2, xp=xp)
     pull = _BALANCE_SIZE * (xp.quantile(size, 0.5) - size)
     pull = pull + _BALANCE_TRUST * (room - xp.quantile(room, 0.5))
     factor = xp.clip(xp.exp(pull * apart / (1.0 + apart)), 1.0 - clip, 1.0 + clip)

@@ -9,6 +9,8 @@ import optax
 from cruxy_control.checks import check_count, check_range
 from cruxy_control.formulas.factored import (
     BOOST_LIMIT,
+    factored_axes,
+    inverse_power,
     second_moment_decay,
     snr_factor,
     streak_factor,
@@ -17,12 +19,15 @@ from cruxy_optax._memory.quantize import check_bits, in_bits
 from cruxy_optax._tree import accumulator_dtype
 
 
-def scale_by_factored_rms(decay_rate: Any, min_dim: int) -> optax.GradientTransformation:
+def scale_by_factored_rms(
+    decay_rate: Any, min_dim: int, power: Any = 1.0
+) -> optax.GradientTransformation:
     """optax's, with float32 means whatever the parameters: in bfloat16 they would stop moving.
 
     Args:
         decay_rate: the exponent in the decay of the second moment, in `(0, 1]`.
         min_dim: a tensor whose two largest axes are at least this long is factored.
+        power: of the root that the gradient is divided by, in `[0, 1]`; see `inverse_power`.
 
     Raises:
         ValueError: where one of them is outside its range.
@@ -32,6 +37,8 @@ def scale_by_factored_rms(decay_rate: Any, min_dim: int) -> optax.GradientTransf
     )
     remedy = "32 factors nearly every matrix"
     min_dim = check_count("min_dim_size_to_factor", min_dim, 2, remedy=remedy)
+    remedy = "1 is Adafactor's, 0 no preconditioner"
+    power = check_range("power", power, 0.0, 1.0, remedy=remedy)
     factored = optax.scale_by_factored_rms(
         decay_rate=decay_rate,
         min_dim_size_to_factor=min_dim,
@@ -46,7 +53,22 @@ def scale_by_factored_rms(decay_rate: Any, min_dim: int) -> optax.GradientTransf
     ) -> tuple[optax.Updates, optax.OptState]:
         del params  # of which only shapes would be read
         grads = jax.tree.map(lambda g: g.astype(accumulator_dtype(g)), updates)
-        return factored.update(grads, state, grads)
+        directions, state = factored.update(grads, state, grads)
+        if isinstance(power, float) and power == 1.0:
+            return directions, state
+        moments: Any = state
+        partly = jax.tree.map(divided, grads, moments.v_row, moments.v_col, moments.v)
+        return partly, state
+
+    def divided(g: jax.Array, row: jax.Array, column: jax.Array, whole: jax.Array) -> jax.Array:
+        """The gradient over as much of the root as `power` says."""
+        axes = factored_axes(g.shape, min_dim)
+        if axes is None:
+            return g * inverse_power(whole, power, xp=jnp)
+        second, first = axes
+        rows, columns = jnp.expand_dims(row, first), jnp.expand_dims(column, second)
+        rows = rows / jnp.mean(rows, axis=second, keepdims=True)
+        return g * inverse_power(rows, power, xp=jnp) * inverse_power(columns, power, xp=jnp)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -57,7 +79,7 @@ def _accumulator_like(p: Any) -> Any:
     return p if jnp.result_type(p) == dtype else jax.ShapeDtypeStruct(jnp.shape(p), dtype)
 
 
-def clip_by_rms(clip_rms: float | None) -> list[optax.GradientTransformation]:
+def limited_rms(clip_rms: float | None) -> list[optax.GradientTransformation]:
     """A limit on the root mean square of each tensor's direction; none where it is `None`.
 
     Raises:

@@ -1,5 +1,6 @@
-"""The two ways a gradient becomes a direction, with decay rates that the controller moves."""
+"""Adam's and Lion's ways from a gradient to a direction, with rates that the controller moves."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -135,7 +136,7 @@ def _seen(decay: jax.Array) -> jax.Array:
 
 
 class ScaleByControlledLionState(NamedTuple):
-    """Lion's one moment."""
+    """Lion's one moment, whether its sign is taken or not."""
 
     mu: optax.Updates  # like the parameters; mu_dtype
     beta1: jax.Array  # this step's, 1 on a skipped step; shape=(), dtype=float32
@@ -181,6 +182,64 @@ def scale_by_controlled_lion(
         Chen et al., [Symbolic Discovery of Optimization
         Algorithms](https://arxiv.org/abs/2302.06675), 2023.
     """
+    return _lions_moment("scale_by_controlled_lion", b1, b2, mu_dtype, lambda c, _: jnp.sign(c))
+
+
+def scale_by_controlled_momentum(
+    b1: chex.Numeric = 0.9,
+    b2: chex.Numeric = 0.99,
+    mu_dtype: Any | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Lion's momentum before its sign is taken, for `soften_sign` and `blend_sign` behind it.
+
+    $$
+    c_t = \beta_{1,t} m_{t-1} + (1 - \beta_{1,t}) g_t, \qquad
+    m_t = \beta_{2,t} m_{t-1} + (1 - \beta_{2,t}) g_t
+    $$
+
+    Its size is that of the gradients: what comes next in the chain has to make it about 1.
+
+    Args:
+        b1: base of the rate in `c`, in `[0, 1)`; the controller multiplies it.
+        b2: base of the momentum's decay, in `(0, 1)`.
+        mu_dtype: dtype of the momentum; `None` is the parameter's, but float32 for float16.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`, for use inside `stabilize`, with the state of
+        `scale_by_controlled_lion`.
+
+    Raises:
+        ValueError: where an argument is outside its range; from `update` outside `stabilize`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, cruxy_optax
+        >>> tx = cruxy_optax.stabilize(
+        ...     optax.chain(
+        ...         cruxy_optax.scale_by_controlled_momentum(),
+        ...         cruxy_optax.soften_sign(temperature=0.5),
+        ...         cruxy_optax.scale_by_meta_learning_rate(0.01),
+        ...     )
+        ... )
+        >>> params = jnp.array([1.0, -1.0])
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> print(updates)
+        [-0.01  0.01]
+    """
+
+    def unscaled(c: jax.Array, beta2: jax.Array) -> jax.Array:
+        return c / beta2
+
+    return _lions_moment("scale_by_controlled_momentum", b1, b2, mu_dtype, unscaled)
+
+
+def _lions_moment(
+    name: str,
+    b1: chex.Numeric,
+    b2: chex.Numeric,
+    mu_dtype: Any | None,
+    direction_of: Callable[[jax.Array, jax.Array], jax.Array],
+) -> optax.GradientTransformationExtraArgs:
+    """Lion's moment, and what `direction_of(beta2 c, beta2)` makes of it; `name` is the user's."""
     b1, b2 = _checked_betas(b1, b2)
     _check_floating(mu_dtype)
     check_range("b2", b2, 0.0, 1.0, lower_open=True, upper_open=True, remedy="use 0.99")
@@ -198,7 +257,7 @@ def scale_by_controlled_lion(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByControlledLionState]:
         del params, extra_args
-        controls = require_controls(controls, "scale_by_controlled_lion")
+        controls = require_controls(controls, name)
         beta1, beta2 = betas(controls, b1, b2, xp=jnp)
 
         beta1, beta2, rest2, ahead = materialize(beta1, beta2, 1.0 - beta2, beta2 - beta1)
@@ -210,7 +269,7 @@ def scale_by_controlled_lion(
         mu = jax.tree.map(
             lambda g, m: (beta2 * m.astype(g.dtype) + rest2 * g).astype(m.dtype), grads, state.mu
         )
-        direction = jax.tree.map(lambda g, m: jnp.sign(beta1 * m + ahead * g), grads, mu)
+        direction = jax.tree.map(lambda g, m: direction_of(beta1 * m + ahead * g, beta2), grads, mu)
         return direction, ScaleByControlledLionState(mu, beta1, beta2)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
+import chex
 import optax
 
 from cruxy_control.law import Law, needs_alignment
 from cruxy_control.meta3 import Meta3
 from cruxy_optax._actuators.clip import clip_by_predicted_norm
 from cruxy_optax._actuators.factored import (
-    clip_by_rms,
+    limited_rms,
     momentum_of_directions,
     scale_by_factored_rms,
 )
@@ -25,6 +26,7 @@ def axiom(
     mask: Mask = None,
     *,
     momentum_bits: int = 4,
+    power: chex.Numeric = 1.0,
     clip_rms: float | None = 1.0,
     relative_step: bool = False,
     streak_boost: float = 1.0,
@@ -62,6 +64,9 @@ def axiom(
         weight_decay: decoupled weight decay, at least 0, or a schedule; multiplied by the rate.
         mask: where weight decay applies; see `meta3`.
         momentum_bits: bits an element of the momentum, 4 or 8 (`quantize_state`), 16 or 32.
+        power: of the root in `u`, in `[0, 1]`: `g / v^(power / 2)` (Padam). Below 1 the size of `u`
+            is no longer about 1 but about `|g|^(1 - power)`: the rate is then one for gradients of
+            this size, and `clip_rms` limits `u` from above alone. No measurement speaks for it.
         clip_rms: largest root mean square of a tensor's `u`, above 0; `None` for no limit.
         relative_step: multiplies each tensor's step by `max(rms(parameter), 1e-3)`, as Adafactor
             does. The rate is then a share of the parameter: about 1e-2.
@@ -96,7 +101,8 @@ def axiom(
         16801
 
     References:
-        Shazeer and Stern, [Adafactor](https://arxiv.org/abs/1804.04235), 2018.
+        Shazeer and Stern, [Adafactor](https://arxiv.org/abs/1804.04235), 2018; Chen et al.,
+        [Padam](https://arxiv.org/abs/1806.06763), 2018.
     """
     if b1 is None and needs_alignment(law):
         raise ValueError(
@@ -106,8 +112,8 @@ def axiom(
     return stabilize(
         optax.chain(
             clip_by_predicted_norm(),
-            scale_by_factored_rms(decay_rate, min_dim_size_to_factor),
-            *clip_by_rms(clip_rms),
+            scale_by_factored_rms(decay_rate, min_dim_size_to_factor, power),
+            *limited_rms(clip_rms),
             *momentum_of_directions(b1, momentum_bits, streak_boost, snr_floor),
             *([optax.scale_by_param_block_rms()] if relative_step else []),
             *decayed(weight_decay, mask),
