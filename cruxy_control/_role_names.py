@@ -15,14 +15,16 @@ def _table(roles: Mapping[str, str]) -> dict[str, str]:
 ATTENTION = _table(
     {
         "attention.q": "q q_proj q_lin q_linear q_attn query query_proj query_layer query_dense wq "
-        "to_q linear_q q_einsum",
-        "attention.k": "k k_proj k_lin k_linear key key_proj key_layer wk to_k linear_k",
-        "attention.v": "v v_proj v_lin v_linear value value_proj value_layer wv to_v linear_v",
+        "to_q linear_q q_head query_global q_einsum",
+        "attention.k": "k k_proj k_lin k_linear key key_proj key_layer wk to_k linear_k k_head "
+        "key_global",
+        "attention.v": "v v_proj v_lin v_linear value value_proj value_layer wv to_v linear_v "
+        "v_head value_global",
         "attention.qkv": "qkv qkv_proj qkv_linear query_key_value c_attn in_proj wqkv to_qkv "
         "attention_in qkv_einsum",
         "attention.kv": "kv kv_proj key_value wkv to_kv kv_einsum",
         "attention.out": "o o_proj out out_proj out_lin out_linear output wo c_proj dense proj "
-        "to_out linear_out attention_out attn_out attn_vec_einsum",
+        "to_out linear_out attention_out attn_out post_proj attn_vec_einsum",
         "attention.q.a": "q_a_proj wq_a",
         "attention.q.b": "q_b_proj wq_b",
         "attention.kv.a": "kv_a_proj kv_a_proj_with_mqa wkv_a",
@@ -35,20 +37,22 @@ MLP = _table(
     {
         "mlp.gate": "gate gate_proj wi_0 linear_gate",
         "mlp.up": "up up_proj w1 w3 v1 wi wi_1 fc1 fc_in c_fc lin1 linear1 linear_fc1 "
-        "dense_h_to_4h intermediate_dense mlp_in w_in",
+        "linear_1 layer_1 dense1 dense_h_to_4h intermediate_dense mlp_in w_in",
         "mlp.gate_up": "gate_up gate_up_proj gate_and_up_proj w12 gating_einsum",
         "mlp.down": "down down_proj w2 wo fc2 fc_out c_proj lin2 linear2 linear_fc2 "
-        "dense_4h_to_h output_dense mlp_out w_out",
+        "linear_2 layer_2 dense2 dense_4h_to_h output_dense mlp_out w_out",
     }
 )
 """Inside what says MLP, but for `dense` and the three names of `w1`, which need what is beside."""
 
-BESIDE_ATTENTION = frozenset("fc1 fc2 fc_in fc_out linear1 linear2 lin1 lin2".split())
-"""Names of `MLP` that need no MLP around them in a layer that holds an attention too."""
+BESIDE_ATTENTION = _table(
+    {"mlp.up": "fc1 fc_in linear1 lin1 ffn", "mlp.down": "fc2 fc_out linear2 lin2 ffn_output"}
+)
+"""Straight in a layer that holds an attention too."""
 
 SSM = _table(
     {
-        "ssm.in": "in_proj",
+        "ssm.in": "in_proj in_proj_qkv in_proj_qkvz",
         "ssm.x": "x_proj",
         "ssm.dt": "dt_proj",
         "ssm.out": "out_proj",
@@ -67,9 +71,9 @@ LAST = frozenset("fc linear lin dense layer out output decoder l".split())
 
 TOKENS = frozenset(
     "cls_token class_token class_embedding mask_token dist_token distillation_token reg_token "
-    "reg_tokens register_tokens".split()
+    "reg_tokens register_tokens mask_emb masked_spec_embed".split()
 )
-"""Learned vectors that stand at a place of their own in a sequence."""
+"""Learned vectors that stand at a place of their own in a sequence, or for what is hidden there."""
 
 _ATTENTION_WORDS = frozenset(
     "attn attns attention attentions mha selfattn selfattention crossattn crossattention "

@@ -339,17 +339,18 @@ def _in_context(
             role = "attention.kv"
     elif context == "mlp" or experts:
         role = _mlp(text, around, beside)
-    in_layer = any(names.says(name) == "attention" for name in siblings)
-    if role is None and in_layer and text in names.BESIDE_ATTENTION:
-        role = names.MLP[text]
+    if role is None and any(names.says(name) == "attention" for name in siblings):
+        role = names.BESIDE_ATTENTION.get(text)
+    if text[-1:] in ("1", "2") and f"{text[:-1]}3" in beside and text[:-1] != "w":
+        return None  # of three layers, the second is not the last
     if role and experts and role.startswith("mlp."):
         return role.replace("mlp.", "moe.expert.")
     return role
 
 
 def _mlp(text: str, around: Sequence[Name], beside: set[str]) -> str | None:
-    if text == "dense":  # BERT's, of which one stands in what it calls output
-        return "mlp.up" if "intermediate" in names.words(around[0].text) else "mlp.down"
+    if text == "dense":  # BERT's, which is called as all of its layers are
+        return {"intermediate": "mlp.up", "output": "mlp.down"}.get(around[0].text.lower())
     if text == "w1" and "w3" in beside:
         return "mlp.gate"
     if text == "w1" and "v1" in beside:
