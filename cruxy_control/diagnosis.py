@@ -134,9 +134,8 @@ def report(
     kept = dict.fromkeys(name for role in roles.values() for name in role.values)
     columns = [*MEASURED, *(name for name in kept if name not in MEASURED)]
     rows = [["role", "tensors", "elements"]]
-    rows[0] += [f"{name} rms" for name in columns]
-    rows[0].insert(rows[0].index("update rms") + 1, "update/parameter")
-    rows[0] += ["rate", "limited", "not finite"]
+    rows[0] += [*columns, "rate", "limited", "not finite"]
+    rows[0].insert(rows[0].index("update") + 1, "ratio")
     for role in roles.values():
         sizes = [_text(role.values[n].rms if n in role.values else math.nan) for n in columns]
         sizes.insert(columns.index("update") + 1, _text(role.ratio))
@@ -146,7 +145,7 @@ def report(
         rows.append([*first, *sizes, _between(*role.rates), limited, f"{bad:,}"])
     named = [f"  {n.name}: {n.where} ({n.count:,} of {n.elements:,})" for n in nonfinite]
     below = ["", "not finite:", *named] if named else ["", "everything is finite"]
-    return "\n".join([*lines, *_aligned(rows), *below])
+    return "\n".join([*lines, "root mean squares by role:", *_aligned(rows), *below])
 
 
 def headline(telemetry: Mapping[str, Any], limited: str = "") -> str:
@@ -156,14 +155,13 @@ def headline(telemetry: Mapping[str, Any], limited: str = "") -> str:
         telemetry: numbers by name, as the telemetry of an optimizer gives them.
         limited: what a relative limit does, where there is one that binds.
     """
-    rate = telemetry["learning_rate"]
-    if rate is None or math.isnan(rate):
+    rates = [value for name, value in telemetry.items() if name.startswith("learning_rate")]
+    if any(map(math.isnan, rates)):
         return "no step yet"
     last = "" if telemetry["ok"] else ", the last one skipped"
-    parts = [
-        f"{int(telemetry['step'])} steps, {int(telemetry['skipped_total'])} skipped{last}",
-        f"learning rate {_text(rate)}",
-    ]
+    parts = [f"{int(telemetry['step'])} steps, {int(telemetry['skipped_total'])} skipped{last}"]
+    if rates:
+        parts.append(f"learning rate {_between(min(rates), max(rates))}")
     if "clip_scale" in telemetry:
         scale = telemetry["clip_scale"]
         parts.append(f"clip binds, gradient x {scale:.3g}" if scale < 1.0 else "no clip binds")

@@ -1,6 +1,7 @@
 """PyTorch: `CruxyOptimizer` and its relatives, the control law on `torch.optim`."""
 
 from cruxy_torch._actuators.direction import Direction
+from cruxy_torch._diagnose import DebugCheck
 from cruxy_torch._interop import state_from_optax, state_to_optax
 from cruxy_torch._memory.estimate import MemoryEstimate, estimate_memory, state_bytes
 from cruxy_torch._optimizers.axiom import AXIOM
@@ -14,6 +15,7 @@ __all__ = [
     "BackendUse",
     "Cosmic",
     "CruxyOptimizer",
+    "DebugCheck",
     "Direction",
     "MemoryEstimate",
     "backends",

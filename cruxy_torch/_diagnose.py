@@ -1,7 +1,7 @@
 """`debug_check`: sizes by role, what binds, and the name of the tensor with the NaN."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy
@@ -22,19 +22,17 @@ from cruxy_control.diagnosis import (
     report,
 )
 from cruxy_control.formulas.limits import RELATIVE_FLOOR, relative_limit
+from cruxy_control.roles import Rule, check_rules
 from cruxy_control.signals import NOT_KNOWN
 from cruxy_torch import _checks, _scalar_numpy, _telemetry
 from cruxy_torch._blocks import blocks, by_device
 from cruxy_torch._distributed.shards import add_shards, local
 from cruxy_torch._law_state import REPORT
 from cruxy_torch._memory.state import SHAPED, value_of
+from cruxy_torch._roles.labels import label_roles
 
 if TYPE_CHECKING:
     from cruxy_torch._controlled_optimizer import ControlledOptimizer
-
-
-def label_roles(model):  # TEMPORARY
-    return {n: "all" for n, _ in model.named_parameters()}
 
 
 class DebugCheck:
@@ -54,8 +52,10 @@ class DebugCheck:
     nonfinite: tuple[NonFinite, ...]
     telemetry: dict[str, float | int | bool]
 
-    def __init__(self, optimizer: "ControlledOptimizer", model: nn.Module | None) -> None:
-        self._optimizer, self._model = optimizer, model
+    def __init__(
+        self, optimizer: "ControlledOptimizer", model: nn.Module | None, rules: Sequence[Rule]
+    ) -> None:
+        self._optimizer, self._model, self._rules = optimizer, model, rules
         self._before: dict[Tensor, Tensor] = {}
         self._look()
 
@@ -75,8 +75,9 @@ class DebugCheck:
         return tuple(tensor.name for tensor in self.tensors if tensor.limited)
 
     def __enter__(self) -> Self:
-        rows = _rows(self._optimizer, self._model)
-        self._before = {row.param: local(row.param.detach()).clone() for row in rows}
+        rows = _rows(self._optimizer, self._model, self._rules)
+        moved = [row.param for row in rows if row.group is not None]
+        self._before = {param: local(param.detach()).clone() for param in moved}
         return self
 
     def __exit__(self, kind: Any, *error: Any) -> None:
@@ -92,7 +93,7 @@ class DebugCheck:
     @torch.no_grad()
     def _look(self) -> None:
         optimizer = self._optimizer
-        rows = _rows(optimizer, self._model)
+        rows = _rows(optimizer, self._model, self._rules)
         seen = [*_look_at(rows, optimizer, self._before), *_look_beside(optimizer, self._model)]
         stats, report, rates = _on_host(seen, optimizer)
         values: list[dict[str, Stats]] = [{} for _ in rows]
@@ -117,7 +118,9 @@ class DebugCheck:
 class Diagnosed:
     """An optimizer that can be asked how it is: see `debug_check`."""
 
-    def debug_check(self: Any, model: nn.Module | None = None) -> DebugCheck:
+    def debug_check(
+        self: Any, model: nn.Module | None = None, *, rules: Iterable[Rule] = ()
+    ) -> DebugCheck:
         """Sizes by role, what binds, and the name of every tensor with a NaN or an infinity.
 
         Printed, it is a table with a line a role: root mean squares of parameters, of the gradients
@@ -143,13 +146,15 @@ class Diagnosed:
                 too, such as frozen parameters and running means. Without it names are those that
                 came with `model.named_parameters()` (torch 2.6), roles those of `param_groups`,
                 and else both say the group.
+            rules: of roles, which come before all else; see `label_roles`.
 
         Returns:
             A `DebugCheck`: `tensors`, `roles`, `nonfinite`, `telemetry`, `clip_binds`, `limited`.
 
         Raises:
             TypeError: where `model` is no module.
-            ValueError: where a parameter is on the `meta` device and has no values.
+            ValueError: where a parameter is on the `meta` device and has no values, or there are
+                rules without a model; see `label_roles` too.
 
         Example:
             >>> import torch
@@ -171,7 +176,12 @@ class Diagnosed:
                 f"model must be a torch.nn.Module, got {type(model).__name__}; leave it out, or "
                 "give the module whose parameters are optimized."
             )
-        return DebugCheck(self, model)
+        rules = check_rules(rules)
+        if rules and model is None:
+            raise ValueError(
+                "rules need the model whose parameters they name, got none; give both."
+            )
+        return DebugCheck(self, model, rules)
 
 
 class _Row(NamedTuple):
@@ -203,10 +213,10 @@ class _Seen(NamedTuple):
     whole: Tensor
 
 
-def _rows(optimizer: Any, model: nn.Module | None) -> list[_Row]:
+def _rows(optimizer: Any, model: nn.Module | None, rules: Sequence[Rule]) -> list[_Row]:
     """All parameters of the optimizer, then those that only the model has."""
     names = {} if model is None else {p: n for n, p in model.named_parameters()}
-    roles = {} if model is None else label_roles(model)
+    roles = {} if model is None else label_roles(model, rules)
     rows: dict[Tensor, _Row] = {}
     for index, group in enumerate(optimizer.param_groups):
         own = group.get("param_names")
