@@ -31,6 +31,10 @@ class Controls(NamedTuple):
         clip_threshold: the norm above which `clip_scale` is below 1, infinite where the law does
             not clip; telemetry.
         alignment: the smoothed alignment of gradient and momentum; telemetry.
+        sign_weight: factor in `[0, 1]` on the sign's part of a direction that blends a sign with
+            something else; at 0 nothing of the sign is left. A law that moves this or the next has
+            a true `steers_decay`.
+        decay_scale: factor on the weight decay, at least 0.
     """
 
     meta_scale: Any
@@ -50,6 +54,8 @@ class Controls(NamedTuple):
     warning: Any
     clip_threshold: Any
     alignment: Any
+    sign_weight: Any = 1.0
+    decay_scale: Any = 1.0
 
 
 def neutral(ok: Any, *, xp: Any) -> Controls:
@@ -84,6 +90,8 @@ def neutral(ok: Any, *, xp: Any) -> Controls:
         warning=zero,
         clip_threshold=one * float("inf"),
         alignment=zero,
+        sign_weight=one,
+        decay_scale=one,
     )
 
 

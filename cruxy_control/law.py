@@ -12,7 +12,8 @@ class Law(Protocol):
 
     `cruxy_control` has `StabilityV1`, `StabilityV2`, `Meta3` and `SelfDriving`; any object with
     these three members serves. One that also has a true `needs_alignment` is given
-    `Signals.alignment` and `Signals.limit_scale`.
+    `Signals.alignment` and `Signals.limit_scale`; one that moves `Controls.sign_weight` or
+    `Controls.decay_scale` has a true `steers_decay`, without which both are left alone.
     """
 
     @property
@@ -44,6 +45,11 @@ class Law(Protocol):
 def needs_alignment(law: Law) -> bool:
     """Whether the law reads `Signals.alignment` and `Signals.limit_scale`."""
     return bool(getattr(law, "needs_alignment", False))
+
+
+def steers_decay(law: Law) -> bool:
+    """Whether the law moves `Controls.sign_weight` and `Controls.decay_scale`."""
+    return bool(getattr(law, "steers_decay", False))
 
 
 def check_law(law: Any) -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cruxy_control.controls import Controls
+from cruxy_control.law import Law, steers_decay
 from cruxy_control.signals import NOT_KNOWN
 from cruxy_optax._tree import find
 
@@ -39,13 +40,18 @@ def materialize(*scalars: Any) -> tuple[jax.Array, ...]:
 
 def materialize_controls(controls: Controls) -> Controls:
     """The controls as `materialize`d scalars; `ok` stays boolean."""
-    kept = Controls(*materialize(*controls))
+    known = (1.0 if scalar is None else scalar for scalar in controls)
+    kept = Controls(*materialize(*known))
     return kept._replace(ok=kept.ok > 0.0)
 
 
-def storable(controls: Controls) -> Controls:
-    """The controls as a state keeps them: `NOT_KNOWN` for the infinite threshold of no clipping."""
-    return controls._replace(clip_threshold=jnp.minimum(controls.clip_threshold, NOT_KNOWN))
+def storable(controls: Controls, law: Law) -> Controls:
+    """The controls as a state keeps them: `NOT_KNOWN` for the infinite threshold of no clipping.
+
+    `sign_weight` and `decay_scale` are `None` for a law that does not move them.
+    """
+    kept = controls._replace(clip_threshold=jnp.minimum(controls.clip_threshold, NOT_KNOWN))
+    return kept if steers_decay(law) else kept._replace(sign_weight=None, decay_scale=None)
 
 
 def any_step_taken(state: Any) -> jax.Array | bool:

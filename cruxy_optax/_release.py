@@ -189,7 +189,9 @@ class _Controlled(NamedTuple):
         states = _init_parts(self.loop.inner, params)
         fresh = self.loop.init(_one_layer(params))
         nothing = neutral(jnp.ones((), jnp.bool_), xp=jnp)
-        return unshared(fresh._replace(controls=storable(nothing), inner_state=states))
+        return unshared(
+            fresh._replace(controls=storable(nothing, self.loop.law), inner_state=states)
+        )
 
     def step(self, params: LayerStack, opt_state: Any, batch: Any) -> tuple[LayerStack, Any, Any]:
         law = self.loop.law
@@ -200,10 +202,11 @@ class _Controlled(NamedTuple):
         )
         signals = signals_of(sums, loss.astype(jnp.float32), law.gamma)
         law_state, ordered = law.step(opt_state.law_state, signals, xp=jnp)
+        kept = select(ordered.ok, ordered, held, xp=jnp)
         opt_state = opt_state._replace(
             law_state=law_state,
             signals=signals,
-            controls=storable(select(ordered.ok, ordered, held, xp=jnp)._replace(ok=ordered.ok)),
+            controls=storable(kept._replace(ok=ordered.ok), law),
             inner_state=states,
         )
         return params, count_step(opt_state, ordered.ok), loss

@@ -133,7 +133,7 @@ class Loop(NamedTuple):
             first_moments(params, inner_state)  # there have to be some
             signals = signals._replace(alignment=not_known, limit_scale=zero + 1.0)
         _, controls = self.law.step(law_state, signals, xp=jnp)
-        controls = storable(controls)
+        controls = storable(controls, self.law)
         state = StabilizeState(law_state, signals, controls, count, count, count, inner_state)
         return unshared(state)
 
@@ -166,7 +166,7 @@ class Loop(NamedTuple):
         state = state._replace(
             law_state=law_state,
             signals=signals,
-            controls=storable(controls),
+            controls=storable(controls, self.law),
             inner_state=inner_state,
         )
         return new_updates, count_step(state, controls.ok)

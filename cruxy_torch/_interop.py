@@ -60,7 +60,8 @@ def state_from_optax(
     values = dict(zip(names, _law_state.leaves(state), strict=True))
     values |= {name: getattr(controller, name) for name in _law_state.COUNTERS}
     ordered = controller.controls
-    values["controls"] = np.stack([np.asarray(getattr(ordered, n)) for n in _law_state.CONTROLS])
+    kept = _law_state.CONTROLS[: len(law_state["controls"])]
+    values["controls"] = np.stack([np.asarray(getattr(ordered, name)) for name in kept])
     values |= {name: law_state[name] for name in ("report", "format")}
     for rate in _found(opt_state, ("ScaleByMetaLearningRateState",)):
         values["limit_scale"] = rate.limit_scale

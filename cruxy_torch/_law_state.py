@@ -16,7 +16,7 @@ from torch import Tensor
 from cruxy_control import Controls, Signals
 from cruxy_control.controls import neutral
 from cruxy_control.filters import MAX_COUNT
-from cruxy_control.law import needs_alignment
+from cruxy_control.law import needs_alignment, steers_decay
 from cruxy_control.signals import NOT_KNOWN
 from cruxy_torch import _scalar_numpy
 from cruxy_torch._kept import assign
@@ -33,8 +33,12 @@ REPORT = (
 )  # fmt: skip
 """What the last step measured and decided: the order of the vector `law_state["report"]`."""
 
-CONTROLS = tuple(name for name in Controls._fields if name != "ok")
-"""What the law ordered on the last good step: the order of `law_state["controls"]`."""
+STEERED = ("sign_weight", "decay_scale")
+"""What only a law with a true `steers_decay` orders."""
+
+CONTROLS = (*(n for n in Controls._fields if n not in ("ok", *STEERED)), *STEERED)
+"""What the law ordered on the last good step: the order of `law_state["controls"]`, which ends
+before `STEERED` where the law orders none of it."""
 
 COUNTERS = ("step", "skipped_total", "skipped_in_a_row")
 """Good steps, and skipped ones in all and running: int32 scalars."""
@@ -77,7 +81,8 @@ def start(law: Any, device: torch.device) -> dict[str, Tensor]:
     if needs_alignment(law):
         law_state["limit_scale"] = torch.ones((), dtype=torch.float32, device=device)
     first = neutral(torch.ones_like(like, dtype=torch.bool), xp=torch)
-    ordered = torch.stack([getattr(first, name) for name in CONTROLS])
+    kept = CONTROLS if steers_decay(law) else CONTROLS[: -len(STEERED)]
+    ordered = torch.stack([getattr(first, name) for name in kept])
     law_state["controls"] = ordered.clip(max=NOT_KNOWN)
     law_state["report"] = torch.full((len(REPORT),), NOT_KNOWN, dtype=torch.float32, device=device)
     law_state["format"] = torch.full((), FORMAT, dtype=torch.int32, device=device)
@@ -133,13 +138,13 @@ def last_controls(law_state: dict[str, Tensor]) -> Controls:
         if xp is _scalar_numpy
         else torch.ones((), dtype=torch.bool, device=vector.device)
     )
-    return Controls(ok=ok, **dict(zip(CONTROLS, values, strict=True)))
+    return Controls(ok=ok, **dict(zip(CONTROLS, values, strict=False)))
 
 
 def _hold(vector: Tensor, controls: Controls, xp: Any) -> None:
     threshold = xp.clip(controls.clip_threshold, 0.0, NOT_KNOWN)  # no threshold is a finite number
     controls = controls._replace(clip_threshold=threshold)
-    values = [getattr(controls, name) for name in CONTROLS]
+    values = [getattr(controls, name) for name in CONTROLS[: len(vector)]]
     if xp is not _scalar_numpy:
         vector.copy_(torch.where(controls.ok, torch.stack(values), vector))
     elif controls.ok:

@@ -20,6 +20,8 @@ class Orders(NamedTuple):
         key: of this step's random bits, int32.
         limits: the largest rate of each tensor of the group, a vector; `None` for no limit.
         average_weight: the weight of the new parameters in their average.
+        sign_weight: factor on the sign's part of a direction that blends one; 1 for none.
+        decay_scale: factor on the weight decay; `None` where the law does not move it.
     """
 
     rate: Any
@@ -30,6 +32,8 @@ class Orders(NamedTuple):
     key: Any
     limits: Any = None
     average_weight: Any = 0.0
+    sign_weight: Any = 1.0
+    decay_scale: Any = None
 
     def guarded(self, ok: Any, factor: Any, *, xp: Any) -> "Orders":
         """The same for a gradient that counts where `ok`, and then is multiplied by `factor`."""
@@ -47,9 +51,11 @@ class Orders(NamedTuple):
             return Orders(
                 *(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in self)
             )
-        numbers = (self.rate, self.beta1, self.beta2, self.scale, self.average_weight)
+        steered = self.decay_scale is not None
+        numbers = [self.rate, self.beta1, self.beta2, self.scale]
+        numbers += [self.average_weight, self.sign_weight, self.decay_scale if steered else 1.0]
         numbers = torch.tensor(list(map(float, numbers)), dtype=torch.float32, device=device)
-        rate, beta1, beta2, scale, weight = numbers.unbind()
+        rate, beta1, beta2, scale, weight, sign_weight, decay_scale = numbers.unbind()
         return Orders(
             rate=rate,
             beta1=beta1,
@@ -59,4 +65,6 @@ class Orders(NamedTuple):
             key=int(self.key),
             limits=None if self.limits is None else self.limits.to(device),
             average_weight=weight,
+            sign_weight=sign_weight,
+            decay_scale=decay_scale if steered else None,
         )

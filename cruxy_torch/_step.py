@@ -13,7 +13,7 @@ from cruxy_control import Controls, Law, Signals, meta_learning_rate
 from cruxy_control import betas as controlled_betas
 from cruxy_control.formulas.averaging import averaging_weight
 from cruxy_control.formulas.limits import RELATIVE_FLOOR, rate_share, relative_limit
-from cruxy_control.law import needs_alignment
+from cruxy_control.law import needs_alignment, steers_decay
 from cruxy_control.signals import NOT_KNOWN
 from cruxy_exact.random_bits import stream_key
 from cruxy_torch import _law_state, _telemetry
@@ -181,7 +181,16 @@ def orders_of(
     rate = meta_learning_rate(controls, lr, settings.lr_bounds, xp=xp) * controls.phase_scale
     factor = controls.clip_scale * factor
     factor = -factor if group.maximize else factor
-    return Orders(rate, beta1, beta2, factor, controls.ok, key)
+    return Orders(
+        rate,
+        beta1,
+        beta2,
+        factor,
+        controls.ok,
+        key,
+        sign_weight=controls.sign_weight,
+        decay_scale=controls.decay_scale if steers_decay(settings.law) else None,
+    )
 
 
 def with_limits(

@@ -10,7 +10,7 @@ from torch import Tensor
 from cruxy_control import Controls
 from cruxy_control.signals import NOT_KNOWN
 from cruxy_torch import _scalar_numpy
-from cruxy_torch._law_state import COUNTERS, REPORT, namespace
+from cruxy_torch._law_state import CONTROLS, COUNTERS, REPORT, STEERED, namespace
 
 BETAS = ("beta1", "beta2")
 """What only an optimizer has whose decay rates are the law's to move."""
@@ -33,9 +33,10 @@ def record(law_state: dict[str, Tensor], values: Mapping[str, Any], *, still: An
 
 
 def everything(law_state: dict[str, Tensor]) -> Tensor:
-    """The report and the counters as one float64 vector, for `named`."""
+    """The report, the counters and, of a law that has them, `STEERED`, as one float64 vector."""
     counters = torch.stack([law_state[name] for name in COUNTERS])
-    return torch.cat([law_state["report"].to(torch.float64), counters.to(torch.float64)])
+    steered = law_state["controls"][len(CONTROLS) - len(STEERED) :]
+    return torch.cat([part.to(torch.float64) for part in (law_state["report"], counters, steered)])
 
 
 def shown(law_state_type: Any, *, betas: bool) -> frozenset[str]:
@@ -47,18 +48,19 @@ def shown(law_state_type: Any, *, betas: bool) -> frozenset[str]:
     """
     decided = getattr(law_state_type, "telemetry", Controls._fields)
     left_out = set(Controls._fields) - set(decided) - {"ok"}
-    return frozenset((*REPORT, *COUNTERS)) - left_out - (set() if betas else set(BETAS))
+    every = frozenset((*REPORT, *COUNTERS, *STEERED))
+    return every - left_out - (set() if betas else set(BETAS))
 
 
 def named(numbers: list[float], names: frozenset[str]) -> dict[str, float | int | bool]:
     """Numbers in the order of `everything` by name, counters whole and `ok` a truth value.
 
     Args:
-        numbers: of all names.
+        numbers: of all names; those of `STEERED` may be missing.
         names: those to keep, see `shown`.
     """
-    every = (*REPORT, *COUNTERS)
-    named: dict[str, float | int | bool] = dict(zip(every, numbers, strict=True))
+    every = (*REPORT, *COUNTERS, *STEERED)
+    named: dict[str, float | int | bool] = dict(zip(every, numbers, strict=False))
     infinite = {"clip_threshold"} if named["ok"] != NOT_KNOWN else set()  # once a step was taken
     for name in (name for name, number in named.items() if number == NOT_KNOWN):
         named[name] = math.inf if name in infinite else math.nan

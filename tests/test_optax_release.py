@@ -166,7 +166,8 @@ def test_with_a_controller_what_it_orders_comes_one_step_later_and_nothing_else_
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-7), got, want)
         np.testing.assert_allclose(losses, want_losses, rtol=1e-6)
         for got_one, want_one in zip(state.controls, held, strict=True):
-            np.testing.assert_allclose(got_one, want_one, rtol=1e-4, atol=1e-6)
+            if got_one is not None:  # what this law does not move is not kept
+                np.testing.assert_allclose(got_one, want_one, rtol=1e-4, atol=1e-6)
 
 
 def test_the_first_step_is_under_no_orders_and_the_second_under_those_of_the_first():
