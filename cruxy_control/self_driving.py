@@ -4,10 +4,34 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from cruxy_control import filters
-from cruxy_control.checks import check_bounds, check_range
+from cruxy_control.checks import check_bounds, check_count, check_range
 from cruxy_control.controls import Controls
 from cruxy_control.sensing import SENSED, SensorState, V2Sensors
 from cruxy_control.signals import Signals, known
+
+
+class Cooldown(NamedTuple):
+    """When the rate falls to 0, in a straight line.
+
+    Attributes:
+        start: the value of `step` from which on it falls, the largest int32 for never; int32, `()`.
+        steps: how many steps that takes; int32, `()`.
+        peak: from what multiple of the scale it falls; float32, `()`.
+    """
+
+    start: Any
+    steps: Any
+    peak: Any
+
+    def begun(self, step: Any) -> Any:
+        """Whether the rate falls; it may have ended."""
+        return step >= self.start
+
+    def factor(self, step: Any, *, xp: Any) -> Any:
+        """On the scale: `peak (1 - (step - start) / steps)`, at least 0; before it begins 1."""
+        begun = self.begun(step)
+        done = xp.where(begun, step - self.start, 0) / self.steps
+        return xp.where(begun, self.peak * xp.clip(1.0 - done, 0.0, 1.0), 1.0)
 
 
 class SelfDrivingState(NamedTuple):
@@ -17,13 +41,15 @@ class SelfDrivingState(NamedTuple):
         sensors: the filters behind clipping and telemetry.
         alignment: the smoothed alignment.
         step: good steps so far that came after one that moved something; int32, `()`.
-        scale: the factor on the learning rate; float32, `()`.
+        scale: the factor on the learning rate that was found; float32, `()`.
+        cooldown: when the rate ends.
     """
 
     sensors: SensorState
     alignment: filters.Ema
     step: Any
     scale: Any
+    cooldown: "Cooldown"
 
     telemetry = (*SENSED, "alignment")
 
@@ -49,6 +75,14 @@ class SelfDriving(V2Sensors):
     Where it is 0 the step before moved nothing, as at a rate of 0, and there is nothing to learn
     from: scale, average and `t` stay as they are.
 
+    Where the end is known the rate is found in a first part of the run and then falls to 0: after
+    `search_share * total_steps` steps the scale is held, and the rate is
+
+        scale * cooldown_peak * (1 - k / K),    k = 0, 1, ..., K = (1 - search_share) total_steps.
+
+    The rate that is found is that which an average of the iterates bears for ever; one that falls
+    may start at twice of it. `cooldown` begins the same at any step.
+
     Clipping, guard and telemetry are those of `Meta3`; the decay rates stay as they are set.
 
     Attributes:
@@ -57,6 +91,9 @@ class SelfDriving(V2Sensors):
         gain: the largest change of the logarithm of the rate in the first step.
         gain_time: steps after which the gain is half of that.
         scale_bounds: bounds of the factor on the rate.
+        total_steps: steps of the run, where they are known; `None` for a run without an end.
+        search_share: share of them in which the rate is found, in `(0, 1)`.
+        cooldown_peak: multiple of the rate that was found at which the fall begins, above 0.
 
     Example:
         >>> import numpy as np
@@ -78,6 +115,9 @@ class SelfDriving(V2Sensors):
     gain: float = 1.0
     gain_time: float = 20.0
     scale_bounds: tuple[float, float] = (1e-9, 1e9)
+    total_steps: int | None = None
+    search_share: float = 0.2
+    cooldown_peak: float = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,6 +131,10 @@ class SelfDriving(V2Sensors):
         check_range("gain_time", self.gain_time, 0.0, lower_open=True, remedy="use 20")
         remedy = "use (1e-9, 1e9)"
         check_bounds("scale_bounds", self.scale_bounds, 0.0, 1e30, around=1.0, remedy=remedy)
+        if self.total_steps is not None:
+            check_count("total_steps", self.total_steps, 2, remedy="None is for a run without end")
+        check_range("search_share", self.search_share, 0.0, 1.0, **ends, remedy="use 0.2")
+        check_range("cooldown_peak", self.cooldown_peak, 0.0, lower_open=True, remedy="use 2")
 
     @property
     def needs_alignment(self) -> bool:
@@ -105,31 +149,59 @@ class SelfDriving(V2Sensors):
             alignment=filters.Ema(zero, zero),
             step=filters.zero_count(like, xp=xp),
             scale=zero + 1.0,
+            cooldown=self._init_cooldown(filters.zero_count(like, xp=xp), zero),
         )
+
+    def _init_cooldown(self, count: Any, zero: Any) -> Cooldown:
+        peak = zero + self.cooldown_peak
+        if self.total_steps is None:
+            return Cooldown(count + filters.MAX_COUNT, count + 1, peak)
+        search = max(1, round(self.search_share * self.total_steps))
+        return Cooldown(count + search, count + max(1, self.total_steps - search), peak)
+
+    def cooldown(self, state: SelfDrivingState, steps: Any, *, xp: Any) -> SelfDrivingState:
+        """The state of a run whose rate falls to 0 from now on.
+
+        Args:
+            state: of this law. If its rate falls already it goes on from where it is; one that has
+                ended begins again at `cooldown_peak`.
+            steps: until it is 0, at least 1; a number or an int32 scalar.
+            xp: the array namespace.
+        """
+        begun = state.cooldown.begun(state.step)
+        now = state.cooldown.factor(state.step, xp=xp)
+        peak = xp.where(begun & (now > 0.0), now, self.cooldown_peak + xp.zeros_like(now))
+        steps = xp.zeros_like(state.step) + steps
+        return state._replace(cooldown=Cooldown(state.step, steps, peak))
 
     def step(
         self, state: SelfDrivingState, signals: Signals, *, xp: Any
     ) -> tuple[SelfDrivingState, Controls]:
         """One step of the law: the new state, and the controls read from it."""
         ok = xp.isfinite(signals.grad_norm) & xp.isfinite(signals.gamma_norm)
+        factor = state.cooldown.factor(state.step, xp=xp)
         state = filters.select(ok, self._advance(state, signals, xp), state, xp=xp)
         controls = self.sensed_controls(state.sensors, signals, ok, xp=xp)
-        return state, controls._replace(meta_scale=state.scale, alignment=state.alignment.value)
+        scale, alignment = state.scale * factor, state.alignment.value
+        return state, controls._replace(meta_scale=scale, alignment=alignment)
 
     def _advance(self, state: SelfDrivingState, signals: Signals, xp: Any) -> SelfDrivingState:
         # A gradient that nothing has moved since the last one agrees with it, at any rate.
         moved = signals.limit_scale > 0.0
-        sure = known(signals.alignment) & moved
+        # A rate that falls tells nothing of the one that was found.
+        held = state.cooldown.begun(state.step)
+        sure = known(signals.alignment) & moved & ~held
         sensed = xp.where(sure, signals.alignment, 0.0)
         alignment = filters.ema(state.alignment, sensed, self.alignment_decay, debias=True)
         alignment = filters.select(sure, alignment, state.alignment, xp=xp)
         gain = self.gain * self.gain_time / (self.gain_time + state.step + 1.0)
         error = xp.clip(alignment.value - self.set_point, -1.0, 1.0)
-        scale = state.scale * xp.where(moved, signals.limit_scale, 1.0)
+        scale = state.scale * xp.where(moved & ~held, signals.limit_scale, 1.0)
         scale = scale * xp.where(sure, xp.exp(gain * error), 1.0)
         return SelfDrivingState(
             sensors=self.sense(state.sensors, signals, xp=xp),
             alignment=alignment,
             step=xp.where(moved, filters.next_count(state.step, xp=xp), state.step),
             scale=xp.clip(scale, *self.scale_bounds),
+            cooldown=state.cooldown,
         )
