@@ -1,11 +1,10 @@
-"""The words that say what a parameter is, and how a path is read: the tables behind `roles`.
+"""The words that say what a parameter is: the tables behind `roles`.
 
 Only these words give a role. Names are compared whole and in lower case, never by a part of them.
 """
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
 
 
 def _table(roles: Mapping[str, str]) -> dict[str, str]:
@@ -32,6 +31,12 @@ ATTENTION = _table(
     }
 )
 """Inside what says attention."""
+
+FUSED = frozenset("in_proj_weight query_key_value c_attn qkv qkv_proj wqkv".split())
+"""Names that make what they stand beside an attention."""
+
+GENERAL = frozenset("dense output out proj".split())
+"""Names of `ATTENTION` that are an attention's output only beside its q, k and v."""
 
 MLP = _table(
     {
@@ -66,6 +71,9 @@ HEADS = frozenset(
     "lm_head head classifier score qa_outputs embed_out classification_head unembed".split()
 )
 INSIDE_A_HEAD = frozenset("fc out_proj decoder".split())
+CHAINS = frozenset("net layers layer seq sequential".split())
+"""Names of a chain of layers that leave it to what stands around to say what it is."""
+
 LAST = frozenset("fc linear lin dense layer out output decoder l".split())
 """Names, but for a number behind them, of a last layer that is a head."""
 
@@ -76,18 +84,20 @@ TOKENS = frozenset(
 """Learned vectors that stand at a place of their own in a sequence, or for what is hidden there."""
 
 _ATTENTION_WORDS = frozenset(
-    "attn attns attention attentions mha selfattn selfattention crossattn crossattention "
+    "attn attns att attention attentions mha selfattn selfattention crossattn crossattention "
     "multiheadattention".split()
 )
 _MLP_WORDS = frozenset("mlp mlps ffn ffns ff feedforward intermediate".split())
-_POSITION_WORDS = frozenset("pos position positions positional relpos wpe rope rotary".split())
+_POSITION_WORDS = frozenset("pos position positions positional relpos pe wpe rope rotary".split())
 _EMBEDDING_WORDS = frozenset("embed embedding embeddings emb wte".split())
+_CHAIN_WORDS = _MLP_WORDS | {"feed", "forward", "expert", "experts"}
+_ROUTER_WORDS = frozenset("router moe expert experts token mlp gate".split())
 _NORM_WORDS = frozenset("norm layernorm rmsnorm batchnorm groupnorm ln bn".split())
 
 LEAVES = frozenset("weight kernel bias embedding scale w b weight_g weight_v gamma beta".split())
 """Names of parameters that leave it to their owner to say what they are."""
 
-_TRANSPARENT = frozenset(
+TRANSPARENT = frozenset(
     "base_layer base_module original_module module _orig_mod _fsdp_wrapped_module "
     "_checkpoint_wrapped_module".split()
 )
@@ -115,6 +125,11 @@ def says(name: str, cls: str = "") -> str:
     return "mlp" if re.search("MLP|Mlp|FeedForward|FFN", cls) else ""
 
 
+def is_chain(name: str) -> bool:
+    """Whether a chain of layers by this name is an MLP or an expert."""
+    return bool(name) and _CHAIN_WORDS.issuperset(words(name))
+
+
 def says_experts(name: str, cls: str = "") -> bool:
     """Whether it holds experts of which a router chooses; shared ones see every token."""
     parts = words(name)
@@ -125,16 +140,17 @@ def says_experts(name: str, cls: str = "") -> bool:
 
 def says_router(name: str, cls: str = "") -> bool:
     """Whether it chooses experts."""
-    return "router" in words(name) or "Router" in cls
+    parts = set(words(name))
+    return ("router" in parts and parts <= _ROUTER_WORDS) or "Router" in cls
 
 
 def says_position(name: str, cls: str = "") -> bool:
     """Whether it tells places: an embedding of positions, or a table of relative ones."""
     parts = words(name)
-    relative = not {"rel", "relative"}.isdisjoint(parts)
+    placed = not {"rel", "relative", "time", "temporal"}.isdisjoint(parts)
     return (
         not _POSITION_WORDS.isdisjoint(parts)
-        or (relative and not {"bias", "embed", "embedding", "embeddings"}.isdisjoint(parts))
+        or (placed and not (_EMBEDDING_WORDS | {"bias"}).isdisjoint(parts))
         or "Position" in cls
     )
 
@@ -152,51 +168,3 @@ def says_norm(name: str, cls: str = "") -> bool:
 def says_conv(cls: str) -> bool:
     """Whether it is a convolution; `Conv1D` of transformers is a matrix."""
     return bool(re.search(r"Conv(\dd|Transpose|$)", cls))
-
-
-class Name(NamedTuple):
-    """One name of a path without wrappers, where it stands, and the class behind it."""
-
-    text: str
-    index: int
-    cls: str = ""
-    numbered: bool = False  # an element of a list, by the number behind it
-
-
-class Reading(NamedTuple):
-    """A path as read from its end."""
-
-    leaf: str  # the parameter's own name
-    own: Name  # the name that says what it is: the leaf's, or that of its owner
-    above: tuple[Name, ...]  # the names around that, from near to far
-    owner: str  # the owner's class
-
-
-def read(path: tuple[str, ...], owners: tuple[str, ...] = ()) -> Reading:
-    """Reads a path: wrappers are passed through, numbers go to the list they count."""
-    names: list[Name] = [Name("", -1, owners[0] if owners else "")]
-    inside = ""  # of parametrizations, or of what an adapter has copied
-    for index, text in enumerate(path):
-        cls = owners[index + 1] if index + 1 < len(owners) else ""
-        if inside == "modules_to_save":  # this is the adapter's name
-            inside = ""
-            names[-1] = names[-1]._replace(cls=cls or names[-1].cls)
-        elif text in ("parametrizations", "modules_to_save"):
-            inside = text
-        elif inside == "parametrizations" and re.fullmatch(r"original\d*", text):
-            if text == "original0" and path[-2:] == ("weight", text):
-                names[-1] = names[-1]._replace(text="weight_g")
-        elif index == len(path) - 1 and text == "value" and path[index - 1] in LEAVES:
-            pass  # nnx's name of what a variable holds
-        elif text in _TRANSPARENT:
-            names[-1] = names[-1]._replace(cls=cls or names[-1].cls)
-        elif text.isdigit() and len(names) > 1:
-            names[-1] = names[-1]._replace(cls=cls or names[-1].cls, numbered=True)
-        else:
-            cls = "" if inside == "parametrizations" else cls
-            names.append(Name(text, index, cls, bool(re.search(r"_\d+$", text))))
-    leaf = names.pop()
-    bare = leaf.text.lower() not in LEAVES or len(names) == 1
-    own = leaf if bare else names[-1]
-    above = names[1:] if bare else names[1:-1]
-    return Reading(leaf.text, own, tuple(reversed(above)), names[-1].cls)

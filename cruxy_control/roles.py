@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from cruxy_control import _role_names as names
-from cruxy_control._role_names import Name, Reading, read
+from cruxy_control._role_decision import decide, is_vector
+from cruxy_control._role_paths import Parameter, read
 
 V = TypeVar("V")
 
@@ -42,39 +43,6 @@ ROLES = (
 
 _KEYS = {role[:i] for role in ROLES for i in [*(m.start() for m in re.finditer(r"\.", role)), None]}
 _NOT_DECAYED = {"norm", "norm.bias", "bias", "position", "vector", "lora.scale", "ssm.a", "ssm.d"}
-
-
-class Parameter(NamedTuple):
-    """What a framework tells of one parameter.
-
-    Attributes:
-        path: the names from the root to it, its own the last.
-        shape: its shape; of a sharded one, of the whole.
-        owners: class names from the root to the owner, one for each name of the path: `owners[i]`
-            is the class of what `path[:i]` leads to. `()` where unknown.
-        kind: what the owner is, whatever its class is called: `"linear"`, `"conv"`, `"embedding"`,
-            `"norm"`, `"attention"`, or `""` where unknown. Where there are no classes names of
-            parameters tell: `kernel` is a linear's, `embedding` an embedding's, and a `bias` beside
-            a `scale` a norm's.
-        is_output: whether the owner makes the model's output.
-        is_last: whether the owner is the last layer that the model itself, or a chain at its end,
-            holds.
-        siblings: the names beside `path[own_index(path)]`, that included.
-
-    Example:
-        >>> from cruxy_control.roles import Parameter, label
-        >>> beside = frozenset(["self_attn", "fc1", "fc2"])
-        >>> label(Parameter(("layers", "0", "fc1", "weight"), (64, 16), siblings=beside)).role
-        'mlp.up'
-    """
-
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-    owners: tuple[str, ...] = ()
-    kind: str = ""
-    is_output: bool = False
-    is_last: bool = False
-    siblings: frozenset[str] = frozenset()
 
 
 class Label(NamedTuple):
@@ -234,7 +202,7 @@ def _lora(parameter: Parameter) -> Label | None:
 def _plain(parameter: Parameter) -> Label:
     """What a parameter is that no rule names and no adapter brings."""
     reading = read(parameter.path, parameter.owners)
-    role, decided_by = _weight(parameter, reading)
+    role, decided_by = decide(parameter, reading)
     leaf = reading.leaf.lower()
     if role == "position":
         return Label(role, None, decided_by)
@@ -242,129 +210,6 @@ def _plain(parameter: Parameter) -> Label:
         if role == "norm":
             return Label("norm.bias", None, decided_by)
         return Label("bias", None if role in ("vector", "embedding") else role, "name")
-    if leaf == "weight_g" and _is_vector(parameter.shape):
+    if leaf == "weight_g" and is_vector(parameter.shape):
         return Label("vector", None, "name")
     return Label(role, None, decided_by)
-
-
-def _is_vector(shape: tuple[int, ...]) -> bool:
-    return sum(size != 1 for size in shape) <= 1
-
-
-def _weight(parameter: Parameter, reading: Reading) -> tuple[str, str]:
-    """The role of a weight, or of that beside a bias, and what told so."""
-    own, kind, owner = reading.own, parameter.kind, reading.owner
-    bare = reading.leaf.lower() not in names.LEAVES
-    layer = kind in ("linear", "conv", "attention")
-    text = re.sub(r"_(weight|bias)$", "", own.text.lower()) if bare else own.text.lower()
-    if kind == "norm" or (not kind and not bare and names.says_norm("", owner)):
-        return "norm", "class"
-    if kind == "conv" or (not kind and names.says_conv(owner)):
-        return "conv", "class"
-    if kind == "embedding" or (not layer and not bare and names.says_embedding("", owner)):
-        return _looked_up(own.text, owner), "class"
-    if own.text.lower() in names.TOKENS:
-        return "position", "name"
-    if not layer and names.says_position(own.text, "" if bare else owner):
-        return "position", "name"
-    if not layer and (reading.leaf == "embedding" or names.says_embedding(own.text)):
-        return "embedding", "name"
-    is_norm = names.says_norm(own.text) or reading.leaf == "scale"
-    if is_norm and not layer and _is_vector(parameter.shape):
-        return "norm", "name"
-    around = _around(reading.above)
-    if _routes(text, owner, around, parameter.siblings):
-        return "moe.router", "context"
-    if parameter.is_output:
-        return "head", "context"
-    if kind in ("linear", "") and _is_head(text, own, reading.above, parameter.is_last):
-        return "head", "name"
-    role = _in_context(text, kind, reading, around, parameter.siblings)
-    if role:
-        return role, "context"
-    if layer and parameter.is_last and (text.isdigit() or text.rstrip("0123456789_") in names.LAST):
-        return "head", "context"
-    if not kind and reading.leaf == "kernel" and len(parameter.shape) > 3:
-        return "conv", "shape"
-    is_matrix = (layer and not bare) or not _is_vector(parameter.shape)
-    return ("matrix" if is_matrix else "vector"), "shape"
-
-
-def _looked_up(text: str, owner: str) -> str:
-    return "position" if names.says_position(text, owner) else "embedding"
-
-
-def _around(above: Sequence[Name]) -> list[Name]:
-    """The names around, up to the nearest element of a list: what is beyond is another part."""
-    end = next((i + 1 for i, name in enumerate(above) if name.numbered), len(above))
-    return list(above[:end])
-
-
-def _routes(text: str, owner: str, around: Sequence[Name], siblings: frozenset[str]) -> bool:
-    if names.says_router(text, owner) or any(names.says_router(n.text, n.cls) for n in around):
-        return True
-    beside_experts = any(names.says_experts(name) for name in siblings)
-    return (text == "gate" and beside_experts) or text == "shared_expert_gate"
-
-
-def _is_head(text: str, own: Name, above: Sequence[Name], is_last: bool) -> bool:
-    if text in names.HEADS:
-        return is_last or not own.numbered
-    return text in names.INSIDE_A_HEAD and bool(above) and above[0].text.lower() in names.HEADS
-
-
-def _in_context(
-    text: str, kind: str, reading: Reading, around: Sequence[Name], siblings: frozenset[str]
-) -> str | None:
-    """The role by name, in the nearest part that says attention or MLP, or by what is beside."""
-    beside = {name.lower() for name in siblings}
-    if "a_log" in beside and text in names.SSM:
-        return names.SSM[text]
-    said = [names.says(n.text, "" if n.numbered else n.cls) for n in around]
-    context = next((said_here for said_here in said if said_here), "")
-    if kind == "attention":
-        context = "attention"
-    inside_output = bool(around) and around[0].text.lower() == "output"
-    if not context:
-        if _is_attention(beside):
-            context = "attention"
-        elif _is_mlp(beside) or (text == "dense" and inside_output):
-            context = "mlp"
-    experts = any(names.says_experts(n.text, n.cls) for n in around)
-    experts = experts or names.says_experts("", reading.owner)
-    role = None
-    if context == "attention":
-        role = names.ATTENTION.get(text)
-        if text == "c_attn" and "q_attn" in beside:
-            role = "attention.kv"
-    elif context == "mlp" or experts:
-        role = _mlp(text, around, beside)
-    if role is None and any(names.says(name) == "attention" for name in siblings):
-        role = names.BESIDE_ATTENTION.get(text)
-    if text[-1:] in ("1", "2") and f"{text[:-1]}3" in beside and text[:-1] != "w":
-        return None  # of three layers, the second is not the last
-    if role and experts and role.startswith("mlp."):
-        return role.replace("mlp.", "moe.expert.")
-    return role
-
-
-def _mlp(text: str, around: Sequence[Name], beside: set[str]) -> str | None:
-    if text == "dense":  # BERT's, which is called as all of its layers are
-        return {"intermediate": "mlp.up", "output": "mlp.down"}.get(around[0].text.lower())
-    if text == "w1" and "w3" in beside:
-        return "mlp.gate"
-    if text == "w1" and "v1" in beside:
-        return "mlp.gate"
-    if text == "w3" and "w12" in beside:
-        return "mlp.down"
-    return names.MLP.get(text)
-
-
-def _is_attention(beside: set[str]) -> bool:
-    roles = {names.ATTENTION.get(name) for name in beside}
-    fused = {"in_proj_weight", "query_key_value", "c_attn", "qkv", "qkv_proj", "wqkv"}
-    return {"attention.q", "attention.k"} <= roles or not fused.isdisjoint(beside)
-
-
-def _is_mlp(beside: set[str]) -> bool:
-    return {"mlp.gate", "mlp.up", "mlp.down"} <= {names.MLP.get(name) for name in beside}

@@ -93,6 +93,7 @@ class _Tree:
             kind=_kind(self._modules[owner]),
             is_output=not owned.isdisjoint(self._outputs),
             is_last=any(self._modules[prefix] is self._last for prefix in owned),
+            place=_place(self._modules[owner], [self._modules[p] for p in prefixes[own + 1 :]]),
             siblings=frozenset([*beside._modules, *beside._parameters]),
         )
 
@@ -120,6 +121,20 @@ def _last(model: nn.Module) -> nn.Module | None:
             return None
         inside = inside or len(children) > 1  # what holds one part alone is a wrapper
         module = children[-1]
+
+
+def _place(module: nn.Module, above: list[nn.Module]) -> tuple[int, int]:
+    """Which of the linear layers of its chain a module is, and how many there are."""
+    chains = [m for m in above if isinstance(m, nn.Sequential)]
+    if not chains:
+        return 0, 0
+    linear = [
+        part
+        for part in chains[-1].children()
+        if "linear" in (_kind(part), _kind(getattr(part, "base_layer", None)))
+    ]
+    held = [module in (part, getattr(part, "base_layer", None)) for part in linear]
+    return (held.index(True) + 1, len(linear)) if any(held) else (0, 0)
 
 
 _KINDS: tuple[tuple[str, tuple[type, ...]], ...] = (

@@ -1,0 +1,154 @@
+"""The order in which a role is decided: class, output, names in and beside a part, shape."""
+
+import re
+from collections.abc import Sequence
+
+from cruxy_control import _role_names as names
+from cruxy_control._role_paths import Name, Parameter, Reading
+
+
+def decide(parameter: Parameter, reading: Reading) -> tuple[str, str]:
+    """The role of a weight, or of that beside a bias, and what told so."""
+    own, kind, owner = reading.own, parameter.kind, reading.owner
+    bare = reading.leaf.lower() not in names.LEAVES
+    layer = kind in ("linear", "conv", "attention")
+    text = own.text.lower()
+    if kind == "norm" or (not kind and not bare and names.says_norm("", owner)):
+        return "norm", "class"
+    if kind == "conv" or (not kind and names.says_conv(owner)):
+        return "conv", "class"
+    around = _around(reading.above)
+    parent = around[0].text if around else ""
+    if kind == "embedding" or (not layer and not bare and names.says_embedding("", owner)):
+        return _looked_up(own.text, parent, owner), "class"
+    alone = bare and is_vector(parameter.shape)  # no weight, whatever stands around
+    if text in names.TOKENS:
+        return "position", "name"
+    if not layer and names.says_position(own.text, "" if bare else owner):
+        return "position", "name"
+    if not layer and (reading.leaf == "embedding" or names.says_embedding(own.text)):
+        return "embedding", "name"
+    if not layer and bare and not alone and names.says_position(parent):
+        return "position", "name"
+    is_norm = names.says_norm(own.text) or reading.leaf == "scale"
+    if is_norm and not layer and is_vector(parameter.shape):
+        return "norm", "name"
+    beside = {name.lower() for name in parameter.siblings}
+    if "a_log" in beside and text in names.SSM:
+        return names.SSM[text], "context"
+    if alone and "bias" not in names.words(text):
+        return "vector", "shape"
+    text = re.sub(r"_(weight|bias)$", "", text) if bare else text
+    if _routes(text, owner, around, parameter.siblings):
+        return "moe.router", "context"
+    if parameter.is_output:
+        return "head", "context"
+    if kind in ("linear", "") and _is_head(text, own, parent, parameter.is_last):
+        return "head", "name"
+    role = _in_context(text, parameter, reading, around, beside)
+    if role:
+        return role, "context"
+    if layer and parameter.is_last and (text.isdigit() or text.rstrip("0123456789_") in names.LAST):
+        return "head", "context"
+    if not kind and reading.leaf == "kernel" and len(parameter.shape) > 3:
+        return "conv", "shape"
+    is_matrix = (layer and not bare) or not is_vector(parameter.shape)
+    return ("matrix" if is_matrix else "vector"), "shape"
+
+
+def is_vector(shape: tuple[int, ...]) -> bool:
+    """Whether at most one axis is longer than 1."""
+    return sum(size != 1 for size in shape) <= 1
+
+
+def _looked_up(text: str, parent: str, owner: str) -> str:
+    if names.says_position(text, owner):
+        return "position"
+    by_parent = not names.says_embedding(text) and names.says_position(parent)
+    return "position" if by_parent else "embedding"
+
+
+def _around(above: Sequence[Name]) -> list[Name]:
+    """The names around, up to the nearest element of a list: what is beyond is another part."""
+    end = next((i + 1 for i, name in enumerate(above) if name.numbered), len(above))
+    return list(above[:end])
+
+
+def _routes(text: str, owner: str, around: Sequence[Name], siblings: frozenset[str]) -> bool:
+    if names.says_router(text, owner) or any(names.says_router(n.text, n.cls) for n in around):
+        return True
+    beside_experts = any(names.says_experts(name) for name in siblings)
+    return (text == "gate" and beside_experts) or text == "shared_expert_gate"
+
+
+def _is_head(text: str, own: Name, parent: str, is_last: bool) -> bool:
+    if text in names.HEADS:
+        return is_last or not own.numbered
+    return text in names.INSIDE_A_HEAD and parent.lower() in names.HEADS
+
+
+def _in_context(
+    text: str, parameter: Parameter, reading: Reading, around: Sequence[Name], beside: set[str]
+) -> str | None:
+    """The role by name, in the nearest part that says attention or MLP, or by what is beside."""
+    own = reading.own
+    parent = around[0].text.lower() if around else ""
+    experts = any(names.says_experts(n.text, n.cls) for n in (own, *around))
+    experts = experts or names.says_experts("", reading.owner)
+    context = _context(text, parameter.kind, parent, around, beside)
+    role = None
+    if own.numbered and parameter.place[1] == 2:
+        unnamed = text in names.CHAINS and (context == "mlp" or experts)
+        if unnamed or names.is_chain(own.text):
+            role = ("mlp.up", "mlp.down")[parameter.place[0] - 1]
+    if role is None and context == "attention":
+        role = _attention(text, parent, beside)
+    elif role is None and (context == "mlp" or experts):
+        role = _mlp(text, parent, beside)
+    if role is None and not own.numbered and any(names.says(n) == "attention" for n in beside):
+        role = names.BESIDE_ATTENTION.get(text)
+    if text[-1:] in ("1", "2") and f"{text[:-1]}3" in beside and text[:-1] != "w":
+        return None  # of three layers, the second is not the last
+    if role and experts and role.startswith("mlp."):
+        return role.replace("mlp.", "moe.expert.")
+    return role
+
+
+def _context(text: str, kind: str, parent: str, around: Sequence[Name], beside: set[str]) -> str:
+    if kind == "attention":
+        return "attention"
+    for name in around:
+        said = names.says(name.text, "" if name.numbered else name.cls)
+        if said:
+            return said
+    if _is_attention(beside):
+        return "attention"
+    return "mlp" if _is_mlp(beside) or (text, parent) == ("dense", "output") else ""
+
+
+def _attention(text: str, parent: str, beside: set[str]) -> str | None:
+    if text == "c_attn" and "q_attn" in beside:  # GPT-2's to another sequence
+        return "attention.kv"
+    if text in names.GENERAL and parent != "output" and beside and not _is_attention(beside):
+        return None  # it may stand before the attention
+    return names.ATTENTION.get(text)
+
+
+def _mlp(text: str, parent: str, beside: set[str]) -> str | None:
+    if text == "dense":  # BERT's, which is called as all of its layers are
+        return {"intermediate": "mlp.up", "output": "mlp.down"}.get(parent)
+    if text == "w1" and not beside.isdisjoint(("w3", "v1")):
+        return "mlp.gate"
+    if text == "w3" and "w12" in beside:
+        return "mlp.down"
+    return names.MLP.get(text)
+
+
+def _is_attention(beside: set[str]) -> bool:
+    roles = {names.ATTENTION.get(name) for name in beside}
+    parts = roles & {"attention.q", "attention.k", "attention.v", "attention.kv"}
+    return len(parts) > 1 or not names.FUSED.isdisjoint(beside)
+
+
+def _is_mlp(beside: set[str]) -> bool:
+    return {"mlp.gate", "mlp.up", "mlp.down"} <= {names.MLP.get(name) for name in beside}
