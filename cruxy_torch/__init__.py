@@ -7,6 +7,10 @@ from cruxy_torch._memory.estimate import MemoryEstimate, estimate_memory, state_
 from cruxy_torch._optimizers.axiom import AXIOM
 from cruxy_torch._optimizers.cosmic import Cosmic
 from cruxy_torch._optimizers.cruxy import CruxyOptimizer
+from cruxy_torch._roles.groups import param_groups
+from cruxy_torch._roles.labels import RoleMask, label_roles, role_mask
+from cruxy_torch._roles.layouts import qkv_slices
+from cruxy_torch._roles.table import RoleRow, RoleTable, role_table
 from cruxy_torch.backends import Backend, BackendUse, backends, use_backend
 
 __all__ = [
@@ -18,8 +22,16 @@ __all__ = [
     "DebugCheck",
     "Direction",
     "MemoryEstimate",
+    "RoleMask",
+    "RoleRow",
+    "RoleTable",
     "backends",
     "estimate_memory",
+    "label_roles",
+    "param_groups",
+    "qkv_slices",
+    "role_mask",
+    "role_table",
     "state_bytes",
     "state_from_optax",
     "state_to_optax",

@@ -47,7 +47,22 @@ def qkv_slices(
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     given = slices or {}
-    return {one.names[0]: _of(one, modules, given) for one in find(model, rules) if is_fused(one)}
+    result: dict[str, Slices] = {}
+    for one in find(model, rules):
+        if not is_fused(one):
+            continue
+        name, shape = one.names[0], one.parameter.shape
+        by_hand = [given[key] for key in given if fnmatch.fnmatchcase(name, key)]
+        known = by_hand[0] if by_hand else slices_of(one, modules)
+        if known is None:
+            raise ValueError(
+                f"where q, k and v lie must be known of {name} (shape {shape}), which it is not of "
+                f"its owner; say it with "
+                f'slices={{"{name}": cruxy_control.slices.blocks(...)}}.'
+            )
+        check_slices(name, known, shape)
+        result[name] = known
+    return result
 
 
 def is_fused(found: Found) -> bool:
@@ -56,33 +71,17 @@ def is_fused(found: Found) -> bool:
     return role in ("attention.qkv", "attention.kv")
 
 
-def _of(found: Found, modules: Mapping[str, nn.Module], given: Mapping[str, Slices]) -> Slices:
-    name = found.names[0]
-    shape = found.parameter.shape
-    for pattern, by_hand in given.items():
-        if fnmatch.fnmatchcase(name, pattern):
-            check_slices(name, by_hand, shape)
-            return by_hand
+def slices_of(found: Found, modules: Mapping[str, nn.Module]) -> Slices | None:
+    """Where q, k and v lie by the nearest attention that is known; `None` where none is."""
     path = found.parameter.path
     above = [modules[".".join(path[:i])] for i in range(len(path) - 1, -1, -1)]
-    owner = above[0]
+    transposed = any(cls.__name__ == "Conv1D" for cls in type(above[0]).__mro__)
     for module in above:
         layout = _layout(module)
         if layout is not None:
-            result = layout(module)
-            if len(shape) == 1 or not _is_transposed(owner):
-                result = result._replace(axis=0)
-            check_slices(name, result, shape)
-            return result
-    raise ValueError(
-        f"where q, k and v lie must be known of {name} (shape {shape}), got a "
-        f"{type(above[min(1, len(above) - 1)]).__name__} that is not known; say it with "
-        f'slices={{"{name}": cruxy_control.slices.blocks(...)}}.'
-    )
-
-
-def _is_transposed(owner: nn.Module) -> bool:
-    return any(cls.__name__ == "Conv1D" for cls in type(owner).__mro__)
+            axis = 1 if transposed and len(found.parameter.shape) > 1 else 0
+            return layout(module)._replace(axis=axis)
+    return None
 
 
 def _layout(module: nn.Module) -> Callable[[Any], Slices] | None:
@@ -104,7 +103,7 @@ def _equal(width: int) -> Slices:
 
 def _gpt2(m: Any) -> Slices:
     width = m.num_heads * m.head_dim
-    return blocks(0 if m.is_cross_attention else width, width, width, axis=1)
+    return blocks(0 if m.is_cross_attention else width, width, width)
 
 
 def _bigcode(m: Any) -> Slices:
