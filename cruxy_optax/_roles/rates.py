@@ -1,0 +1,84 @@
+"""`scale_by_role`: learning rates by role, in any chain of optax."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from cruxy_control.checks import check_range
+from cruxy_control.roles import Rule, check_keys, check_rules, matching
+from cruxy_optax._roles.parameters import labelled
+from cruxy_optax._tree import as_floating
+
+
+def scale_by_role(
+    rates: Mapping[str, Any], *, rules: Iterable[Rule] = (), model: Any = None
+) -> optax.GradientTransformation:
+    """Multiplies each update by the rate of its role: learning rates by role in any chain.
+
+    Stands behind what makes the update, `optax.chain(optax.adamw(1e-3), scale_by_role(...))`,
+    and there scales decoupled weight decay with it. Inside `stabilize` it stands before
+    `scale_by_meta_learning_rate`, whose `relative_limit` then bounds a step times the rate of the
+    role. Everything else stays as it is, to the bit; without a rate nothing changes.
+
+    Args:
+        rates: a factor of at least 0 by role or beginning of one, a number or a scalar array; the
+            longest key wins, and what has none is 1. `{"lora.b": 16}` is LoRA+.
+        rules: see `label_roles`.
+        model: likewise.
+
+    Returns:
+        An `optax.GradientTransformation` without state, that needs no parameters.
+
+    Raises:
+        ValueError: where a rate is below 0; from `init` and `update` where a key is no role (the
+            message lists those that the parameters have), and as in `label_roles`.
+        TypeError: where `rates` is no mapping of numbers.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, cruxy_optax
+        >>> params = {"wte": {"embedding": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}}
+        >>> tx = optax.chain(
+        ...     optax.sgd(0.5), cruxy_optax.scale_by_role({"embedding": 0.5, "norm": 3.0})
+        ... )
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> print(updates["wte"]["embedding"], updates["norm"]["scale"])
+        [-0.25 -0.25] [-1.5 -1.5]
+
+    References:
+        Hayou et al., [LoRA+: Efficient Low Rank Adaptation of Large
+        Models](https://arxiv.org/abs/2402.12354), 2024, for `{"lora.b": 16}`.
+    """
+    if not isinstance(rates, Mapping):
+        raise TypeError(
+            f"rates must be a mapping of roles to numbers, got {rates!r}; for instance "
+            '{"embedding": 1 / 3, "norm": 3}.'
+        )
+    remedy = "1 changes nothing, 0 keeps such parameters where they are"
+    table = {
+        role: check_range(f"rates[{role!r}]", rate, 0.0, remedy=remedy)
+        for role, rate in rates.items()
+    }
+    rules = check_rules(rules)
+
+    def init_fn(params: optax.Params) -> optax.EmptyState:
+        check_keys("rates", table, labelled(params, model, rules).roles)
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        tree = labelled(updates, model, rules)
+        check_keys("rates", table, tree.roles)
+        factors = tree.map(lambda leaf: matching(table, leaf.label.role, 1.0))
+        return jax.tree.map(_scaled, updates, factors), state
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _scaled(update: Any, factor: Any) -> Any:
+    if isinstance(factor, float) and factor == 1.0:
+        return update
+    return as_floating(update * factor, update)
