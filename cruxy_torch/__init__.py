@@ -1,5 +1,6 @@
 """PyTorch: `CruxyOptimizer` and its relatives, the control law on `torch.optim`."""
 
+from cruxy_control.role_table import RoleRow, RoleTable
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._diagnose import DebugCheck
 from cruxy_torch._interop import state_from_optax, state_to_optax
@@ -10,7 +11,7 @@ from cruxy_torch._optimizers.cruxy import CruxyOptimizer
 from cruxy_torch._roles.groups import param_groups
 from cruxy_torch._roles.labels import RoleMask, label_roles, role_mask
 from cruxy_torch._roles.layouts import qkv_slices
-from cruxy_torch._roles.table import RoleRow, RoleTable, role_table
+from cruxy_torch._roles.table import role_table
 from cruxy_torch.backends import Backend, BackendUse, backends, use_backend
 
 __all__ = [

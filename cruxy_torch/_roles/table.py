@@ -1,95 +1,15 @@
 """`role_table`: which roles a model has, or an optimizer's groups, to be looked at."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from cruxy_control.role_table import Entry, RoleTable, table_of
 from cruxy_control.roles import Label, Parameter, Rule, check_rules, label, own_index
-from cruxy_control.slices import Slices
 from cruxy_torch._roles.groups import Factors
 from cruxy_torch._roles.layouts import is_fused, slices_of
 from cruxy_torch._roles.parameters import find
-
-
-@dataclasses.dataclass(frozen=True)
-class RoleRow:
-    """Parameters of one role.
-
-    Attributes:
-        role: theirs.
-        of: what a bias or an adapter belongs to; `None` for others.
-        tensors: how many they are.
-        parameters: how many elements they have.
-        rate: of a model what multiplies the learning rate, of an optimizer the learning rate.
-        decay: of a model what multiplies the weight decay, of an optimizer the weight decay.
-        decided_by: what told the role; several things by comma.
-        example: the name of the first.
-        tied: what else the first is used as.
-        slices: where q, k and v lie in the first, where it holds all three and that is known.
-    """
-
-    role: str
-    of: str | None
-    tensors: int
-    parameters: int
-    rate: float
-    decay: float
-    decided_by: str
-    example: str
-    tied: tuple[str, ...] = ()
-    slices: Slices | None = None
-
-    def _note(self) -> str:
-        notes = [f"tied: {', '.join(self.tied)}"] if self.tied else []
-        if self.slices:
-            sizes = ", ".join(f"{name} {size}" for name, size in self.slices.sizes.items() if size)
-            notes.append(f"axis {self.slices.axis}: {sizes}")
-        return "".join(f"  ({note})" for note in notes)
-
-
-@dataclasses.dataclass(frozen=True)
-class RoleTable:
-    """What the parameters are; printed, a table.
-
-    Attributes:
-        rows: a row for each role, and for what it belongs to, in the order of the parameters.
-        of_optimizer: whether rates and decays are an optimizer's own, and no multiples.
-    """
-
-    rows: tuple[RoleRow, ...]
-    of_optimizer: bool = False
-
-    def __str__(self) -> str:
-        names = [f"{row.role} ({row.of})" if row.of else row.role for row in self.rows]
-        width = max(map(len, ["role", *names]))
-        times = "" if self.of_optimizer else "x "
-        lines = [
-            f"{'role':<{width}}{'tensors':>9}{'parameters':>16}{'rate':>10}{'decay':>9}"
-            f"  {'decided by':<12}for example"
-        ]
-        for name, row in zip(names, self.rows, strict=True):
-            rate, decay = f"{times}{row.rate:.3g}", f"{times}{row.decay:.3g}"
-            lines.append(
-                f"{name:<{width}}{row.tensors:>9,}{row.parameters:>16,}{rate:>10}{decay:>9}"
-                f"  {row.decided_by:<12}{row.example}{row._note()}"
-            )
-        return "\n".join(line.rstrip() for line in lines)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """One parameter on its way into a row."""
-
-    name: str
-    label: Label
-    size: int
-    rate: float
-    decay: float
-    tied: tuple[str, ...] = ()
-    slices: Slices | None = None
 
 
 def role_table(
@@ -146,30 +66,7 @@ def role_table(
             "role_table must be given a torch.nn.Module or a torch optimizer, got "
             f"{type(model_or_optimizer).__name__}; wrappers of optimizers hold it as .optimizer."
         )
-    rows: dict[tuple[Any, ...], list[_Entry]] = {}
-    for entry in entries:
-        key = (entry.label.role, entry.label.of, entry.rate, entry.decay)
-        rows.setdefault(key, []).append(entry)
-    return RoleTable(
-        tuple(_row(entries) for entries in rows.values()),
-        of_optimizer=isinstance(model_or_optimizer, Optimizer),
-    )
-
-
-def _row(entries: list[_Entry]) -> RoleRow:
-    first = entries[0]
-    return RoleRow(
-        role=first.label.role,
-        of=first.label.of,
-        tensors=len(entries),
-        parameters=sum(entry.size for entry in entries),
-        rate=first.rate,
-        decay=first.decay,
-        decided_by=", ".join(dict.fromkeys(entry.label.decided_by for entry in entries)),
-        example=first.name,
-        tied=first.tied,
-        slices=first.slices,
-    )
+    return table_of(entries, of_optimizer=isinstance(model_or_optimizer, Optimizer))
 
 
 def _of_model(
@@ -177,12 +74,12 @@ def _of_model(
     rates: Mapping[str, float] | None,
     decays: Mapping[str, float] | None,
     rules: Iterable[Rule],
-) -> list[_Entry]:
+) -> list[Entry]:
     found = find(model, rules)
     factors = Factors(found, rates, decays)
     modules = dict(model.named_modules(remove_duplicate=False))
     return [
-        _Entry(
+        Entry(
             one.names[0],
             one.label,
             one.tensor.numel(),
@@ -194,10 +91,10 @@ def _of_model(
     ]
 
 
-def _of_optimizer(optimizer: Optimizer, rules: Iterable[Rule]) -> list[_Entry]:
+def _of_optimizer(optimizer: Optimizer, rules: Iterable[Rule]) -> list[Entry]:
     rules = check_rules(rules)
     every = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
-    entries: list[_Entry] = []
+    entries: list[Entry] = []
     for index, group in enumerate(optimizer.param_groups):
         names = group.get("param_names") or [
             f"group {index}, parameter {place}" for place in range(len(group["params"]))
@@ -213,7 +110,7 @@ def _of_optimizer(optimizer: Optimizer, rules: Iterable[Rule]) -> list[_Entry]:
                 told = Label(group["role"], None, "group")
             else:
                 told = label(_named(name, tuple(tensor.shape), every), rules)
-            entries.append(_Entry(name, told, tensor.numel(), rate, decay))
+            entries.append(Entry(name, told, tensor.numel(), rate, decay))
     return entries
 
 
