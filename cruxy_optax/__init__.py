@@ -1,6 +1,7 @@
 """The Cruxy Stability Engine for JAX: optimizers and composable gradient transformations."""
 
 from cruxy_control import Meta3, SelfDriving, StabilityV1, StabilityV2
+from cruxy_control.role_table import RoleRow, RoleTable
 from cruxy_optax._actuators.average import AverageIteratesState, average_iterates, averaged_params
 from cruxy_optax._actuators.centralize import centralize_kernels
 from cruxy_optax._actuators.clip import clip_by_predicted_norm
@@ -26,6 +27,7 @@ from cruxy_optax._actuators.tiers import (
     scale_by_tiers,
     tier_plan,
 )
+from cruxy_optax._diagnose import Diagnosis, diagnose
 from cruxy_optax._low_bit import BlockLayout, LowBitArray
 from cruxy_optax._memory.estimate import MemoryEstimate, estimate_memory
 from cruxy_optax._memory.quantize import QuantizeState, quantize_state
@@ -36,6 +38,10 @@ from cruxy_optax._optimizers.meta3 import meta3, meta_lion
 from cruxy_optax._optimizers.self_driving import self_driving, self_driving_lion
 from cruxy_optax._optimizers.stability import stability_v1, stability_v2
 from cruxy_optax._release import LayerStack, ReleasedStep, release_gradients
+from cruxy_optax._roles.labels import label_roles, role_mask
+from cruxy_optax._roles.layouts import qkv_slices
+from cruxy_optax._roles.rates import scale_by_role
+from cruxy_optax._roles.table import role_table
 from cruxy_optax._sensors.observers import (
     TrackCurvatureState,
     TrackGammaNormState,
@@ -50,12 +56,15 @@ __all__ = [
     "AverageIteratesState",
     "BlendSignState",
     "BlockLayout",
+    "Diagnosis",
     "LayerStack",
     "LowBitArray",
     "MemoryEstimate",
     "Meta3",
     "QuantizeState",
     "ReleasedStep",
+    "RoleRow",
+    "RoleTable",
     "RoundUpdatesState",
     "ScalarWriter",
     "ScaleByControlledAdamState",
@@ -78,18 +87,24 @@ __all__ = [
     "centralize_kernels",
     "clip_by_predicted_norm",
     "cosmic",
+    "diagnose",
     "estimate_memory",
+    "label_roles",
     "limit_relative_step",
     "meta3",
     "meta_lion",
+    "qkv_slices",
     "quantize_state",
     "release_gradients",
     "retier",
+    "role_mask",
+    "role_table",
     "round_updates",
     "scale_by_controlled_adam",
     "scale_by_controlled_lion",
     "scale_by_controlled_momentum",
     "scale_by_meta_learning_rate",
+    "scale_by_role",
     "scale_by_tiers",
     "self_driving",
     "self_driving_lion",
