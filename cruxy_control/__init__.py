@@ -9,6 +9,7 @@ white paper, known through the constants of the Apache-2.0 package `cruxy` 2.1.0
 from cruxy_control.controls import Controls, betas, meta_learning_rate
 from cruxy_control.law import Law
 from cruxy_control.meta3 import Meta3, Meta3State
+from cruxy_control.plateau import PlateauGuard, PlateauGuardState
 from cruxy_control.self_driving import SelfDriving, SelfDrivingState
 from cruxy_control.sensing import SensorState, V2Sensors
 from cruxy_control.signals import Signals
@@ -20,6 +21,8 @@ __all__ = [
     "Law",
     "Meta3",
     "Meta3State",
+    "PlateauGuard",
+    "PlateauGuardState",
     "SelfDriving",
     "SelfDrivingState",
     "SensorState",

@@ -24,7 +24,7 @@ class Law(Protocol):
     def init(self, like: Any, *, xp: Any) -> Any:
         """The state before the first step: a NamedTuple of arrays on the device of `like`.
 
-        Its class may have a tuple `telemetry`: the fields of `Controls` that this law has something
+        It may have a tuple `telemetry`: the fields of `Controls` that this law has something
         to say of, which is what telemetry shows. Without it telemetry shows all.
 
         Args:

@@ -1,10 +1,11 @@
 """The Cruxy Stability Engine for JAX: optimizers and composable gradient transformations."""
 
-from cruxy_control import Meta3, SelfDriving, StabilityV1, StabilityV2
+from cruxy_control import Meta3, PlateauGuard, SelfDriving, StabilityV1, StabilityV2
 from cruxy_control.role_table import RoleRow, RoleTable
 from cruxy_optax._actuators.average import AverageIteratesState, average_iterates, averaged_params
 from cruxy_optax._actuators.centralize import centralize_kernels
 from cruxy_optax._actuators.clip import clip_by_predicted_norm
+from cruxy_optax._actuators.decay import add_controlled_decayed_weights
 from cruxy_optax._actuators.directions import BlendSignState, blend_sign, soften_sign
 from cruxy_optax._actuators.limit import limit_relative_step
 from cruxy_optax._actuators.moments import (
@@ -61,6 +62,7 @@ __all__ = [
     "LowBitArray",
     "MemoryEstimate",
     "Meta3",
+    "PlateauGuard",
     "QuantizeState",
     "ReleasedStep",
     "RoleRow",
@@ -80,6 +82,7 @@ __all__ = [
     "TierPlan",
     "TrackCurvatureState",
     "TrackGammaNormState",
+    "add_controlled_decayed_weights",
     "average_iterates",
     "averaged_params",
     "axiom",

@@ -28,13 +28,14 @@ def telemetry(opt_state: Any) -> dict[str, Any]:
         opt_state: any pytree with the state of one or more `stabilize` in it.
 
     Returns:
-        With one controller, a flat dictionary. Of the first three lines there is what the law has
-        something to say of, of the fourth and fifth what an actuator uses:
+        With one controller, a flat dictionary. Of the first four lines there is what the law has
+        something to say of, of the fifth and sixth what an actuator uses:
 
         - `meta_scale`, `phase_scale`: the slow and the fast factor on the rate
         - `clip_threshold`, `clip_scale`: the predicted norm and the factor on the gradient
         - `phase`, `curvature`, `warning`: `phi`, `c_bar`, `W`; `alignment`: the smoothed one that
           `SelfDriving` steers by
+        - `sign_weight`, `decay_scale`: what `PlateauGuard` moves
         - `learning_rate`: what the update was multiplied by; 0 on a skipped step. A throttle is
           counted in where it stands in the same chain or in one around it
         - `beta1`, `beta2`: the decay rates used; 1 on a skipped step
@@ -74,7 +75,7 @@ def _read(state: StabilizeState) -> dict[str, Any]:
     axes = getattr(_scalar(state.step), "ndim", 0)
     applied = _of_actuators(state.inner_state)
     values = {name: _mean_over_layers(value, axes) for name, value in applied.items()}
-    for name in getattr(type(state.law_state), "telemetry", _CONTROLS):
+    for name in getattr(state.law_state, "telemetry", _CONTROLS):
         values[name] = _scalar(getattr(state.controls, name))
     if "clip_threshold" in values:
         values["clip_threshold"] = _scalar(state.controls.clip_threshold, none=jnp.inf)

@@ -299,9 +299,10 @@ class ControlledOptimizer(Diagnosed, Optimizer):
             `clip_threshold`, `clip_scale`, `alignment` (smoothed), the signals `grad_norm`,
             `gamma_norm` and `loss` (NaN where there was none), `ok`, and the counters `step` (good
             steps), `skipped_total` and `skipped_in_a_row`. What an optimizer or its law does not
-            have is left out: the betas where the law does not move them, and `alignment` but under
-            self-driving. Before the first step all but the counters are NaN and `ok` is true. It
-            is part of the state and so survives a resume.
+            have is left out: the betas where the law does not move them, `alignment` but under
+            self-driving, and `sign_weight` and `decay_scale` but under `PlateauGuard`. Before the
+            first step `ok` is true, these two are 1, and all else but the counters is NaN. It is
+            part of the state and so survives a resume.
         """
         return _telemetry.named(_telemetry.everything(self._law()).tolist(), self._shown())
 

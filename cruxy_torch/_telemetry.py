@@ -39,14 +39,14 @@ def everything(law_state: dict[str, Tensor]) -> Tensor:
     return torch.cat([part.to(torch.float64) for part in (law_state["report"], counters, steered)])
 
 
-def shown(law_state_type: Any, *, betas: bool) -> frozenset[str]:
+def shown(law_state: Any, *, betas: bool) -> frozenset[str]:
     """The names that an optimizer has something to say of; the others are left out.
 
     Args:
-        law_state_type: the law's state, or its class; its `telemetry` names what it decides.
+        law_state: the law's own; its `telemetry` names what it decides.
         betas: whether the decay rates are the law's to move.
     """
-    decided = getattr(law_state_type, "telemetry", Controls._fields)
+    decided = getattr(law_state, "telemetry", Controls._fields)
     left_out = set(Controls._fields) - set(decided) - {"ok"}
     every = frozenset((*REPORT, *COUNTERS, *STEERED))
     return every - left_out - (set() if betas else set(BETAS))

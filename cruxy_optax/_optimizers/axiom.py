@@ -116,7 +116,7 @@ def axiom(
             *limited_rms(clip_rms),
             *momentum_of_directions(b1, momentum_bits, streak_boost, snr_floor),
             *([optax.scale_by_param_block_rms()] if relative_step else []),
-            *decayed(weight_decay, mask),
+            *decayed(weight_decay, mask, law),
             throttle_by_phase(),
             scale_by_meta_learning_rate(learning_rate, bounds=bounds),
         ),

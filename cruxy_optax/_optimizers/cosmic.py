@@ -102,7 +102,7 @@ def cosmic(
             "self_driving() with state_bits=4."
         )
     rest = (
-        *decayed(weight_decay, mask),
+        *decayed(weight_decay, mask, law),
         throttle_by_phase(),
         scale_by_meta_learning_rate(learning_rate, bounds=bounds),
     )

@@ -6,7 +6,9 @@ from typing import Any
 import optax
 
 from cruxy_control.checks import check_range
+from cruxy_control.law import Law, steers_decay
 from cruxy_optax._actuators.centralize import centralize_kernels
+from cruxy_optax._actuators.decay import add_controlled_decayed_weights
 
 Mask = Any | Callable[[optax.Params], Any] | None
 """Where weight decay applies: a tree of booleans, a function that makes one, or everywhere."""
@@ -17,10 +19,14 @@ def centralized(centralize: bool) -> list[optax.GradientTransformation]:
     return [centralize_kernels()] if centralize else []
 
 
-def decayed(weight_decay: optax.ScalarOrSchedule, mask: Mask) -> list[optax.GradientTransformation]:
-    """Decoupled weight decay as a part of a chain; none where it is 0."""
+def decayed(
+    weight_decay: optax.ScalarOrSchedule, mask: Mask, law: Law
+) -> list[optax.GradientTransformation]:
+    """Decoupled weight decay as a part of a chain, scaled by a law that does so; none if 0."""
     if not callable(weight_decay):
         weight_decay = check_range("weight_decay", weight_decay, 0.0, remedy="0 switches it off")
     if isinstance(weight_decay, float) and weight_decay == 0.0:
         return []
+    if steers_decay(law):
+        return [add_controlled_decayed_weights(weight_decay, mask)]
     return [optax.add_decayed_weights(weight_decay, mask)]

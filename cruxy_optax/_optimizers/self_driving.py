@@ -183,7 +183,7 @@ def _steered(
     averages = [] if averaging is None else [average_iterates(averaging)]
     return stabilize(
         optax.chain(
-            clip_by_predicted_norm(), moments, *decayed(weight_decay, mask), rate, *averages
+            clip_by_predicted_norm(), moments, *decayed(weight_decay, mask, law), rate, *averages
         ),
         law=law,
         axis_names=axis_names,

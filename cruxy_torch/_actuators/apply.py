@@ -67,14 +67,15 @@ class DirectedGroup(Group):
             whole = [c for c in (columns.grads, columns.params, columns.averages) if c]
             moments = list(columns.moments.values())
             fast, slow = passes.parts(whole, moments, centralize=self.frame.centralize)
+            frame = self.frame.under(orders)
             for part in fast:
-                self.direction.native(columns.select(part), orders, self.frame)
+                self.direction.native(columns.select(part), orders, frame)
             columns = columns.select(slow)
         step = _foreach if foreach and self.direction.foreach is not None else _single
         for device, indices in by_device(columns.params).items():
             here, on_device = columns.select(indices), orders.to(device)
             factors = self.direction.advance(here, on_device)
-            step(here, self.direction, self.frame, on_device, factors)
+            step(here, self.direction, self.frame.under(on_device), on_device, factors)
         average(columns.params, columns.averages, orders.average_weight)
         for param, mean in self.late:
             average([local(param)], [local(mean)], orders.average_weight)

@@ -104,8 +104,8 @@ class Adam(Direction):
             orders,
             self.moments,
             self.clocks,
-            decay=frame.decay,
-            l2=frame.l2,
+            decay=float(frame.decay or 0.0),
+            l2=float(frame.l2 or 0.0),
             eps=self.eps,
             nesterov=self.nesterov,
             centralize=frame.centralize,
@@ -137,7 +137,8 @@ class Lion(Direction):
 
     def native(self, columns: Columns, orders: Orders, frame: Frame) -> None:
         """The whole update in one pass."""
-        passes.update(columns, orders, self.moments, decay=frame.decay, centralize=frame.centralize)
+        decay = float(frame.decay or 0.0)
+        passes.update(columns, orders, self.moments, decay=decay, centralize=frame.centralize)
 
 
 def advanced(products: list[Tensor], beta: Tensor) -> Tensor:

@@ -26,21 +26,35 @@ class Frame(NamedTuple):
         weight_decay: its coefficient.
         coupled: adds it to the gradient (L2) instead of to the update.
         centralize: subtracts from a gradient of two or more axes its mean over all but the first.
+        decay_scale: the law's factor on the coefficient in this step; `None` for none.
     """
 
     weight_decay: float
     coupled: bool = False
     centralize: bool = False
+    decay_scale: Any = None
+
+    def under(self, orders: Orders) -> "Frame":
+        """The same with what the law orders of the weight decay."""
+        if orders.decay_scale is None:
+            return self
+        return self._replace(decay_scale=orders.decay_scale)
 
     @property
-    def l2(self) -> float:
-        """The coefficient of the decay that is added to the gradient."""
-        return self.weight_decay if self.coupled else 0.0
+    def l2(self) -> Any:
+        """The coefficient of the decay that is added to the gradient; `None` for none."""
+        return self._coefficient if self.coupled else None
 
     @property
-    def decay(self) -> float:
-        """The coefficient of the decay that is added to the update."""
-        return 0.0 if self.coupled else self.weight_decay
+    def decay(self) -> Any:
+        """The coefficient of the decay that is added to the update; `None` for none."""
+        return None if self.coupled else self._coefficient
+
+    @property
+    def _coefficient(self) -> Any:
+        if not self.weight_decay or self.decay_scale is None:
+            return self.weight_decay or None
+        return self.weight_decay * self.decay_scale
 
 
 class SteppedTensor:
@@ -81,12 +95,12 @@ class SteppedTensor:
         With coupled weight decay the decay is in it. It is not to be written to.
         """
         if self._last is None or self._last[0] != number:
-            orders, frame = self._orders, self._frame
+            orders, frame, l2 = self._orders, self._frame, self._frame.l2
             x = torch.where(orders.ok, self._grads[number], 0).to(self._dtype) * orders.scale
             if frame.centralize:
                 x = centralized(x)
-            if frame.coupled:
-                x = x + frame.l2 * self.value(number)
+            if l2 is not None:
+                x = x + l2 * self.value(number)
             self._last = number, x
         return self._last[1]
 
@@ -120,9 +134,9 @@ class SteppedTensor:
             rate: 0 on a skipped step.
             finite: whether the direction is, also on a skipped step.
         """
-        param, value = self._params[number], self.value(number)
-        if self._frame.decay:
-            direction = direction + self._frame.decay * value
+        param, value, decay = self._params[number], self.value(number), self._frame.decay
+        if decay is not None:
+            direction = direction + decay * value
         step = rate * direction
         if not finite:  # a rate of 0 alone would let it through
             step = torch.where(self._orders.ok, step, 0)
@@ -156,8 +170,7 @@ class Bucket:
         torch._foreach_mul_(xs, orders.scale)
         if frame.centralize:
             xs = [centralized(x) for x in xs]
-        if frame.l2:
-            torch._foreach_add_(xs, self.values, alpha=frame.l2)
+        _add_share(xs, self.values, frame.l2)
         return xs
 
     def has(self, name: str) -> bool:
@@ -180,8 +193,15 @@ class Bucket:
             directions: of all; they are written to.
             rates: one rate, or a list with one for each.
         """
-        if self._frame.decay:
-            torch._foreach_add_(directions, self.values, alpha=self._frame.decay)
+        _add_share(directions, self.values, self._frame.decay)
         torch._foreach_mul_(directions, rates)
         new = torch._foreach_sub(self.values, directions)
         write(self._columns.params, new, self._orders.key, self._orders.ok)
+
+
+def _add_share(xs: list[Tensor], values: list[Tensor], share: Any) -> None:
+    """`x + share v`, in place; `share` is a number, a 0-d tensor, or `None` for none."""
+    if isinstance(share, Tensor):  # as `alpha` it would be read by the host
+        torch._foreach_add_(xs, torch._foreach_mul(values, share))
+    elif share is not None:
+        torch._foreach_add_(xs, values, alpha=share)
