@@ -2,6 +2,9 @@
 
 from cruxy_control.role_table import RoleRow, RoleTable
 from cruxy_torch._actuators.direction import Direction
+from cruxy_torch._actuators.directions import Momentum, SignBlend
+from cruxy_torch._actuators.slices import BalanceSlices, ScaleSlices
+from cruxy_torch._actuators.trust import AdaptiveGradientClip, ClipRms, TrustRatio
 from cruxy_torch._diagnose import DebugCheck
 from cruxy_torch._interop import state_from_optax, state_to_optax
 from cruxy_torch._memory.estimate import MemoryEstimate, estimate_memory, state_bytes
@@ -16,16 +19,23 @@ from cruxy_torch.backends import Backend, BackendUse, backends, use_backend
 
 __all__ = [
     "AXIOM",
+    "AdaptiveGradientClip",
     "Backend",
     "BackendUse",
+    "BalanceSlices",
+    "ClipRms",
     "Cosmic",
     "CruxyOptimizer",
     "DebugCheck",
     "Direction",
     "MemoryEstimate",
+    "Momentum",
     "RoleMask",
     "RoleRow",
     "RoleTable",
+    "ScaleSlices",
+    "SignBlend",
+    "TrustRatio",
     "backends",
     "estimate_memory",
     "label_roles",

@@ -140,3 +140,27 @@ def zeros_without(param: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
 
     placements = [Replicate() if p.is_shard(axis) else p for p in param.placements]
     return zeros(shape, dtype=dtype, device_mesh=param.device_mesh, placements=placements)
+
+
+def shard_begin(tensor: Tensor, axis: int) -> int:
+    """Where along an axis of the whole tensor this rank's shard begins; 0 of a plain one.
+
+    Raises:
+        ValueError: where the axis is split in an order of its own, as for tensor parallelism
+            inside `fully_shard`.
+    """
+    if not is_sharded(tensor):
+        return 0
+    begin, size = 0, tensor.shape[axis]
+    for dimension, placement in enumerate(tensor.placements):
+        if not placement.is_shard(axis):
+            continue
+        if hasattr(placement, "split_factor"):
+            raise ValueError(
+                f"axis {axis} must be split in the order of its mesh, got {placement}; slice a "
+                "parameter that is split along another axis, or leave its slices out."
+            )
+        each = math.ceil(size / tensor.device_mesh.size(dimension))
+        own = min(each * tensor.device_mesh.get_local_rank(dimension), size)
+        begin, size = begin + own, min(each, size - own)
+    return begin
