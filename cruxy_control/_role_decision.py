@@ -30,7 +30,8 @@ def decide(parameter: Parameter, reading: Reading) -> tuple[str, str]:
         return "embedding", "name"
     if not layer and bare and not alone and names.says_position(parent):
         return "position", "name"
-    is_norm = names.says_norm(own.text) or reading.leaf == "scale"
+    scales = reading.leaf == "scale" and not owner and "scale" not in names.words(own.text)
+    is_norm = scales or names.says_norm(own.text)
     if is_norm and not layer and is_vector(parameter.shape):
         return "norm", "name"
     beside = {name.lower() for name in parameter.siblings}
@@ -105,10 +106,13 @@ def _in_context(
         role = _attention(text, parent, beside)
     elif role is None and (context == "mlp" or experts):
         role = _mlp(text, parent, beside)
-    if role is None and not own.numbered and any(names.says(n) == "attention" for n in beside):
+    in_layer = any(names.says(name) == "attention" for name in parameter.siblings)
+    if role is None and in_layer and not own.numbered:
         role = names.BESIDE_ATTENTION.get(text)
     if text[-1:] in ("1", "2") and f"{text[:-1]}3" in beside and text[:-1] != "w":
         return None  # of three layers, the second is not the last
+    if own.text == "Wi":
+        return None  # ModernBERT's, a gate and more in one, as not all call so
     if role and experts and role.startswith("mlp."):
         return role.replace("mlp.", "moe.expert.")
     return role
