@@ -21,12 +21,19 @@ from cruxy_optax._actuators.rate import (
     scale_by_meta_learning_rate,
     throttle_by_phase,
 )
+from cruxy_optax._actuators.slices import BalanceSlicesState, balance_slices, scale_by_slices
 from cruxy_optax._actuators.tiers import (
     ScaleByTiersState,
     TierPlan,
     retier,
     scale_by_tiers,
     tier_plan,
+)
+from cruxy_optax._actuators.trust import (
+    ScaleByTrustRatioEmaState,
+    clip_by_parameter_norm,
+    clip_by_rms,
+    scale_by_trust_ratio_ema,
 )
 from cruxy_optax._diagnose import Diagnosis, diagnose
 from cruxy_optax._low_bit import BlockLayout, LowBitArray
@@ -55,6 +62,7 @@ from cruxy_optax._telemetry_log import ScalarWriter, TelemetryLog
 
 __all__ = [
     "AverageIteratesState",
+    "BalanceSlicesState",
     "BlendSignState",
     "BlockLayout",
     "Diagnosis",
@@ -73,6 +81,7 @@ __all__ = [
     "ScaleByControlledLionState",
     "ScaleByMetaLearningRateState",
     "ScaleByTiersState",
+    "ScaleByTrustRatioEmaState",
     "SelfDriving",
     "StabilityV1",
     "StabilityV2",
@@ -86,9 +95,12 @@ __all__ = [
     "average_iterates",
     "averaged_params",
     "axiom",
+    "balance_slices",
     "blend_sign",
     "centralize_kernels",
+    "clip_by_parameter_norm",
     "clip_by_predicted_norm",
+    "clip_by_rms",
     "cosmic",
     "diagnose",
     "estimate_memory",
@@ -108,7 +120,9 @@ __all__ = [
     "scale_by_controlled_momentum",
     "scale_by_meta_learning_rate",
     "scale_by_role",
+    "scale_by_slices",
     "scale_by_tiers",
+    "scale_by_trust_ratio_ema",
     "self_driving",
     "self_driving_lion",
     "soften_sign",

@@ -126,7 +126,7 @@ def blend_sign(
         share = weight
         if callable(weight):
             share = weight(state.count)
-            state = BlendSignState(optax.safe_increment(state.count))
+            state = BlendSignState(jnp.asarray(optax.safe_increment(state.count)))
         share = steered(share, controls)
         blended = jax.tree.map(lambda c: blend(c, share, temperature, axes), updates)
         return blended, state

@@ -67,8 +67,10 @@ def scale_by_factored_rms(
             return g * inverse_power(whole, power, xp=jnp)
         second, first = axes
         rows, columns = jnp.expand_dims(row, first), jnp.expand_dims(column, second)
-        rows = rows / jnp.mean(rows, axis=second, keepdims=True)
-        return g * inverse_power(rows, power, xp=jnp) * inverse_power(columns, power, xp=jnp)
+        means = jnp.mean(rows, axis=second, keepdims=True)
+        # Each by itself: the derivative of a quotient squares the smallest of means.
+        rows, means, columns = (inverse_power(v, power, xp=jnp) for v in (rows, means, columns))
+        return g * (rows / means) * columns
 
     return optax.GradientTransformation(init_fn, update_fn)
 

@@ -57,7 +57,9 @@ def sum_over_shards(
 def mean_square(leaf: jax.Array, axis_names: Sequence[str] = ()) -> jax.Array:
     """The mean of the squares of a leaf, over all its shards; float32, 0 of an empty leaf."""
     wide = leaf.astype(accumulator_dtype(leaf))
-    return mean_over_shards(jnp.vdot(wide, wide), leaf, axis_names)
+    # On an explicit mesh JAX asks where a product over split axes lies, but not a sum.
+    total = jnp.sum(wide * wide) if any(explicit_spec(leaf)) else jnp.vdot(wide, wide)
+    return mean_over_shards(total, leaf, axis_names)
 
 
 def mean_over_shards(
