@@ -8,6 +8,7 @@ white paper, known through the constants of the Apache-2.0 package `cruxy` 2.1.0
 
 from cruxy_control.controls import Controls, betas, meta_learning_rate
 from cruxy_control.law import Law
+from cruxy_control.lora_pid import LoraPid, LoraPidState, large_share
 from cruxy_control.meta3 import Meta3, Meta3State
 from cruxy_control.plateau import PlateauGuard, PlateauGuardState
 from cruxy_control.self_driving import SelfDriving, SelfDrivingState
@@ -19,6 +20,8 @@ from cruxy_control.stability_v2 import StabilityV2, StabilityV2State
 __all__ = [
     "Controls",
     "Law",
+    "LoraPid",
+    "LoraPidState",
     "Meta3",
     "Meta3State",
     "PlateauGuard",
@@ -33,5 +36,6 @@ __all__ = [
     "StabilityV2State",
     "V2Sensors",
     "betas",
+    "large_share",
     "meta_learning_rate",
 ]

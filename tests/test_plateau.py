@@ -359,7 +359,7 @@ class Sign(cruxy_torch.Direction):
 @pytest.mark.parametrize("released", [False, True])
 def test_a_direction_of_pytorch_is_told_the_weight_of_a_sign(released):
     def run(law):
-        options = {"lr": 0.01, "law": law, "direction": Sign(), "weight_decay": 0.0}
+        options = {"lr": 1e-4, "law": law, "direction": Sign(), "weight_decay": 0.0}
         make = lambda p: cruxy_torch.CruxyOptimizer(p, **options)  # noqa: E731
         return trained(make, steps=2, released=released)[0][0]
 
