@@ -32,6 +32,7 @@ class FactoredDirection(Direction):
         streak_boost: largest factor on coordinates whose sign persists; 1 for none.
         snr_floor: signal-to-noise ratio below which a row is damped; 0 for none.
         min_dim_size_to_factor: the shortest axis over which a tensor is factored.
+        power: of the root that a gradient is divided by.
     """
 
     momentum: float
@@ -41,6 +42,7 @@ class FactoredDirection(Direction):
     streak_boost: float
     snr_floor: float
     min_dim_size_to_factor: int
+    power: float = 1.0
 
     is_finite = True
 
@@ -81,7 +83,7 @@ class FactoredDirection(Direction):
     ) -> Callable[[int], Tensor]:
         """The normalised gradient, its size limited, averaged, and in units of the tensor's."""
         decay, gain = factors
-        u = factored.normalise(tensor, decay, orders.ok)
+        u = factored.normalise(tensor, decay, orders.ok, self.power)
         squares = [u.squares]
         if self.relative_step:
             each = [tensor.value(i).square().sum() for i in range(tensor.blocks)]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cruxy_control.formulas.factored import factored_axes, inverse_power
 from cruxy_torch._actuators.stepped import SteppedTensor
 from cruxy_torch._distributed.shards import local, zeros_without
 from cruxy_torch._kept import compute_dtype
@@ -33,17 +34,6 @@ class Normalised(NamedTuple):
     squares: Tensor
 
 
-def factored_axes(shape: torch.Size, min_dim: int) -> tuple[int, int] | None:
-    """The second largest and the largest axis; `None` where the second is below `min_dim`.
-
-    Of equal ones the later counts as the larger, as in optax.
-    """
-    if len(shape) < 2:
-        return None
-    second, first = sorted(range(len(shape)), key=lambda axis: shape[axis])[-2:]
-    return None if shape[second] < min_dim else (second, first)
-
-
 def start(param: Tensor, min_dim: int) -> dict[str, Tensor]:
     """The second moment before the first step, by name.
 
@@ -61,13 +51,14 @@ def start(param: Tensor, min_dim: int) -> dict[str, Tensor]:
     }
 
 
-def normalise(tensor: SteppedTensor, decay: Tensor, ok: Tensor) -> Normalised:
+def normalise(tensor: SteppedTensor, decay: Tensor, ok: Tensor, power: float = 1.0) -> Normalised:
     """Takes a gradient into its second moment and divides it by the root of that.
 
     Args:
         tensor: with its gradient, and in its state what `start` gave; changed in place.
         decay: of the second moment; 1 on a skipped step.
         ok: whether the step counts; where false `u` is 0, whatever the gradient.
+        power: of the root, in `[0, 1]`; see `inverse_power`.
     """
     read = _Blocks(tensor.blocks, tensor.gradient)
     where = [tensor.place(i) for i in range(tensor.blocks)]
@@ -77,10 +68,11 @@ def normalise(tensor: SteppedTensor, decay: Tensor, ok: Tensor) -> Normalised:
             variance[place].mul_(decay).add_((read(i).square() + EPS) * (1.0 - decay))
         # A skipped first step leaves zeros, whose inverse times a gradient of 0 is NaN.
         unit = _Blocks(
-            tensor.blocks, lambda i: read(i) * torch.where(ok, variance[where[i]].rsqrt(), 0)
+            tensor.blocks,
+            lambda i: read(i) * torch.where(ok, _inverse(variance[where[i]], power), 0),
         )
     else:
-        rows, columns = _factors(tensor, read, decay, ok)
+        rows, columns = _factors(tensor, read, decay, ok, power)
         unit = _Blocks(
             tensor.blocks, lambda i: read(i) * _at(rows, where[i]) * _at(columns, where[i])
         )
@@ -89,7 +81,7 @@ def normalise(tensor: SteppedTensor, decay: Tensor, ok: Tensor) -> Normalised:
 
 
 def _factors(
-    tensor: SteppedTensor, read: "_Blocks", decay: Tensor, ok: Tensor
+    tensor: SteppedTensor, read: "_Blocks", decay: Tensor, ok: Tensor, power: float
 ) -> tuple[Tensor, Tensor]:
     """Advances both means; the two factors whose product is one over the root of the moment."""
     shape = tensor.shape
@@ -107,7 +99,13 @@ def _factors(
         kept.mul_(decay).add_(mean * (1.0 - decay))
     mean = tensor.total(row.sum(second, keepdim=True), second) / shape[second]
     # A skipped first step leaves zeros, whose inverse times a gradient of 0 is NaN.
-    return torch.where(ok, (row / mean).rsqrt(), 0), torch.where(ok, column.rsqrt(), 0)
+    inverses = _inverse(row / mean, power), _inverse(column, power)
+    return torch.where(ok, inverses[0], 0), torch.where(ok, inverses[1], 0)
+
+
+def _inverse(v: Tensor, power: float) -> Tensor:
+    """`v^(-power / 2)`; of the whole root torch has a function."""
+    return v.rsqrt() if power == 1.0 else inverse_power(v, power, xp=torch)
 
 
 class _Blocks:

@@ -63,6 +63,9 @@ class AXIOM(DirectedOptimizer):
         relative_step: multiplies each tensor's step by the root mean square of the tensor, so that
             the rate is a share of the weights: about 1e-2.
         decay_rate: exponent of the second moment's decay, in `(0, 1]`.
+        power: of the root in `u`, in `[0, 1]`: `g / v^(power / 2)` (Padam). Below 1 the size of `u`
+            is no longer about 1 but about `|g|^(1 - power)`: the rate is then one for gradients of
+            this size, and `clip_rms` limits `u` from above alone. No measurement speaks for it.
         clip_rms: the largest root mean square of a tensor's normalised gradient, above 0; `None`
             for no limit.
         min_dim_size_to_factor: a tensor is factored over its two largest axes where both are at
@@ -108,7 +111,8 @@ class AXIOM(DirectedOptimizer):
         Shazeer and Stern, [Adafactor: Adaptive Learning Rates with Sublinear Memory
         Cost](https://arxiv.org/abs/1804.04235), 2018; Lv et al., [Full Parameter Fine-tuning for
         Large Language Models with Limited Resources](https://arxiv.org/abs/2306.09782), 2023, for
-        updates inside the backward pass.
+        updates inside the backward pass; Chen et al., [Padam](https://arxiv.org/abs/1806.06763),
+        2018, for `power`.
     """
 
     def __init__(
@@ -121,6 +125,7 @@ class AXIOM(DirectedOptimizer):
         weight_decay: float = 0.01,
         relative_step: bool = False,
         decay_rate: float = 0.8,
+        power: float = 1.0,
         clip_rms: float | None = 1.0,
         min_dim_size_to_factor: int = 32,
         streak_boost: float = 1.0,
@@ -141,6 +146,7 @@ class AXIOM(DirectedOptimizer):
             "weight_decay": weight_decay,
             "relative_step": relative_step,
             "decay_rate": decay_rate,
+            "power": power,
             "clip_rms": clip_rms,
             "min_dim_size_to_factor": min_dim_size_to_factor,
             "streak_boost": streak_boost,
@@ -190,6 +196,11 @@ class AXIOM(DirectedOptimizer):
         }
         return usage | {"total": sum(usage.values())}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("power", 1.0)
+
     def _check_group(self, group: dict[str, Any]) -> None:
         _checks.check_shared(group)
         remedy = "0.9 is usual, 0 is none"
@@ -197,6 +208,8 @@ class AXIOM(DirectedOptimizer):
         _checks.check_bits("momentum_bits", group["momentum_bits"])
         remedy = "0.8 is the default"
         check_range("decay_rate", group["decay_rate"], 0.0, 1.0, lower_open=True, remedy=remedy)
+        remedy = "1 is Adafactor's, 0 no preconditioner"
+        check_range("power", group["power"], 0.0, 1.0, remedy=remedy)
         if group["clip_rms"] is not None:
             remedy = "1 is Adafactor's, None switches it off"
             check_range("clip_rms", group["clip_rms"], 0.0, lower_open=True, remedy=remedy)
