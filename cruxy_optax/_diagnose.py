@@ -12,7 +12,7 @@ import optax
 from cruxy_control.diagnosis import NonFinite, RoleCheck, Stats, TensorCheck, by_role, headline
 from cruxy_control.diagnosis import report as table
 from cruxy_optax._low_bit import is_low_bit
-from cruxy_optax._roles.parameters import labelled
+from cruxy_optax._roles.parameters import labelled, unboxed
 from cruxy_optax._stabilize import StabilizeState
 from cruxy_optax._states import limit_scale
 from cruxy_optax._telemetry import telemetry
@@ -144,8 +144,8 @@ def diagnose(
         labels: a tree of texts like the parameters by which the table sums up; `None` for
             `label_roles(params)`.
         opt_state: the state after the step. With a controller in it the table has its rate, and
-            whether its clip and its relative limit bind; what of the state is not finite is named
-            by its path.
+            whether its clip and its relative limit bind. What is kept in the state and not finite
+            is named by its path; the signals of a skipped step are not kept.
 
     Returns:
         A `Diagnosis`: on the device `rms` and `nonfinite_counts`, one a row of `rows`; on the host
@@ -168,8 +168,8 @@ def diagnose(
         0 steps, 1 skipped, the last one skipped; learning rate 0.00e+00; no clip binds
         root mean squares by role:
         role       tensors  elements  parameter  gradient    update     ratio  not finite
-        embedding        1         8   1.00e+00  1.00e+00  0.00e+00  0.00e+00           0
         norm             1         2   1.00e+00  3.00e+00  0.00e+00  0.00e+00           1
+        embedding        1         8   1.00e+00  1.00e+00  0.00e+00  0.00e+00           0
         <BLANKLINE>
         not finite:
           norm.scale: gradient (1 of 2)
@@ -184,9 +184,10 @@ def diagnose(
     numbers: list[tuple[jax.Array, jax.Array]] = []
 
     def see(name: str, role: str, where: str, node: Any) -> None:
+        node = unboxed(node)
         if not jax.tree.leaves(node):  # None, or what `optax.masked` leaves in its place
             return
-        x = node.decode() if is_low_bit(node) else jnp.asarray(jax.tree.leaves(node)[0])
+        x = node.decode() if is_low_bit(node) else jnp.asarray(node)
         if jnp.issubdtype(x.dtype, jnp.inexact):
             rows.append(Row(name, role, where, x.size))
             numbers.append(_measured(x))
@@ -197,7 +198,8 @@ def diagnose(
         if len(rows) > seen:
             for where, nodes in ones.items():
                 see(leaf.name, role, where, nodes[index])
-    state, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_low_bit)
+    kept = jax.tree.map(_without_signals, opt_state, is_leaf=_is_controller)
+    state, _ = jax.tree_util.tree_flatten_with_path(kept, is_leaf=is_low_bit)
     for path, node in state:
         see(f"opt_state{jax.tree_util.keystr(path)}", "", "state", node)
     sizes, counts = zip(*numbers, strict=True) if numbers else ((), ())
@@ -207,6 +209,15 @@ def diagnose(
         controls=_controls(opt_state),
         rows=tuple(rows),
     )
+
+
+def _is_controller(node: Any) -> bool:
+    return isinstance(node, StabilizeState)
+
+
+def _without_signals(node: Any) -> Any:
+    """A state without what was last measured, which is not finite where the gradient was not."""
+    return node._replace(signals=None) if _is_controller(node) else node
 
 
 def _measured(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -264,9 +264,9 @@ def _parts(
 
 
 def _look_beside(optimizer: Any, model: nn.Module | None) -> Iterator[_Seen]:
-    """The controller, and the model's buffers."""
+    """The controller, but for what it last measured, and the model's buffers."""
     for key, value in optimizer._law().items():
-        if value.is_floating_point():
+        if value.is_floating_point() and key != "report":
             yield _Seen(None, "controller", key, False, _sums(value), value)
     for name, buffer in () if model is None else model.named_buffers():
         if buffer.is_floating_point() and not buffer.is_meta:

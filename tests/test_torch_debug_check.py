@@ -274,6 +274,13 @@ class TestNames:
         optimizer.state[net.self_attn["q_proj"].weight][key].view(-1)[1] = NAN
         assert names(optimizer.debug_check(net)) == [("self_attn.q_proj.weight", key, 1)]
 
+    def test_a_step_that_was_skipped_leaves_nothing_to_name(self):
+        net, optimizer = trained()
+        net.tokens.weight.grad[0, 0] = NAN
+        optimizer.step(loss=1.0)
+        optimizer.zero_grad()
+        assert names(optimizer.debug_check(net)) == []
+
     def test_one_in_an_average_is_named(self):
         net, optimizer = trained("self_driving")
         optimizer.state[net.tokens.weight]["average"][0, 0] = NAN

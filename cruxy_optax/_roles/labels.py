@@ -25,7 +25,8 @@ def label_roles(params: Any, model: Any = None, rules: Iterable[Rule] = ()) -> A
             `cruxy_control.roles.Parameter`, and a role.
 
     Returns:
-        A tree like `params` with a role for each leaf, as `optax.partition` takes it.
+        A tree like `params` with a role for each leaf, as `optax.partition` takes it. Those of an
+        `nnx.State` stand in the place of its variables, for `nnx.Optimizer` and without it.
 
     Raises:
         ValueError: where a rule names no role, or `model` has no parameter of `params`.

@@ -11,7 +11,7 @@ import optax
 
 from cruxy_control.roles import Label, Parameter, Rule, check_rules, label, own_index
 from cruxy_optax._low_bit import is_low_bit
-from cruxy_optax._tree import at, nodes_with_paths
+from cruxy_optax._tree import at
 
 _KINDS = {
     name: kind
@@ -33,19 +33,25 @@ class Leaf(NamedTuple):
 
     Attributes:
         name: its path, dotted.
-        value: the leaf itself, or the `MaskedNode` in its place.
+        value: the array, without a box of nnx around it, or the `MaskedNode` in its place.
         parameter: what is known of it.
         label: what it is.
+        box: where what is said of it has to stand in one too.
     """
 
     name: str
     value: Any
     parameter: Parameter
     label: Label
+    box: Any = None
+
+    def said(self, value: Any) -> Any:
+        """What is said of it, as it stands in its place."""
+        return value if self.box is None else jax.tree.map(lambda _: value, self.box)
 
 
 class Labelled(NamedTuple):
-    """A tree of parameters, flat, and what each of them is."""
+    """A tree of parameters, flat, each with its box if it has one, and what each of them is."""
 
     leaves: list[Leaf]
     treedef: Any
@@ -61,9 +67,15 @@ class Labelled(NamedTuple):
         return [leaf.label.role for leaf in self.present]
 
     def map(self, function: Callable[[Leaf], Any]) -> Any:
-        """A tree like that of the parameters."""
+        """A tree like that of the parameters, or a prefix of it: boxes in a `State` are left out.
+
+        So it fits what `nnx.Optimizer` gives a transformation, arrays, and what has boxes.
+        """
         return self.treedef.unflatten(
-            [leaf.value if _is_masked(leaf.value) else function(leaf) for leaf in self.leaves]
+            [
+                leaf.value if _is_masked(leaf.value) else leaf.said(function(leaf))
+                for leaf in self.leaves
+            ]
         )
 
 
@@ -76,8 +88,7 @@ def labelled(params: Any, model: Any, rules: Iterable[Rule]) -> Labelled:
     """
     rules = check_rules(rules)
     flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_one)
-    variables = {path for path, _ in nodes_with_paths(params, _is_variable)}
-    keys = [path[:-1] if path[:-1] in variables else path for path, _ in flat]
+    keys = [path for path, _ in flat]
     tree = _Tree(keys, params if model is None else model)
     if model is not None and not any(map(tree.has, keys)):
         raise ValueError(
@@ -86,9 +97,15 @@ def labelled(params: Any, model: Any, rules: Iterable[Rule]) -> Labelled:
             "leave it out where names tell enough, as those of linen do."
         )
     leaves = []
-    for path, (_, value) in zip(keys, flat, strict=True):
+    for path, node in flat:
+        value = unboxed(node)
         parameter = tree.parameter(path, _shape(value))
-        leaves.append(Leaf(".".join(parameter.path), value, parameter, label(parameter, rules)))
+        # A module takes a text for a setting of its own where it does not stand in a box.
+        in_module = _is_variable(node) and _is_attribute(path)
+        told = label(parameter, rules)
+        leaves.append(
+            Leaf(".".join(parameter.path), value, parameter, told, node if in_module else None)
+        )
     return Labelled(leaves, treedef)
 
 
@@ -217,9 +234,21 @@ def _shape(value: Any) -> tuple[int, ...]:
     return value.layout.shape if is_low_bit(value) else jnp.shape(value)
 
 
+def unboxed(node: Any) -> Any:
+    """The array in a box of nnx; what is none as it is, a `MaskedNode` where nothing is in it."""
+    if not _is_variable(node):
+        return node
+    inside = jax.tree.leaves(node, is_leaf=lambda n: is_low_bit(n) or _is_masked(n))
+    return inside[0] if inside else optax.MaskedNode()
+
+
 def _is_one(node: Any) -> bool:
     """Whether it counts as one leaf."""
-    return is_low_bit(node) or _is_masked(node)
+    return is_low_bit(node) or _is_masked(node) or _is_variable(node)
+
+
+def _is_attribute(path: tuple[Any, ...]) -> bool:
+    return bool(path) and isinstance(path[-1], jax.tree_util.GetAttrKey)
 
 
 def _is_masked(node: Any) -> bool:

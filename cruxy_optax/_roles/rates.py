@@ -73,12 +73,12 @@ def scale_by_role(
         tree = labelled(updates, model, rules)
         check_keys("rates", table, tree.roles)
         factors = tree.map(lambda leaf: matching(table, leaf.label.role, 1.0))
-        return jax.tree.map(_scaled, updates, factors), state
+        return jax.tree.map(_scaled, factors, updates), state
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _scaled(update: Any, factor: Any) -> Any:
+def _scaled(factor: Any, update: Any) -> Any:
     if isinstance(factor, float) and factor == 1.0:
         return update
-    return as_floating(update * factor, update)
+    return jax.tree.map(lambda u: as_floating(u * factor, u), update)
