@@ -293,7 +293,7 @@ EXPECTED = {
     gpt_neox.layers.N.mlp.dense_h_to_4h            mlp.up +
     gpt_neox.layers.N.mlp.dense_4h_to_h            mlp.down +
     gpt_neox.final_layer_norm                      norm +
-    embed_out                                      head
+    lm_head                                        head
 """,
     "falcon": """
     transformer.word_embeddings                    embedding
@@ -538,8 +538,3 @@ def expected(family: str) -> dict[str, str]:
         if bias:
             table[f"{name}.bias"] = "norm.bias" if role == "norm" else f"bias:{role}"
     return table
-
-
-def without_numbers(name: str) -> str:
-    """A parameter's name with N for each layer's number."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "N", name)
