@@ -9,7 +9,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from cruxy_control import Meta3  # noqa: E402
-from cruxy_torch import AXIOM, Cosmic, CruxyOptimizer  # noqa: E402
+from cruxy_torch import (  # noqa: E402
+    AXIOM,
+    Cosmic,
+    CruxyOptimizer,
+    label_roles,
+    param_groups,
+)
 
 NAN = float("nan")
 
@@ -316,10 +322,12 @@ class TestNames:
         optimizer = CruxyOptimizer(net.named_parameters())
         assert optimizer.debug_check().tensors[0].name == "tokens.weight"
 
-    def test_roles_of_groups_are_used(self):
+    def test_roles_and_names_of_groups_are_used(self):
         net = Layer()
-        groups = [{"params": list(net.bn.parameters()), "role": "norm"}]
-        assert list(CruxyOptimizer(groups).debug_check().roles) == ["norm"]
+        optimizer = CruxyOptimizer(param_groups(net, lr=1e-3))
+        found = {t.name: t.role for t in optimizer.debug_check().tensors}
+        assert found == {t.name: t.role for t in optimizer.debug_check(net).tensors}
+        assert found == label_roles(net)
 
     def test_rules_name_roles(self):
         net, optimizer = trained()
