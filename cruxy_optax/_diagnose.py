@@ -157,8 +157,8 @@ def diagnose(
     Example:
         >>> import jax, jax.numpy as jnp, optax, cruxy_optax
         >>> params = {"wte": {"embedding": jnp.ones((4, 2))}, "norm": {"scale": jnp.ones(2)}}
-        >>> grads = {"wte": {"embedding": jnp.ones((4, 2))}, "norm": {"scale": jnp.ones(2)}}
-        >>> grads["norm"]["scale"] = jnp.array([3.0, jnp.nan])
+        >>> bad = jnp.array([3.0, jnp.nan])
+        >>> grads = {"wte": {"embedding": jnp.ones((4, 2))}, "norm": {"scale": bad}}
         >>> tx = cruxy_optax.meta3(1e-3)
         >>> @jax.jit
         ... def step(params, grads, state):

@@ -160,12 +160,12 @@ class Diagnosed:
             >>> import torch
             >>> import cruxy_torch
             >>> model = torch.nn.Linear(2, 2)
-            >>> optimizer = cruxy_torch.CruxyOptimizer(model.parameters())
+            >>> optimizer = cruxy_torch.CruxyOptimizer(model.parameters(), weight_decay=0.0)
             >>> model(torch.ones(1, 2)).sum().backward()
             >>> with optimizer.debug_check(model) as check:
             ...     _ = optimizer.step(loss=1.0)
-            >>> check.tensors[0].name, round(check.tensors[0].values["update"].rms, 4)
-            ('weight', 0.0008)
+            >>> check.tensors[0].name, round(check.tensors[0].values["update"].rms, 5)
+            ('weight', 0.00075)
             >>> model.bias.grad[0] = float("nan")
             >>> for found in optimizer.debug_check(model).nonfinite:
             ...     print(found.name, found.where, found.count)

@@ -39,8 +39,8 @@ def label_roles(params: Any, model: Any = None, rules: Iterable[Rule] = ()) -> A
         ...     "attn": {"query": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}},
         ... }
         >>> labels = cruxy_optax.label_roles(params)
-        >>> labels["wte"]["embedding"], labels["attn"]["query"]["kernel"]
-        ('embedding', 'attention.q')
+        >>> print(labels["wte"], labels["attn"])
+        {'embedding': 'embedding'} {'query': {'bias': 'bias', 'kernel': 'attention.q'}}
         >>> tx = optax.partition(
         ...     {"embedding": optax.sgd(0.1), "attention.q": optax.adam(1e-3),
         ...      "bias": optax.set_to_zero()}, labels)

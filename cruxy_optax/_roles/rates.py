@@ -15,7 +15,7 @@ from cruxy_optax._tree import as_floating
 def scale_by_role(
     rates: Mapping[str, Any], *, rules: Iterable[Rule] = (), model: Any = None
 ) -> optax.GradientTransformation:
-    """Multiplies each update by the rate of its role: learning rates by role in any chain.
+    r"""Multiplies each update by the rate of its role: learning rates by role in any chain.
 
     Stands behind what makes the update, `optax.chain(optax.adamw(1e-3), scale_by_role(...))`,
     and there scales decoupled weight decay with it. Inside `stabilize` it stands before
@@ -43,8 +43,9 @@ def scale_by_role(
         ...     optax.sgd(0.5), cruxy_optax.scale_by_role({"embedding": 0.5, "norm": 3.0})
         ... )
         >>> updates, _ = tx.update(params, tx.init(params), params)
-        >>> print(updates["wte"]["embedding"], updates["norm"]["scale"])
-        [-0.25 -0.25] [-1.5 -1.5]
+        >>> print(updates["wte"], updates["norm"], sep="\n")
+        {'embedding': Array([-0.25, -0.25], dtype=float32)}
+        {'scale': Array([-1.5, -1.5], dtype=float32)}
 
     References:
         Hayou et al., [LoRA+: Efficient Low Rank Adaptation of Large
