@@ -16,6 +16,9 @@ from cruxy_control._role_paths import Parameter, read
 
 V = TypeVar("V")
 
+TRANSPARENT = names.TRANSPARENT
+"""Names under which wrappers hold what they wrap."""
+
 ROLES = (
     *("embedding", "position", "norm", "norm.bias", "bias", "conv", "head"),
     *("attention.q", "attention.k", "attention.v", "attention.qkv", "attention.kv"),
@@ -105,7 +108,7 @@ def own_index(path: tuple[str, ...]) -> int:
         >>> own_index(("layers", "0", "experts", "gate_up_proj"))
         3
     """
-    at = _lora_index(path)
+    at = adapter_index(path)
     return read(path if at is None else (*path[:at], "weight")).own.index
 
 
@@ -178,14 +181,21 @@ def is_decayed(label: Label, parameter: Parameter) -> bool:
     return label.role not in _NOT_DECAYED
 
 
-def _lora_index(path: tuple[str, ...]) -> int | None:
+def adapter_index(path: tuple[str, ...]) -> int | None:
+    """Where LoRA's own names begin in a path, behind what they adapt; `None` without any.
+
+    Example:
+        >>> from cruxy_control.roles import adapter_index
+        >>> adapter_index(("attn", "q_proj", "lora_A", "default", "weight"))
+        2
+    """
     return next((i for i, name in enumerate(path) if names.LORA.match(name)), None)
 
 
 def _lora(parameter: Parameter) -> Label | None:
     """LoRA's own parameters, of the weight they adapt."""
     path = parameter.path
-    at = _lora_index(path)
+    at = adapter_index(path)
     if at is None:
         return None
     match = names.LORA.match(path[at])
@@ -206,7 +216,7 @@ def _plain(parameter: Parameter) -> Label:
     leaf = reading.leaf.lower()
     if role == "position":
         return Label(role, None, decided_by)
-    if "bias" in names.words(leaf) or leaf in ("b", "beta"):
+    if "bias" in names.words(leaf) or (leaf in ("b", "beta") and is_vector(parameter.shape)):
         if role == "norm":
             return Label("norm.bias", None, decided_by)
         return Label("bias", None if role in ("vector", "embedding") else role, "name")

@@ -5,7 +5,16 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from cruxy_control.roles import Label, Parameter, Rule, check_rules, label, own_index
+from cruxy_control.roles import (
+    TRANSPARENT,
+    Label,
+    Parameter,
+    Rule,
+    adapter_index,
+    check_rules,
+    label,
+    own_index,
+)
 
 
 class Found(NamedTuple):
@@ -81,19 +90,21 @@ class _Tree:
         path = tuple(name.split("."))
         own = own_index(path)
         prefixes = [".".join(path[:i]) for i in range(len(path))]
-        owner = prefixes[-1]
+        adapted = adapter_index(path)
+        owner = prefixes[-1 if adapted is None else adapted]
         if "parametrizations" in path:
             owner = prefixes[path.index("parametrizations")]
+        module = _unwrapped(self._modules[owner])
         beside = self._modules[prefixes[own].removesuffix(".parametrizations")]
         owned = {*prefixes[own + 1 :], owner}
         return Parameter(
             path=path,
             shape=tuple(tensor.shape),
             owners=tuple(type(self._modules[prefix]).__name__ for prefix in prefixes),
-            kind=_kind(self._modules[owner]),
+            kind=_kind(module),
             is_output=not owned.isdisjoint(self._outputs),
             is_last=any(self._modules[prefix] is self._last for prefix in owned),
-            place=_place(self._modules[owner], [self._modules[p] for p in prefixes[own + 1 :]]),
+            place=_place(module, [self._modules[prefix] for prefix in prefixes[own + 1 :]]),
             siblings=frozenset([*beside._modules, *beside._parameters]),
         )
 
@@ -113,7 +124,7 @@ def _last(model: nn.Module) -> nn.Module | None:
     """The linear layer at the end of a model, where it or a chain at its end holds one."""
     module, inside = model, False
     while True:
-        if "linear" in (_kind(module), _kind(getattr(module, "base_layer", None))):
+        if _kind(_unwrapped(module)) == "linear":
             return module
         children = [m for m in module.children() if any(True for _ in m.parameters())]
         own = any(True for _ in module.parameters(recurse=False))
@@ -128,13 +139,17 @@ def _place(module: nn.Module, above: list[nn.Module]) -> tuple[int, int]:
     chains = [m for m in above if isinstance(m, nn.Sequential)]
     if not chains:
         return 0, 0
-    linear = [
-        part
-        for part in chains[-1].children()
-        if "linear" in (_kind(part), _kind(getattr(part, "base_layer", None)))
-    ]
-    held = [module in (part, getattr(part, "base_layer", None)) for part in linear]
-    return (held.index(True) + 1, len(linear)) if any(held) else (0, 0)
+    linear = [part for part in map(_unwrapped, chains[-1].children()) if _kind(part) == "linear"]
+    return (linear.index(module) + 1, len(linear)) if module in linear else (0, 0)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """What a wrapper holds."""
+    for name in TRANSPARENT:
+        inner = module._modules.get(name)
+        if inner is not None:
+            return _unwrapped(inner)
+    return module
 
 
 _KINDS: tuple[tuple[str, tuple[type, ...]], ...] = (
@@ -146,7 +161,7 @@ _KINDS: tuple[tuple[str, tuple[type, ...]], ...] = (
 )
 
 
-def _kind(module: nn.Module | None) -> str:
+def _kind(module: nn.Module) -> str:
     """What a module is, whatever its class is called."""
     for kind, classes in _KINDS:
         if isinstance(module, classes):
