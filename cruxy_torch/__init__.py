@@ -3,6 +3,7 @@
 from cruxy_control.role_table import RoleRow, RoleTable
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.directions import Momentum, SignBlend
+from cruxy_torch._actuators.lora_pid import BlendByLoraPid
 from cruxy_torch._actuators.slices import BalanceSlices, ScaleSlices
 from cruxy_torch._actuators.trust import AdaptiveGradientClip, ClipRms, TrustRatio
 from cruxy_torch._diagnose import DebugCheck
@@ -23,6 +24,7 @@ __all__ = [
     "Backend",
     "BackendUse",
     "BalanceSlices",
+    "BlendByLoraPid",
     "ClipRms",
     "Cosmic",
     "CruxyOptimizer",

@@ -222,17 +222,29 @@ class AdaptiveGradientClip(Wrapped):
     ) -> Callable[[int], Tensor]:
         """What `inner` makes of the clipped gradient."""
         factors, part = factors
-        count = tensor.shape[-1] if part.per == "row" else tensor.numel
-        g_norm, p_norm = (
-            root(mean_squares(map(x, range(tensor.blocks)), tensor, part) * count, xp=torch)
-            for x in (tensor.gradient, tensor.value)
-        )
-        scale = formulas.agc_scale(g_norm, p_norm, self.clip, self.eps, xp=torch)
-        clipped = _Clipped(tensor, scale, part)
+        scale = clip_factor(tensor, part, self.clip, self.eps)
+        clipped = Clipped(tensor, scale, part)
         return self.inner.blocks(cast(SteppedTensor, clipped), factors, orders)
 
 
-class _Clipped:
+def clip_factor(tensor: SteppedTensor, part: Part, clip: Any, eps: float) -> Tensor:
+    """The factor of adaptive clipping on each part of a gradient.
+
+    Args:
+        tensor: whose gradient it is.
+        part: how it is divided.
+        clip: see `AdaptiveGradientClip`; a number or a 0-d tensor.
+        eps: likewise.
+    """
+    count = tensor.shape[-1] if part.per == "row" else tensor.numel
+    g_norm, p_norm = (
+        root(mean_squares(map(x, range(tensor.blocks)), tensor, part) * count, xp=torch)
+        for x in (tensor.gradient, tensor.value)
+    )
+    return formulas.agc_scale(g_norm, p_norm, clip, eps, xp=torch)
+
+
+class Clipped:
     """A tensor in a step whose gradient is multiplied by factors; all else is as it was."""
 
     def __init__(self, tensor: SteppedTensor, scale: Tensor, part: Part) -> None:
