@@ -10,6 +10,10 @@ from cruxy_control.sensing import SENSED, SensorState, V2Sensors
 from cruxy_control.signals import Signals, known
 
 
+COOLDOWN_PEAK = 2.0
+"""Of the rate that was found, where one that is to fall begins."""
+
+
 class Cooldown(NamedTuple):
     """When the rate falls to 0, in a straight line.
 
@@ -81,7 +85,7 @@ class SelfDriving(V2Sensors):
         scale * cooldown_peak * (1 - k / K),    k = 0, 1, ..., K = (1 - search_share) total_steps.
 
     The rate that is found is that which an average of the iterates bears for ever; one that falls
-    may start at twice of it. `cooldown` begins the same at any step.
+    may start at twice of it. `begin_cooldown` begins the same at any step.
 
     Clipping, guard and telemetry are those of `Meta3`; the decay rates stay as they are set.
 
@@ -117,7 +121,7 @@ class SelfDriving(V2Sensors):
     scale_bounds: tuple[float, float] = (1e-9, 1e9)
     total_steps: int | None = None
     search_share: float = 0.2
-    cooldown_peak: float = 2.0
+    cooldown_peak: float = COOLDOWN_PEAK
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,21 +163,6 @@ class SelfDriving(V2Sensors):
         search = max(1, round(self.search_share * self.total_steps))
         return Cooldown(count + search, count + max(1, self.total_steps - search), peak)
 
-    def cooldown(self, state: SelfDrivingState, steps: Any, *, xp: Any) -> SelfDrivingState:
-        """The state of a run whose rate falls to 0 from now on.
-
-        Args:
-            state: of this law. If its rate falls already it goes on from where it is; one that has
-                ended begins again at `cooldown_peak`.
-            steps: until it is 0, at least 1; a number or an int32 scalar.
-            xp: the array namespace.
-        """
-        begun = state.cooldown.begun(state.step)
-        now = state.cooldown.factor(state.step, xp=xp)
-        peak = xp.where(begun & (now > 0.0), now, self.cooldown_peak + xp.zeros_like(now))
-        steps = xp.zeros_like(state.step) + steps
-        return state._replace(cooldown=Cooldown(state.step, steps, peak))
-
     def step(
         self, state: SelfDrivingState, signals: Signals, *, xp: Any
     ) -> tuple[SelfDrivingState, Controls]:
@@ -205,3 +194,22 @@ class SelfDriving(V2Sensors):
             scale=xp.clip(scale, *self.scale_bounds),
             cooldown=state.cooldown,
         )
+
+
+def begin_cooldown(
+    state: SelfDrivingState, steps: Any, peak: float = COOLDOWN_PEAK, *, xp: Any
+) -> SelfDrivingState:
+    """The state of a run whose rate falls to 0 from now on.
+
+    Args:
+        state: of `SelfDriving`. If its rate falls already it goes on from where it is; one that has
+            ended begins again.
+        steps: until it is 0, at least 1; a number or an int32 scalar.
+        peak: of the rate that was found, where the fall begins.
+        xp: the array namespace.
+    """
+    now = state.cooldown.factor(state.step, xp=xp)
+    falls = state.cooldown.begun(state.step) & (now > 0.0)
+    first = xp.where(falls, now, peak) + xp.zeros_like(state.scale)
+    start = state.step + 0  # an array of its own, for whoever donates the state
+    return state._replace(cooldown=Cooldown(start, xp.zeros_like(start) + steps, first))

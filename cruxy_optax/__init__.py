@@ -15,6 +15,7 @@ from cruxy_optax._actuators.moments import (
     scale_by_controlled_lion,
     scale_by_controlled_momentum,
 )
+from cruxy_optax._actuators.orthogonal import orthogonalize_updates, scale_by_controlled_muon
 from cruxy_optax._actuators.rate import (
     ScaleByMetaLearningRateState,
     ThrottleByPhaseState,
@@ -43,7 +44,12 @@ from cruxy_optax._memory.rounding import RoundUpdatesState, round_updates
 from cruxy_optax._optimizers.axiom import axiom
 from cruxy_optax._optimizers.cosmic import cosmic
 from cruxy_optax._optimizers.meta3 import meta3, meta_lion
-from cruxy_optax._optimizers.self_driving import self_driving, self_driving_lion
+from cruxy_optax._optimizers.self_driving import (
+    cooldown,
+    self_driving,
+    self_driving_lion,
+    self_driving_muon,
+)
 from cruxy_optax._optimizers.stability import stability_v1, stability_v2
 from cruxy_optax._release import LayerStack, ReleasedStep, release_gradients
 from cruxy_optax._roles.labels import label_roles, role_mask
@@ -101,6 +107,7 @@ __all__ = [
     "clip_by_parameter_norm",
     "clip_by_predicted_norm",
     "clip_by_rms",
+    "cooldown",
     "cosmic",
     "diagnose",
     "estimate_memory",
@@ -108,6 +115,7 @@ __all__ = [
     "limit_relative_step",
     "meta3",
     "meta_lion",
+    "orthogonalize_updates",
     "qkv_slices",
     "quantize_state",
     "release_gradients",
@@ -118,6 +126,7 @@ __all__ = [
     "scale_by_controlled_adam",
     "scale_by_controlled_lion",
     "scale_by_controlled_momentum",
+    "scale_by_controlled_muon",
     "scale_by_meta_learning_rate",
     "scale_by_role",
     "scale_by_slices",
@@ -125,6 +134,7 @@ __all__ = [
     "scale_by_trust_ratio_ema",
     "self_driving",
     "self_driving_lion",
+    "self_driving_muon",
     "soften_sign",
     "stability_v1",
     "stability_v2",

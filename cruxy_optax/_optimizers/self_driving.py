@@ -1,20 +1,26 @@
-"""Optimizers that find their learning rate: Adam and Lion under the self-driving law."""
+"""Optimizers that find their learning rate: Adam, Lion and Muon under the self-driving law."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import chex
+import jax
+import jax.numpy as jnp
 import optax
 
-from cruxy_control.checks import check_range
-from cruxy_control.self_driving import SelfDriving
+from cruxy_control.checks import check_count, check_range
+from cruxy_control.self_driving import SelfDriving, SelfDrivingState, begin_cooldown
 from cruxy_optax._actuators.average import average_iterates
 from cruxy_optax._actuators.clip import clip_by_predicted_norm
 from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_controlled_lion
+from cruxy_optax._actuators.orthogonal import scale_by_controlled_muon
 from cruxy_optax._actuators.rate import scale_by_meta_learning_rate
 from cruxy_optax._memory.quantize import in_bits
 from cruxy_optax._optimizers.parts import Mask, decayed
+from cruxy_optax._roles.rates import scale_by_role
 from cruxy_optax._stabilize import stabilize
+from cruxy_optax._tree import find
 
 
 def self_driving(
@@ -29,6 +35,8 @@ def self_driving(
     nesterov: bool = True,
     relative_limit: chex.Numeric | None = 0.1,
     averaging: float | None = 16.0,
+    total_steps: int | None = None,
+    rates: Mapping[str, Any] | None = None,
     law: SelfDriving = SelfDriving(),
     axis_names: str | Sequence[str] = (),
     state_bits: int | None = None,
@@ -59,6 +67,10 @@ def self_driving(
             far above the best rate is not recovered from.
         averaging: the power of `average_iterates`; `None` keeps no average and saves its buffer:
             then the parameters themselves are what there is to evaluate, as noisy as the rate.
+        total_steps: steps of the run, where they are known: the rate is found in the first fifth
+            of them and then falls to 0 from twice of it (`SelfDriving.total_steps`). The relative
+            limit is doubled. `None` for a run without an end.
+        rates: factors on the rate by role, such as `{"embedding": 1 / 3}`; see `scale_by_role`.
         law: the controller with its constants.
         axis_names: axes of an enclosing `jax.shard_map` or `jax.pmap`; see `stabilize`.
         state_bits: bits an element of the moments, 32, 16, 8 or 4; see `meta3`.
@@ -97,7 +109,15 @@ def self_driving(
         lambda mu_dtype: scale_by_controlled_adam(b1, b2, eps, mu_dtype, nesterov=nesterov),
     )
     return _steered(
-        moments, learning_rate, weight_decay, mask, relative_limit, averaging, law, axis_names
+        moments,
+        learning_rate,
+        weight_decay,
+        mask,
+        relative_limit,
+        averaging,
+        _ended(law, total_steps),
+        axis_names,
+        rates,
     )
 
 
@@ -111,6 +131,8 @@ def self_driving_lion(
     *,
     relative_limit: chex.Numeric | None = 0.01,
     averaging: float | None = 16.0,
+    total_steps: int | None = None,
+    rates: Mapping[str, Any] | None = None,
     law: SelfDriving = SelfDriving(),
     axis_names: str | Sequence[str] = (),
     state_bits: int | None = None,
@@ -130,6 +152,8 @@ def self_driving_lion(
         relative_limit: a sign has size 1 where Adam's direction has a quarter of it or less, and
             never shrinks: on a small convolutional net 0.02 ended in divergence.
         averaging: the power of `average_iterates`; `None` keeps no average.
+        total_steps: steps of the run, where they are known.
+        rates: factors on the rate by role.
         law: the controller with its constants.
         axis_names: axes of an enclosing `jax.shard_map` or `jax.pmap`.
         state_bits: bits an element of the momentum, 32, 16, 8 or 4.
@@ -159,8 +183,167 @@ def self_driving_lion(
         state_bits, mu_dtype, lambda mu_dtype: scale_by_controlled_lion(b1, b2, mu_dtype)
     )
     return _steered(
-        moments, learning_rate, weight_decay, mask, relative_limit, averaging, law, axis_names
+        moments,
+        learning_rate,
+        weight_decay,
+        mask,
+        relative_limit,
+        averaging,
+        _ended(law, total_steps),
+        axis_names,
+        rates,
     )
+
+
+def self_driving_muon(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: chex.Numeric = 0.95,
+    adam_b1: chex.Numeric = 0.9,
+    adam_b2: chex.Numeric = 0.99,
+    eps: chex.Numeric = 1e-8,
+    mu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule = 0.1,
+    mask: Mask = None,
+    *,
+    nesterov: bool = True,
+    relative_limit: chex.Numeric | None = 0.2,
+    averaging: float | None = 16.0,
+    total_steps: int | None = None,
+    rates: Mapping[str, Any] | None = None,
+    law: SelfDriving | None = None,
+    rules: Sequence[tuple[Any, str]] = (),
+    model: Any = None,
+    axis_names: str | Sequence[str] = (),
+    state_bits: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Muon without a learning rate: `self_driving` with orthogonal matrices.
+
+    Matrices inside the model take `orthogonalize_updates`, embeddings, positions, output layers and
+    vectors Adam's direction; which is which `label_roles` tells, and nothing has to be listed. One
+    rate moves them all.
+
+    An orthogonal step bears a larger rate than the sensor takes Adam's for: it is steered to an
+    alignment of -0.15, and of -0.2 where the end is known.
+
+    Args:
+        learning_rate: where the search starts; see `self_driving`, as all that is not said here.
+        b1: decay rate of the matrices' momentum, in `(0, 1)`.
+        adam_b1: decay rate of the first moment of everything else, in `[0, 1)`.
+        adam_b2: decay rate of the second moment of everything else, in `[0, 1)`.
+        eps: added to the root of that.
+        mu_dtype: dtype of the first moments.
+        weight_decay: decoupled weight decay, multiplied by the rate that is found.
+        mask: where it applies; `None` for what has at least two axes.
+        nesterov: looks one step ahead.
+        relative_limit: no tensor gets a rate above this share of its own root mean square.
+        averaging: the power of `average_iterates`; `None` keeps no average.
+        total_steps: steps of the run, where they are known.
+        rates: factors on the rate by role.
+        law: the controller with its constants; `None` for those above.
+        rules: see `label_roles`.
+        model: see `label_roles`.
+        axis_names: axes of an enclosing `jax.shard_map` or `jax.pmap`, over which no matrix may be
+            split.
+        state_bits: bits an element of the moments, 32, 16, 8 or 4.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`; see `self_driving`. State: 8 bytes a float32
+        element of a matrix, 4 without the average; 12 and 8 elsewhere.
+
+    Raises:
+        ValueError: where an argument is outside its range, or both `state_bits` and `mu_dtype` are
+            given; from `update` without `params`.
+        TypeError: where a parameter is complex or `law` is none.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, cruxy_optax
+        >>> def loss_fn(params): return jnp.sum((params["kernel"] - 2.0 * jnp.eye(4)) ** 2)
+        >>> tx = cruxy_optax.self_driving_muon(weight_decay=0.0)
+        >>> params = {"kernel": jnp.eye(4)}
+        >>> opt_state = tx.init(params)
+        >>> for _ in range(150):
+        ...     loss, grads = jax.value_and_grad(loss_fn)(params)
+        ...     updates, opt_state = tx.update(grads, opt_state, params, value=loss)
+        ...     params = optax.apply_updates(params, updates)
+        >>> averaged = cruxy_optax.averaged_params(opt_state, params)
+        >>> print(jnp.diag(averaged["kernel"]).round(1))
+        [2. 2. 2. 2.]
+
+    References:
+        Jordan et al., [Muon](https://kellerjordan.github.io/posts/muon/), 2024; those of
+        `self_driving`.
+    """
+    if law is None:
+        law = SelfDriving(set_point=-0.15 if total_steps is None else -0.2)
+    moments = in_bits(
+        state_bits,
+        mu_dtype,
+        lambda mu_dtype: scale_by_controlled_muon(
+            b1, adam_b1, adam_b2, eps, mu_dtype, nesterov=nesterov, rules=rules, model=model
+        ),
+    )
+    return _steered(
+        moments,
+        learning_rate,
+        weight_decay,
+        _matrices if mask is None else mask,
+        relative_limit,
+        averaging,
+        _ended(law, total_steps),
+        axis_names,
+        rates,
+    )
+
+
+def cooldown(opt_state: optax.OptState, steps: chex.Numeric) -> optax.OptState:
+    """Begins to end a run: the rate falls from now to 0 over so many steps.
+
+    It starts from twice the rate that was found (`SelfDriving.cooldown_peak`), or from where it is
+    if it falls already, so that an end can be put off. At 0 everything stands still; a call then
+    begins once more. Works under `jax.jit`, and nothing is compiled anew.
+
+    Args:
+        opt_state: of an optimizer under `SelfDriving`, of whatever direction.
+        steps: good steps until the rate is 0, at least 1.
+
+    Returns:
+        The same state but for that.
+
+    Raises:
+        ValueError: where the state has no such law, or `steps` is below 1.
+
+    Example:
+        >>> import jax.numpy as jnp, cruxy_optax
+        >>> tx = cruxy_optax.self_driving()
+        >>> params = jnp.ones(3)
+        >>> opt_state = cruxy_optax.cooldown(tx.init(params), steps=2)
+        >>> for _ in range(3):
+        ...     _, opt_state = tx.update(params, opt_state, params)
+        ...     print(f"{cruxy_optax.telemetry(opt_state)['learning_rate']:.3f}")
+        0.002
+        0.001
+        0.000
+    """
+    if not isinstance(steps, jax.core.Tracer):
+        check_count("steps", steps, 1, remedy="give the steps that are left")
+    if not find(opt_state, SelfDrivingState):
+        raise ValueError(
+            "opt_state must be that of an optimizer under SelfDriving, such as self_driving(), got "
+            "one without it; give it a schedule in place of learning_rate."
+        )
+
+    def one(node: Any) -> Any:
+        return begin_cooldown(node, steps, xp=jnp) if isinstance(node, SelfDrivingState) else node
+
+    return jax.tree.map(one, opt_state, is_leaf=lambda node: isinstance(node, SelfDrivingState))
+
+
+def _matrices(params: optax.Params) -> Any:
+    return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
+
+
+def _ended(law: SelfDriving, total_steps: int | None) -> SelfDriving:
+    return law if total_steps is None else dataclasses.replace(law, total_steps=total_steps)
 
 
 def _steered(
@@ -172,18 +355,25 @@ def _steered(
     averaging: float | None,
     law: SelfDriving,
     axis_names: str | Sequence[str],
+    rates: Mapping[str, Any] | None,
 ) -> optax.GradientTransformationExtraArgs:
     if not callable(learning_rate):
         remedy = "leave it out, or freeze parameters with optax.set_to_zero()"
         bounds = {"lower_open": True, "upper_open": True}
         learning_rate = check_range("learning_rate", learning_rate, 0.0, **bounds, remedy=remedy)
+    if relative_limit is not None and law.total_steps is not None:
+        relative_limit = 2.0 * relative_limit  # a rate that is to fall may be one that moves more
     rate = scale_by_meta_learning_rate(
         learning_rate, relative_limit=relative_limit, axis_names=axis_names
     )
-    averages = [] if averaging is None else [average_iterates(averaging)]
     return stabilize(
         optax.chain(
-            clip_by_predicted_norm(), moments, *decayed(weight_decay, mask, law), rate, *averages
+            clip_by_predicted_norm(),
+            moments,
+            *decayed(weight_decay, mask, law),
+            *([] if rates is None else [scale_by_role(rates)]),
+            rate,
+            *([] if averaging is None else [average_iterates(averaging)]),
         ),
         law=law,
         axis_names=axis_names,

@@ -1,0 +1,166 @@
+"""Orthogonal directions for matrices: Muon under the controller, Adam for everything else."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from cruxy_control.checks import check_count
+from cruxy_control.formulas.orthogonal import STEPS, orthogonal_scale, orthogonalize
+from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_controlled_momentum
+from cruxy_optax._roles import label_roles
+from cruxy_optax._tree import accumulator_dtype
+
+ORTHOGONAL_ROLES = ("attention", "mlp", "moe.expert", "ssm", "conv", "matrix")
+"""The roles whose matrices Muon makes orthogonal; not embeddings, positions and output layers."""
+
+
+def orthogonalize_updates(
+    steps: int = STEPS, *, rules: Sequence[tuple[Any, str]] = ()
+) -> optax.GradientTransformation:
+    r"""Makes every matrix among the updates orthogonal: Muon's direction, behind a momentum.
+
+    $$
+    u = 0.1 \sqrt{\max(d_{in}, d_{out})} \; \mathrm{NS}_5(c)
+    $$
+
+    `NS` are `steps` Newton-Schulz steps, after which all singular values of the matrix are about
+    1; the factor makes the root mean square of the direction about 0.1. Matrices of one shape are
+    computed together. What has fewer than two axes passes through.
+
+    A kernel is `(inputs..., outputs)`: all axes but the last are inputs, those of a convolution
+    too. Queries, keys and values of three axes have two of outputs, heads and their width; of
+    experts the first axis counts them.
+
+    Args:
+        steps: of the iteration, at least 1.
+        rules: see `label_roles`, which tells queries and experts.
+
+    Returns:
+        A stateless `optax.GradientTransformation`.
+
+    Raises:
+        ValueError: where `steps` is below 1.
+
+    Example:
+        >>> import jax.numpy as jnp, cruxy_optax
+        >>> tx = cruxy_optax.orthogonalize_updates()
+        >>> updates, _ = tx.update({"kernel": 1000.0 * jnp.eye(4)}, tx.init({}))
+        >>> print(abs(updates["kernel"]).max().round(1))
+        0.2
+
+    References:
+        Jordan et al., [Muon](https://kellerjordan.github.io/posts/muon/), 2024.
+    """
+    check_count("steps", steps, 1, remedy="use 5")
+
+    def update_fn(
+        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del params
+        leaves, treedef = jax.tree.flatten(updates)
+        roles = treedef.flatten_up_to(label_roles(updates, rules=rules))
+        stacks: dict[tuple[Any, ...], list[tuple[int, jax.Array]]] = {}
+        for index, (leaf, role) in enumerate(zip(leaves, roles, strict=True)):
+            if jnp.ndim(leaf) < 2:
+                continue
+            whole = leaf.reshape(_as_matrices(leaf.shape, role)).astype(accumulator_dtype(leaf))
+            wide = whole if whole.shape[1] <= whole.shape[2] else whole.swapaxes(1, 2)
+            stacks.setdefault((wide.shape[1:], wide.dtype), []).append((index, wide))
+        for (shape, _), same in stacks.items():
+            together = jnp.concatenate([wide for _, wide in same])
+            together = orthogonal_scale(*shape) * orthogonalize(together, xp=jnp, steps=steps)
+            begin = 0
+            for index, wide in same:
+                own = together[begin : begin + len(wide)]
+                begin += len(wide)
+                leaf = leaves[index]
+                matrices = _as_matrices(leaf.shape, roles[index])
+                own = own if own.shape == matrices else own.swapaxes(1, 2)
+                leaves[index] = own.reshape(leaf.shape)
+        return treedef.unflatten(leaves), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)
+
+
+def scale_by_controlled_muon(
+    b1: chex.Numeric = 0.95,
+    adam_b1: chex.Numeric = 0.9,
+    adam_b2: chex.Numeric = 0.99,
+    eps: chex.Numeric = 1e-8,
+    mu_dtype: Any | None = None,
+    *,
+    steps: int = STEPS,
+    nesterov: bool = True,
+    rules: Sequence[tuple[Any, str]] = (),
+    model: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Muon with this step's decay rates from the controller: orthogonal matrices, Adam elsewhere.
+
+    Matrices of attention, of feed-forward layers and experts, convolutions and what no name tells
+    get `orthogonalize_updates` of a momentum; embeddings, positions, output layers, adapters,
+    norms, biases and all vectors get `scale_by_controlled_adam`. Which is which `label_roles` says.
+
+    With $m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t$ Nesterov's $\beta_1 m_t + (1 - \beta_1) g_t$
+    is $\beta_1^2 m_{t-1} + (1 - \beta_1^2) g_t$, so that `scale_by_controlled_momentum(b1 ** 2,
+    b1)` computes both.
+
+    Args:
+        b1: decay rate of the matrices' momentum, in `(0, 1)`.
+        adam_b1: base of the first moment's decay elsewhere, in `[0, 1)`.
+        adam_b2: base of the second moment's decay there, in `[0, 1)`.
+        eps: added to the root of the second moment there.
+        mu_dtype: dtype of the first moments; see `scale_by_controlled_adam`.
+        steps: of the Newton-Schulz iteration.
+        nesterov: looks one step ahead, everywhere.
+        rules: see `label_roles`.
+        model: see `label_roles`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`, for use inside `stabilize`. State: 4 bytes a
+        float32 element of a matrix, 8 elsewhere.
+
+    Raises:
+        ValueError: where an argument is outside its range; from `update` outside `stabilize`.
+
+    References:
+        Jordan et al., [Muon](https://kellerjordan.github.io/posts/muon/), 2024; Liu et al., [Muon
+        is Scalable for LLM Training](https://arxiv.org/abs/2502.16982), 2025.
+    """
+    momentum = scale_by_controlled_momentum(b1 * b1 if nesterov else b1, b1, mu_dtype)
+    muon = optax.chain(momentum, orthogonalize_updates(steps, rules=rules))
+    adam = scale_by_controlled_adam(adam_b1, adam_b2, eps, mu_dtype, nesterov=nesterov)
+    return optax.with_extra_args_support(
+        optax.partition({True: muon, False: adam}, orthogonal(rules=rules, model=model))
+    )
+
+
+def orthogonal(
+    *, rules: Sequence[tuple[Any, str]] = (), model: Any = None
+) -> Callable[[optax.Params], Any]:
+    """Tells of every leaf whether Muon makes it orthogonal: a tree of bools like the parameters."""
+
+    def tell(params: optax.Params) -> Any:
+        roles = label_roles(params, model=model, rules=rules)
+
+        def one(leaf: Any, role: str) -> bool:
+            known = any(role == key or role.startswith(f"{key}.") for key in ORTHOGONAL_ROLES)
+            return known and jnp.ndim(leaf) >= 2
+
+        return jax.tree.map(one, params, roles)
+
+    return tell
+
+
+def _as_matrices(shape: tuple[int, ...], role: str) -> tuple[int, int, int]:
+    """How many matrices a kernel is, and their inputs and outputs."""
+    count, rest = (
+        (shape[0], shape[1:]) if role.startswith("moe.expert") and len(shape) > 2 else (1, shape)
+    )
+    fans_out = role.startswith("attention.") and role != "attention.out" and len(rest) == 3
+    inputs = rest[:1] if fans_out else rest[:-1]
+    return count, math.prod(inputs), math.prod(rest[len(inputs) :])
