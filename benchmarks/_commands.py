@@ -14,6 +14,8 @@ MODULES = {
     "finetuning": "finetuning",
     "alignment": "alignment",
     "ablation": "ablation",
+    "roles": "roles",
+    "components": "components",
     "step-time": "step_time",
     "memory": "memory",
     "resume": "resume",

@@ -54,7 +54,13 @@ def add_arguments(
         "--seeds",
         type=lambda text: _whole(text, "--seeds"),
         default=seeds,
-        help="seeds 0, 1, ... (default: %(default)s)",
+        help="how many seeds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--first-seed",
+        type=lambda text: _whole(text, "--first-seed", least=0),
+        default=0,
+        help="the first of them, for seeds that nothing was chosen on (default: %(default)s)",
     )
     parser.add_argument(
         "--steps",
@@ -98,7 +104,7 @@ class Comparison:
         self.steps: int = options.steps or self.workload.steps
         if self.steps % 4:
             raise ValueError(f"--steps must be a multiple of 4, got {self.steps}.")
-        self.seeds = tuple(range(options.seeds))
+        self.seeds = tuple(range(options.first_seed, options.first_seed + options.seeds))
         there = _registry(options.framework)
         names = options.optimizer or [name for name in options.usual if name in there]
         self.optimizers = [self.named(name) for name in names]

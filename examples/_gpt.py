@@ -48,22 +48,24 @@ class GPT(nnx.Module):
         config: the shape.
         vocabulary: number of different tokens.
         rngs: draws the initial weights.
+        tied: whether the output layer is the transposed token embedding, or one of its own.
     """
 
-    def __init__(self, config: GPTConfig, vocabulary: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: GPTConfig, vocabulary: int, *, rngs: nnx.Rngs, tied: bool = True
+    ) -> None:
         init = jax.nn.initializers.normal(0.02)
         self.tokens = nnx.Embed(vocabulary, config.width, embedding_init=init, rngs=rngs)
         self.positions = nnx.Embed(config.context, config.width, embedding_init=init, rngs=rngs)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.layers)])
         self.norm = nnx.LayerNorm(config.width, use_bias=False, rngs=rngs)
+        self.head = None if tied else _linear(config.width, vocabulary, 0.02, rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits, float32, shape `(batch, time, vocabulary)`, of int32 `tokens`, `(batch, time)`.
-
-        The output layer is the transposed token embedding.
-        """
+        """Logits, float32, shape `(batch, time, vocabulary)`, of int32 `tokens`, `(batch, time)`."""
         x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1]))
         for block in self.blocks:
             x = block(x)
-        logits = self.tokens.attend(self.norm(x.reshape(-1, x.shape[-1])))
+        rows = self.norm(x.reshape(-1, x.shape[-1]))
+        logits = self.tokens.attend(rows) if self.head is None else self.head(rows)
         return logits.reshape(*tokens.shape, -1)

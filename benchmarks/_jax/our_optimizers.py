@@ -27,6 +27,7 @@ from cruxy_optax import (
     meta_lion,
     self_driving,
     self_driving_lion,
+    self_driving_muon,
     stability_v1,
     stability_v2,
     telemetry,
@@ -101,11 +102,49 @@ ABLATION = {
 SELF_DRIVING = {
     "self_driving": _driving(self_driving, "Self-driving"),
     "self_driving-lion": _driving(self_driving_lion, "Self-driving Lion")._replace(default=1e-4),
+    "self_driving-muon": _driving(self_driving_muon, "Self-driving Muon"),
     "self_driving-no-average": _driving(
         self_driving, "Self-driving without average", averaging=None
     ),
 }
 """Ours without a rate; the grid is where they start."""
+
+
+def _ended(make: Callable[..., Any], label: str, **options: Any) -> Optimizer:
+    """Self-driving that is told when the run ends."""
+
+    def build(rate: Any, steps: int) -> optax.GradientTransformation:
+        defaults = {"weight_decay": WEIGHT_DECAY, "mask": matrices, "total_steps": steps}
+        return make(rate, **defaults | options)
+
+    return _driving(make, f"{label}, known end")._replace(make=build)
+
+
+ENDED = {
+    "self_driving-ended": _ended(self_driving, "Self-driving"),
+    "self_driving-lion-ended": _ended(self_driving_lion, "Self-driving Lion")._replace(
+        default=1e-4
+    ),
+    "self_driving-muon-ended": _ended(self_driving_muon, "Self-driving Muon"),
+}
+"""The same, told when the run ends."""
+
+ROLES = {
+    "self_driving-embedding-third": _driving(
+        self_driving, "Self-driving, embedding / 3", rates={"embedding": 1 / 3}
+    ),
+    "self_driving-norm-thrice": _driving(
+        self_driving, "Self-driving, norm x 3", rates={"norm": 3.0}
+    ),
+    "self_driving-embedding-third-norm-thrice": _driving(
+        self_driving, "Self-driving, both", rates={"embedding": 1 / 3, "norm": 3.0}
+    ),
+    "self_driving-head-third": _driving(
+        self_driving, "Self-driving, head / 3", rates={"head": 1 / 3}
+    ),
+    "self_driving-lora-plus": _driving(self_driving, "Self-driving, LoRA+", rates={"lora.b": 16.0}),
+}
+"""Self-driving with rates by role."""
 
 SCHEDULED = {
     "scheduled": Optimizer("Self-driving's AdamW, cosine", _scheduled, sources=SOURCES),
@@ -158,6 +197,8 @@ PUBLISHED = {
 OPTIMIZERS: dict[str, Optimizer] = (
     CONTROLLED
     | SELF_DRIVING
+    | ENDED
+    | ROLES
     | SCHEDULED
     | COMPACT
     | PEERS

