@@ -1,5 +1,7 @@
 """Roles in JAX: the labels of any tree, masks for optax's own parts, and rates by role."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,6 +143,37 @@ NNX = {
 }
 
 
+def attributes(cls):
+    """A module that is a pytree of its attributes, as Equinox has them."""
+    cls = dataclasses.make_dataclass(cls.__name__, cls.__annotations__)
+    return jax.tree_util.register_dataclass(cls, list(cls.__annotations__), [])
+
+
+@attributes
+class Linear:
+    weight: object
+    bias: object
+
+
+@attributes
+class LayerNorm:
+    weight: object
+    bias: object
+
+
+@attributes
+class MultiheadAttention:
+    query_proj: object
+    key_proj: object
+
+
+@attributes
+class Model:
+    first: object
+    second: object
+    fc: object
+
+
 @pytest.fixture(scope="module")
 def net():
     return NnxNet(nnx.Rngs(0))
@@ -177,6 +210,19 @@ class TestLabels:
         pure = nnx.to_pure_dict(nnx.state(net, nnx.Param))
         found = dotted(label_roles(pure, net))
         assert {k: found[k] for k in NNX} == NNX
+
+    def test_modules_that_are_trees_of_attributes(self):
+        matrix, vector = jnp.ones((8, 8)), jnp.ones(8)
+        attention = MultiheadAttention(Linear(matrix, None), Linear(matrix, None))
+        model = Model(LayerNorm(vector, vector), attention, Linear(matrix, vector))
+        assert dotted(label_roles(model)) == {
+            "first.weight": "norm",
+            "first.bias": "norm.bias",
+            "second.query_proj.weight": "attention.q",
+            "second.key_proj.weight": "attention.k",
+            "fc.weight": "head",
+            "fc.bias": "bias",
+        }
 
     def test_a_module_called_value_and_the_key_of_a_box_are_told_apart(self):
         boxed = {"attn": {"value": {"kernel": {"value": jnp.ones((4, 4))}}, "query": {"w": 0.0}}}
