@@ -36,7 +36,7 @@ ROLES = (
 - `position`: embeddings and tables of positions, and learned vectors with a place of their own in
   the sequence, such as ViT's class token.
 - `norm`, `norm.bias`: what a normalisation multiplies by and adds; `bias`: what others add.
-- `conv`: a convolution's weight, that which makes patches included.
+- `conv`: a convolution's weight wherever it stands: what makes patches, or the output, included.
 - `attention.*`: `qkv` and `kv` are fused; `.a` and `.b` are factors of a projection of low rank.
 - `mlp.*`: `gate_up` is fused. Shared experts, which see every token, are MLPs.
 - `moe.*`: what chooses experts, and the experts. `ssm.*`: Mamba's; `a` is `A_log`, `d` is `D`.
