@@ -12,10 +12,12 @@ from cruxy_torch._memory.estimate import MemoryEstimate, estimate_memory, state_
 from cruxy_torch._optimizers.axiom import AXIOM
 from cruxy_torch._optimizers.cosmic import Cosmic
 from cruxy_torch._optimizers.cruxy import CruxyOptimizer
+from cruxy_torch._optimizers.tiger import Tiger
 from cruxy_torch._roles.groups import param_groups
 from cruxy_torch._roles.labels import RoleMask, label_roles, role_mask
 from cruxy_torch._roles.layouts import qkv_slices
 from cruxy_torch._roles.table import role_table
+from cruxy_torch._roles.tagged import build_tagged_param_groups
 from cruxy_torch.backends import Backend, BackendUse, backends, use_backend
 
 __all__ = [
@@ -37,8 +39,10 @@ __all__ = [
     "RoleTable",
     "ScaleSlices",
     "SignBlend",
+    "Tiger",
     "TrustRatio",
     "backends",
+    "build_tagged_param_groups",
     "estimate_memory",
     "label_roles",
     "param_groups",
