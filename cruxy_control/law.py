@@ -10,10 +10,11 @@ from cruxy_control.signals import Signals
 class Law(Protocol):
     """A frozen config whose `step` turns one step's signals into controls.
 
-    `cruxy_control` has `StabilityV1`, `StabilityV2`, `Meta3` and `SelfDriving`; any object with
-    these three members serves. One that also has a true `needs_alignment` is given
-    `Signals.alignment` and `Signals.limit_scale`; one that moves `Controls.sign_weight` or
-    `Controls.decay_scale` has a true `steers_decay`, without which both are left alone.
+    `cruxy_control` has `StabilityV1`, `StabilityV2`, `Meta3`, `SelfDriving` and, around any of
+    them, `PlateauGuard`; any object with these three members serves. One that also has a true
+    `needs_alignment` is given `Signals.alignment` and `Signals.limit_scale`; one that moves
+    `Controls.sign_weight` or `Controls.decay_scale` has a true `steers_decay`, without which both
+    are left alone.
     """
 
     @property

@@ -60,7 +60,7 @@ def stabilize(
     Args:
         inner: an actuator, or an `optax.chain` of actuators and anything else.
         law: the control law with its constants, `Meta3()`, `StabilityV1()`, `StabilityV2()` or
-            `SelfDriving()`.
+            `SelfDriving()`, or `PlateauGuard` around one of them.
         axis_names: under `jax.shard_map` or `jax.pmap`, the axes over which devices have to decide
             alike: the loss is averaged over them, and the norms are taken over all shards of
             leaves split along them (told apart by `shard_map`'s `check_vma=True`, its default;

@@ -144,7 +144,7 @@ def last_controls(law_state: dict[str, Tensor]) -> Controls:
 def _hold(vector: Tensor, controls: Controls, xp: Any) -> None:
     threshold = xp.clip(controls.clip_threshold, 0.0, NOT_KNOWN)  # no threshold is a finite number
     controls = controls._replace(clip_threshold=threshold)
-    values = [getattr(controls, name) for name in CONTROLS[: len(vector)]]
+    values = [getattr(controls, name) for name in CONTROLS[: vector.shape[0]]]
     if xp is not _scalar_numpy:
         vector.copy_(torch.where(controls.ok, torch.stack(values), vector))
     elif controls.ok:

@@ -320,6 +320,29 @@ def test_every_optimizer_of_jax_decays_by_the_coefficient_times_the_scale(kind):
         np.testing.assert_allclose(a, b, rtol=0, atol=12 * 2.0**-22)
 
 
+def test_in_jax_with_released_gradients_the_scale_holds_for_the_step_after():
+    def loss_fn(head, embed, x, batch):
+        return jnp.sum(x**2)
+
+    def run(law, decays):
+        params = cruxy_optax.LayerStack(jnp.ones((2, 3)), jnp.ones((2, 3)), ())
+        state = None
+        for decay in decays:
+            released = cruxy_optax.release_gradients(
+                cruxy_optax.meta3(0.01, law=law, weight_decay=decay),
+                lambda embed, batch: batch @ embed,
+                lambda layer, x, batch: x * layer,
+                loss_fn,
+            )
+            state = released.init(params) if state is None else state
+            params, state, _ = jax.jit(released.step)(params, state, jnp.ones((1, 2)))
+        return params
+
+    got, want = run(Fixed(decay_scale=0.25), [0.4] * 3), run(Plain(), [0.4, 0.1, 0.1])
+    for a, b in zip(got[:2], want[:2], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=3 * 2.0**-22)
+
+
 def test_before_a_direction_it_is_the_l2_coefficient_that_is_scaled():
     def chain(law, decay):
         return cruxy_optax.stabilize(
@@ -441,10 +464,22 @@ def test_a_run_of_jax_is_resumed_to_the_bit(kind):
     assert jax.tree.all(jax.tree.map(np.array_equal, whole, resumed))
 
 
+def test_a_guarded_run_moves_from_jax_to_pytorch():
+    _, state = in_jax(lambda: cruxy_optax.meta3(0.01, law=PlateauGuard(Meta3(), patience=2)), 30)
+    params = [torch.nn.Parameter(p) for p in tensors()]
+    optimizer = cruxy_torch.CruxyOptimizer(params, law=PlateauGuard(Meta3(), patience=2))
+    saved = cruxy_torch.state_from_optax(optimizer, state, lambda tree: tree)
+    optimizer.load_state_dict(saved)
+    shown = cruxy_optax.telemetry(state)
+    for name in ("sign_weight", "decay_scale"):
+        assert optimizer.telemetry()[name] == float(shown[name])
+
+
 def test_self_driving_is_guarded_too():
     guard = PlateauGuard(SelfDriving(), patience=10)
-    _, state = in_jax(lambda: cruxy_optax.self_driving(law=guard), 30)
+    _, state = in_jax(lambda: cruxy_optax.self_driving(law=guard, total_steps=30), 31)
     shown = cruxy_optax.telemetry(state)
+    assert shown["learning_rate"] == 0.0, "the end is the wrapped law's to know"
     _, optimizer = trained(lambda p: cruxy_torch.CruxyOptimizer(p, law=guard), 30)
     names = {"alignment", "sign_weight", "decay_scale"}
     assert names <= shown.keys() & optimizer.telemetry().keys()

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from cruxy_control.checks import check_count, check_range
+from cruxy_control.law import Law
+from cruxy_control.plateau import PlateauGuard
 from cruxy_control.self_driving import SelfDriving, SelfDrivingState, begin_cooldown
 from cruxy_optax._actuators.average import average_iterates
 from cruxy_optax._actuators.clip import clip_by_predicted_norm
@@ -37,7 +39,7 @@ def self_driving(
     averaging: float | None = 16.0,
     total_steps: int | None = None,
     rates: Mapping[str, Any] | None = None,
-    law: SelfDriving = SelfDriving(),
+    law: Law = SelfDriving(),
     axis_names: str | Sequence[str] = (),
     state_bits: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -133,7 +135,7 @@ def self_driving_lion(
     averaging: float | None = 16.0,
     total_steps: int | None = None,
     rates: Mapping[str, Any] | None = None,
-    law: SelfDriving = SelfDriving(),
+    law: Law = SelfDriving(),
     axis_names: str | Sequence[str] = (),
     state_bits: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -210,7 +212,7 @@ def self_driving_muon(
     averaging: float | None = 16.0,
     total_steps: int | None = None,
     rates: Mapping[str, Any] | None = None,
-    law: SelfDriving | None = None,
+    law: Law | None = None,
     rules: Sequence[tuple[Any, str]] = (),
     model: Any = None,
     axis_names: str | Sequence[str] = (),
@@ -342,8 +344,23 @@ def _matrices(params: optax.Params) -> Any:
     return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
 
 
-def _ended(law: SelfDriving, total_steps: int | None) -> SelfDriving:
-    return law if total_steps is None else dataclasses.replace(law, total_steps=total_steps)
+def _ended(law: Law, total_steps: int | None) -> Law:
+    if total_steps is None:
+        return law
+    if isinstance(law, PlateauGuard):
+        return dataclasses.replace(law, law=_ended(law.law, total_steps))
+    if isinstance(law, SelfDriving):
+        return dataclasses.replace(law, total_steps=total_steps)
+    raise ValueError(
+        f"total_steps needs a law that is told when a run ends, SelfDriving, got {law!r}; leave "
+        "total_steps out, and give a schedule in place of learning_rate."
+    )
+
+
+def _has_end(law: Law) -> bool:
+    if isinstance(law, PlateauGuard):
+        return _has_end(law.law)
+    return isinstance(law, SelfDriving) and law.total_steps is not None
 
 
 def _steered(
@@ -353,7 +370,7 @@ def _steered(
     mask: Mask,
     relative_limit: chex.Numeric | None,
     averaging: float | None,
-    law: SelfDriving,
+    law: Law,
     axis_names: str | Sequence[str],
     rates: Mapping[str, Any] | None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -361,7 +378,7 @@ def _steered(
         remedy = "leave it out, or freeze parameters with optax.set_to_zero()"
         bounds = {"lower_open": True, "upper_open": True}
         learning_rate = check_range("learning_rate", learning_rate, 0.0, **bounds, remedy=remedy)
-    if relative_limit is not None and law.total_steps is not None:
+    if relative_limit is not None and _has_end(law):
         relative_limit = 2.0 * relative_limit  # a rate that is to fall may be one that moves more
     rate = scale_by_meta_learning_rate(
         learning_rate, relative_limit=relative_limit, axis_names=axis_names
