@@ -9,7 +9,6 @@ from cruxy_control.controls import Controls
 from cruxy_control.sensing import SENSED, SensorState, V2Sensors
 from cruxy_control.signals import Signals, known
 
-
 COOLDOWN_PEAK = 2.0
 """Of the rate that was found, where one that is to fall begins."""
 

@@ -4,6 +4,7 @@ from cruxy_control.role_table import RoleRow, RoleTable
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.directions import Momentum, SignBlend
 from cruxy_torch._actuators.lora_pid import BlendByLoraPid
+from cruxy_torch._actuators.orthogonal import Orthogonal
 from cruxy_torch._actuators.slices import BalanceSlices, ScaleSlices
 from cruxy_torch._actuators.trust import AdaptiveGradientClip, ClipRms, TrustRatio
 from cruxy_torch._diagnose import DebugCheck
@@ -34,6 +35,7 @@ __all__ = [
     "Direction",
     "MemoryEstimate",
     "Momentum",
+    "Orthogonal",
     "RoleMask",
     "RoleRow",
     "RoleTable",

@@ -20,13 +20,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from cruxy_torch import CruxyOptimizer
+from cruxy_torch import CruxyOptimizer, param_groups
 
 STEPS = 6
 OPTIONS = {
     "adam": {},
     "lion": {"use_lion": True, "lr": 1e-3, "use_gc": True},
     "self_driving": {"mode": "self_driving", "lr": 10.0},
+    "muon": {"direction": "muon"},
 }
 LOW_BIT = {
     "adam8": {"state_bits": 8},
@@ -58,7 +59,10 @@ def loss_of(net, x, y):
 
 
 def optimizer(net, name, **more):
-    return CruxyOptimizer(net.parameters(), **{"lr": 1e-2, **EVERY[name], **more})
+    options = {"lr": 1e-2, **EVERY[name], **more}
+    muon = options.get("direction") == "muon"
+    params = param_groups(net, lr=options["lr"]) if muon else net.parameters()
+    return CruxyOptimizer(params, **options)
 
 
 def alone(name, steps=STEPS, release=False):

@@ -10,6 +10,18 @@ are enough, for which singular values end between 0.7 and 1.2 and not at 1."""
 
 STEPS = 5
 
+ROLES = ("attention", "mlp", "moe.expert", "ssm", "conv", "matrix")
+"""Whose matrices Muon makes orthogonal (`cruxy_control.roles`): those inside a model, and not
+embeddings, positions, output layers and adapters."""
+
+BETAS = (0.9025, 0.95)
+"""Nesterov's momentum of 0.95 as Lion writes its own: `b m_t + (1 - b) g_t` is `b^2 m_{t-1} +
+(1 - b^2) g_t`."""
+
+SET_POINT, SET_POINT_ENDED = -0.15, -0.2
+"""Where `SelfDriving` steers the alignment of orthogonal directions to: for a run without an end,
+and for one whose end is known."""
+
 SIZE = 0.1
 """Root mean square of a direction, in units of a matrix whose singular values are all 1."""
 
@@ -37,6 +49,11 @@ def orthogonalize(x: Any, *, xp: Any, steps: int = STEPS) -> Any:
         gram = xp.matmul(x, xp.swapaxes(x, -1, -2))
         x = a * x + xp.matmul(b * gram + c * xp.matmul(gram, gram), x)
     return x
+
+
+def is_orthogonal(role: str, axes: int) -> bool:
+    """Whether Muon makes a parameter of this role, with so many axes, orthogonal."""
+    return axes > 1 and any(role == key or role.startswith(f"{key}.") for key in ROLES)
 
 
 def orthogonal_scale(rows: int, columns: int) -> float:

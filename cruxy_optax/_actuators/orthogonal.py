@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import optax
 
 from cruxy_control.checks import check_count
-from cruxy_control.formulas.orthogonal import STEPS, orthogonal_scale, orthogonalize
+from cruxy_control.formulas.orthogonal import (
+    STEPS,
+    is_orthogonal,
+    orthogonal_scale,
+    orthogonalize,
+)
 from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_controlled_momentum
 from cruxy_optax._roles import label_roles
 from cruxy_optax._tree import accumulator_dtype
-
-ORTHOGONAL_ROLES = ("attention", "mlp", "moe.expert", "ssm", "conv", "matrix")
-"""The roles whose matrices Muon makes orthogonal; not embeddings, positions and output layers."""
 
 
 def orthogonalize_updates(
@@ -146,12 +148,7 @@ def orthogonal(
 
     def tell(params: optax.Params) -> Any:
         roles = label_roles(params, model=model, rules=rules)
-
-        def one(leaf: Any, role: str) -> bool:
-            known = any(role == key or role.startswith(f"{key}.") for key in ORTHOGONAL_ROLES)
-            return known and jnp.ndim(leaf) >= 2
-
-        return jax.tree.map(one, params, roles)
+        return jax.tree.map(lambda p, role: is_orthogonal(role, jnp.ndim(p)), params, roles)
 
     return tell
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from cruxy_control.checks import check_count, check_range
+from cruxy_control.formulas.orthogonal import SET_POINT, SET_POINT_ENDED
 from cruxy_control.law import Law
 from cruxy_control.plateau import PlateauGuard
 from cruxy_control.self_driving import SelfDriving, SelfDrivingState, begin_cooldown
@@ -276,7 +277,7 @@ def self_driving_muon(
         `self_driving`.
     """
     if law is None:
-        law = SelfDriving(set_point=-0.15 if total_steps is None else -0.2)
+        law = SelfDriving(set_point=SET_POINT if total_steps is None else SET_POINT_ENDED)
     moments = in_bits(
         state_bits,
         mu_dtype,

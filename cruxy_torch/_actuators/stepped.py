@@ -12,7 +12,7 @@ from torch import Tensor
 from cruxy_torch._actuators.centralize import centralized
 from cruxy_torch._blocks import blocks
 from cruxy_torch._columns import Columns
-from cruxy_torch._distributed.shards import over_ranks
+from cruxy_torch._distributed.shards import gathered, over_ranks, own_part
 from cruxy_torch._kept import Kept, compute_dtype, read, write
 from cruxy_torch._orders import Orders
 
@@ -124,6 +124,14 @@ class SteppedTensor:
             axis: the axis that was summed over, the others kept; `None` for all.
         """
         return over_ranks(part, self._whole, axis)
+
+    def gather(self, part: Tensor) -> Tensor:
+        """All of a tensor like this one, on every rank, from this rank's part; else the part."""
+        return gathered(part, self._whole)
+
+    def scatter(self, full: Tensor) -> Tensor:
+        """This rank's part of a tensor like this one that every rank has all of."""
+        return own_part(full, self._whole)
 
     def move(self, number: int, direction: Tensor, rate: Tensor, *, finite: bool) -> None:
         """`p <- p - rate (direction + decay p)` for a block `p` of the parameter (WP 7, 13).

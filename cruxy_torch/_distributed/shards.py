@@ -110,6 +110,34 @@ def by_mesh(grads: Sequence[Tensor]) -> tuple[list[int], dict[Any, dict[int, lis
     return plain, sharded
 
 
+def gathered(own: Tensor, whole: Tensor) -> Tensor:
+    """All of a tensor that is split like `whole`, on every rank, from this rank's part of it."""
+    if not is_sharded(whole):
+        return own
+    from torch.distributed.tensor import DTensor
+
+    split = DTensor.from_local(
+        own,
+        whole.device_mesh,
+        whole.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+    return split.full_tensor()
+
+
+def own_part(full: Tensor, whole: Tensor) -> Tensor:
+    """This rank's part of a tensor that every rank has all of, split like `whole`."""
+    if not is_sharded(whole):
+        return full
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = [Replicate()] * whole.device_mesh.ndim
+    copies = DTensor.from_local(full, whole.device_mesh, everywhere, run_check=False)
+    return copies.redistribute(whole.device_mesh, whole.placements).to_local()
+
+
 def shard_elements(param: Tensor) -> int:
     """Elements of the largest shard."""
     shape = list(param.shape)

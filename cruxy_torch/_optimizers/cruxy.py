@@ -1,5 +1,6 @@
 """`CruxyOptimizer`: the control law around Adam, Lion and other directions, called like AdamW."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from cruxy_control import Law, Meta3, SelfDriving, StabilityV1, StabilityV2
 from cruxy_control.checks import check_count, check_range
+from cruxy_control.formulas import orthogonal
 from cruxy_control.law import needs_alignment
 from cruxy_torch import _checks, _step
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.moments import Adam, Lion
+from cruxy_torch._actuators.orthogonal import Orthogonal
 from cruxy_torch._actuators.stepped import Frame
 from cruxy_torch._native import library
 from cruxy_torch._optimizers.directed import DirectedOptimizer
@@ -95,7 +98,13 @@ class CruxyOptimizer(DirectedOptimizer):
         momentum_dtype: dtype of the first moment. `None` is the parameter's, but float32 for
             float16; `torch.bfloat16` halves Lion's state. The second moment is float32 always
             (float64 for float64 parameters).
-        direction: what a gradient becomes, in the place of Adam's or Lion's direction.
+        direction: what a gradient becomes, in the place of Adam's or Lion's direction. `"muon"`
+            makes matrices inside the model orthogonal (`cruxy_torch.Orthogonal`) and leaves Adam to
+            embeddings, output layers and vectors: it has to know what each parameter is, from the
+            groups of `cruxy_torch.param_groups(model, ...)`.
+        total_steps: steps of the run, where they are known, under `mode="self_driving"`: the rate
+            is found in the first fifth of them and then falls to 0 from twice of it, under twice
+            the relative limit; `cooldown` begins that at any step. `None` for a run without end.
         maximize: climbs instead of descending.
         foreach: torch's foreach operations; by default on every device but the CPU.
         fused: the C library on CPU. `None` takes it where it can be built and the tensors fit, or
@@ -117,7 +126,8 @@ class CruxyOptimizer(DirectedOptimizer):
         relative_limit: no tensor gets a rate above this share of its own root mean square (which
             counts as at least 0.01), or of that of all parameters (those that have a gradient and
             a limit, of all groups) where that is smaller; above 0, `None` for no limit. The default
-            is none, but 0.1 under `mode="self_driving"`, with `use_lion` 0.01.
+            is none, but 0.1 under `mode="self_driving"`, with `use_lion` 0.01, with
+            `direction="muon"` 0.2.
         averaging: keeps the average of the parameters over the run, for `averaged`, with this
             power: step `t` has the weight `(averaging + 1) / (t + averaging)`, so that about the
             last `1 / (averaging + 1)` of the run counts. At least 0; `None` keeps none and saves
@@ -183,7 +193,8 @@ class CruxyOptimizer(DirectedOptimizer):
         law: Law | None = None,
         lr_bounds: tuple[float, float] | None = None,
         momentum_dtype: torch.dtype | None = None,
-        direction: Direction | None = None,
+        direction: Direction | Literal["muon"] | None = None,
+        total_steps: int | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -196,8 +207,15 @@ class CruxyOptimizer(DirectedOptimizer):
         averaging: float | Literal["mode"] | None = "mode",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        muon = direction == "muon"
         if law is None:
             law = _law_of(mode, gamma_norm, meta_lr_eta, meta_lr_beta2, meta_interval)
+            law = _told(law, total_steps, muon=muon)
+        elif total_steps is not None:
+            raise ValueError(
+                f"total_steps belongs to mode='self_driving', got {total_steps!r} beside law=; "
+                "give it to the law, SelfDriving(total_steps=...)."
+            )
         _checks.check_choices(
             momentum_dtype, state_bits, select, foreach, fused, compile, differentiable
         )
@@ -206,7 +224,8 @@ class CruxyOptimizer(DirectedOptimizer):
         if betas is None:
             betas = (0.9, (0.95 if use_lion else 0.99) if driving else 0.999)
         if relative_limit == "mode":
-            relative_limit = (0.01 if use_lion else 0.1) if driving else None
+            usual = 0.01 if use_lion else 0.2 if muon else 0.1
+            relative_limit = usual * (1 if total_steps is None else 2) if driving else None
         if averaging == "mode":
             averaging = 16.0 if driving else None
         self._momentum_dtype, self._direction = momentum_dtype, direction
@@ -241,11 +260,24 @@ class CruxyOptimizer(DirectedOptimizer):
         for group in self.param_groups:
             group.setdefault("state_bits", 32)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group with options of its own; the one controller sees its gradients too."""
+        if self._direction == "muon" and _is_orthogonal(param_group):
+            param_group = {"betas": orthogonal.BETAS, **param_group}
+        super().add_param_group(param_group)
+
     def _check_group(self, group: dict[str, Any]) -> None:
         _checks.check_group(group)
+        if self._direction == "muon" and "role" not in group:
+            raise ValueError(
+                "direction='muon' must know what each parameter is, got a group without a role; "
+                "give cruxy_torch.param_groups(model, lr=...)."
+            )
 
     def _direction_of(self, group: dict[str, Any], moving: Sequence[Tensor] = ()) -> Direction:
-        if self._direction is not None:
+        if self._direction == "muon" and _is_orthogonal(group):
+            return Orthogonal(stacked=group["role"].startswith("moe.expert"))
+        if isinstance(self._direction, Direction):
             return self._direction
         return Lion() if group["use_lion"] else Adam(group["eps"], group["use_nesterov"])
 
@@ -318,11 +350,35 @@ def _law_of(mode: str, gamma: float, rate_gain: float, beta2_gain: float, interv
     return laws[mode]()
 
 
-def _check_direction(direction: Direction | None, law: Law, *, use_lion: bool) -> None:
-    """Raises unless a direction of the user's own can be taken, under this law."""
-    if direction is None:
+def _told(law: Law, total_steps: int | None, *, muon: bool) -> Law:
+    """The law, told when the run ends and what direction it steers."""
+    if isinstance(law, SelfDriving):
+        known = total_steps is not None
+        if muon:
+            set_point = orthogonal.SET_POINT_ENDED if known else orthogonal.SET_POINT
+            law = dataclasses.replace(law, set_point=set_point)
+        return dataclasses.replace(law, total_steps=total_steps)
+    if total_steps is not None:
+        raise ValueError(
+            f"total_steps belongs to mode='self_driving', got {total_steps!r} with another; give a "
+            "scheduler of torch.optim in its place."
+        )
+    return law
+
+
+def _is_orthogonal(group: dict[str, Any]) -> bool:
+    """Whether a group is of matrices that Muon makes orthogonal."""
+    params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+    role = str(group.get("role", ""))
+    return bool(params) and all(orthogonal.is_orthogonal(role, p.ndim) for p in params)
+
+
+def _check_direction(direction: Any, law: Law, *, use_lion: bool) -> None:
+    """Raises unless a direction can be taken, under this law."""
+    muon = isinstance(direction, str) and direction == "muon"
+    if direction is None or (muon and not use_lion):
         return
-    if not isinstance(direction, Direction):
+    if not muon and not isinstance(direction, Direction):
         raise TypeError(
             f"direction must be an instance of cruxy_torch.Direction, got {direction!r}; derive "
             "from that class, and give an instance."
@@ -330,7 +386,7 @@ def _check_direction(direction: Direction | None, law: Law, *, use_lion: bool) -
     if use_lion:
         raise ValueError(
             f"use_lion must be False where direction says what a gradient becomes, got "
-            f"{type(direction).__name__} with it; leave one of them out."
+            f"{direction!r} with it; leave one of them out."
         )
     if needs_alignment(law) and not direction.moments:
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cruxy_control.checks import check_count
 from cruxy_torch import _checks
 from cruxy_torch._actuators.apply import DirectedGroup, group_of
 from cruxy_torch._actuators.direction import Direction
@@ -15,6 +16,7 @@ from cruxy_torch._controlled_optimizer import ControlledOptimizer
 from cruxy_torch._kept import compute_dtype
 from cruxy_torch._memory.state import add_moment, bits_of, numbered
 from cruxy_torch._native import library, passes
+from cruxy_torch._optimizers import cooldown
 from cruxy_torch.backends import BackendUse
 
 
@@ -87,6 +89,35 @@ class DirectedOptimizer(ControlledOptimizer):
             tensors[rest if reason else "native"] += 1
             if reason:
                 why[reason] += 1
+
+    def cooldown(self, steps: int) -> None:
+        """Begins to end a run: the rate falls from now to 0 over so many good steps.
+
+        It starts from twice the rate that was found, or from where it is if it falls already, so
+        that an end can be put off. At 0 everything stands still; a call then begins once more.
+
+        Args:
+            steps: until the rate is 0, at least 1.
+
+        Raises:
+            ValueError: where the law is not `SelfDriving`, or `steps` is below 1.
+
+        Example:
+            >>> import torch
+            >>> import cruxy_torch
+            >>> x = torch.nn.Parameter(torch.ones(3))
+            >>> optimizer = cruxy_torch.CruxyOptimizer([x], mode="self_driving")
+            >>> optimizer.cooldown(steps=2)
+            >>> for _ in range(3):
+            ...     x.grad = torch.ones(3)
+            ...     optimizer.step()
+            ...     print(f"{optimizer.telemetry()['learning_rate']:.3f}")
+            0.002
+            0.001
+            0.000
+        """
+        check_count("steps", steps, 1, remedy="give the steps that are left")
+        cooldown.begin(self._law(), self._settings.names, steps)
 
     def _direction_of(self, group: dict[str, Any], moving: Sequence[Tensor] = ()) -> Direction:
         """The direction of a group, of which these parameters have a gradient."""

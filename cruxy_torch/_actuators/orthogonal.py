@@ -1,0 +1,70 @@
+"""The direction of Muon: a matrix made orthogonal, of one moment."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cruxy_control.formulas.orthogonal import STEPS, orthogonal_scale, orthogonalize
+from cruxy_torch._actuators.direction import Direction
+from cruxy_torch._actuators.stepped import SteppedTensor
+from cruxy_torch._orders import Orders
+
+
+@dataclasses.dataclass(frozen=True)
+class Orthogonal(Direction):
+    r"""Muon's direction of a matrix, for `CruxyOptimizer(direction=)` and groups of matrices alone.
+
+    $$
+    c_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
+    m_t = \beta_2 m_{t-1} + (1 - \beta_2) g_t, \qquad
+    u_t = 0.1 \sqrt{\max(d_{in}, d_{out})} \; \mathrm{NS}_5(c_t)
+    $$
+
+    `betas=(0.9025, 0.95)` is Nesterov's momentum of 0.95. A weight is `(outputs, inputs...)`: all
+    axes but the first are inputs, those of a convolution too. A tensor that is sharded is gathered,
+    one at a time, for as long as its direction is computed.
+
+    Attributes:
+        steps: of the Newton-Schulz iteration, at least 1.
+        stacked: whether the first axis counts matrices, as that of experts does.
+
+    References:
+        Jordan et al., [Muon](https://kellerjordan.github.io/posts/muon/), 2024.
+    """
+
+    steps: int = STEPS
+    stacked: bool = False
+
+    is_finite = True
+    moments = ("exp_avg",)
+
+    def blocks(
+        self, tensor: SteppedTensor, factors: Any, orders: Orders
+    ) -> Callable[[int], Tensor]:
+        """The direction, computed at once and handed out in blocks."""
+        numerators = []
+        for number in range(tensor.blocks):
+            x, m = tensor.gradient(number), tensor.read("exp_avg", number)
+            numerators.append(orders.beta1 * m + (1.0 - orders.beta1) * x)
+            tensor.write("exp_avg", number, orders.beta2 * m + (1.0 - orders.beta2) * x)
+        own = numerators[0] if tensor.blocks == 1 else torch.cat(numerators)
+        whole = tensor.gather(own)
+        if whole.ndim < 2 + self.stacked:
+            raise ValueError(
+                "an orthogonal direction is that of a matrix, got a parameter of the shape "
+                f"{tuple(whole.shape)}; put it into a group of its own, as param_groups does."
+            )
+        lengths = tuple(whole.shape)
+        count = lengths[0] if self.stacked else 1
+        rows = lengths[1] if self.stacked else lengths[0]
+        matrices = whole.reshape(count, rows, math.prod(lengths) // max(1, count * rows))
+        tall = matrices.shape[1] > matrices.shape[2]
+        wide = matrices.mT if tall else matrices
+        found = orthogonal_scale(*wide.shape[1:]) * orthogonalize(wide, xp=torch, steps=self.steps)
+        found = found.mT if tall else found
+        direction = tensor.scatter(found.reshape(lengths))
+        return lambda number: direction[tensor.place(number)]

@@ -1,0 +1,297 @@
+"""Orthogonal directions under the law: the formula, both frameworks, a known end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import cruxy_optax
+from cruxy_control import Meta3, SelfDriving, Signals
+from cruxy_control.formulas.orthogonal import orthogonal_scale, orthogonalize
+from cruxy_control.self_driving import begin_cooldown
+
+STEPS = 60
+
+
+def matrix(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (4, 30), (3, 5, 17)])
+def test_singular_values_are_about_one(shape):
+    values = np.linalg.svd(np.asarray(orthogonalize(jnp.asarray(matrix(*shape)), xp=jnp)))[1]
+    assert values.min() > 0.4
+    assert values.max() < 1.25
+
+
+def test_the_size_of_a_gradient_does_not_count():
+    x = jnp.asarray(matrix(6, 9))
+    once, thousand = (orthogonalize(scale * x, xp=jnp) for scale in (1.0, 1000.0))
+    np.testing.assert_allclose(once, thousand, atol=1e-5)
+
+
+def test_zero_stays_zero_and_has_a_finite_derivative():
+    x = jnp.zeros((3, 4))
+    derivative = jax.grad(lambda x: orthogonalize(x, xp=jnp).sum())(x)
+    assert not np.any(orthogonalize(x, xp=jnp))
+    assert np.isfinite(derivative).all()
+
+
+def test_the_root_mean_square_of_a_direction_is_a_tenth():
+    u = orthogonal_scale(16, 64) * orthogonalize(jnp.asarray(matrix(16, 64)), xp=jnp)
+    assert float(jnp.sqrt(jnp.mean(u * u))) == pytest.approx(0.1, rel=0.15)
+
+
+def tree():
+    return {
+        "tokens": {"embedding": jnp.asarray(matrix(12, 8, seed=1))},
+        "mlp": {
+            "up": {"kernel": jnp.asarray(matrix(8, 20, seed=2)), "bias": jnp.zeros(20)},
+            "down": {"kernel": jnp.asarray(matrix(20, 8, seed=3))},
+        },
+        "norm": {"scale": jnp.ones(8)},
+    }
+
+
+def test_each_matrix_is_as_it_would_be_alone():
+    """Those of one shape, or one that lies on its side, are computed together."""
+    tx = cruxy_optax.orthogonalize_updates()
+    whole, _ = tx.update(tree(), tx.init(tree()))
+    alone, _ = tx.update({"kernel": tree()["mlp"]["down"]["kernel"]}, tx.init({}))
+    np.testing.assert_allclose(whole["mlp"]["down"]["kernel"], alone["kernel"], atol=1e-6)
+    assert np.all(whole["norm"]["scale"] == 1.0)
+
+
+def test_heads_and_experts_are_the_matrices_they_are():
+    """A query kernel is (inputs, heads, width); each expert is a matrix of its own."""
+    tx = cruxy_optax.orthogonalize_updates()
+    query = jnp.asarray(matrix(8, 2, 5))
+    got, _ = tx.update({"attn": {"query": {"kernel": query}}}, tx.init({}))
+    flat, _ = tx.update({"kernel": query.reshape(8, 10)}, tx.init({}))
+    np.testing.assert_allclose(
+        got["attn"]["query"]["kernel"].reshape(8, 10), flat["kernel"], atol=1e-6
+    )
+    experts = jnp.asarray(matrix(3, 8, 5))
+    got, _ = tx.update({"experts": {"up_proj": experts}}, tx.init({}))
+    first, _ = tx.update({"kernel": experts[0]}, tx.init({}))
+    np.testing.assert_allclose(got["experts"]["up_proj"][0], first["kernel"], atol=1e-6)
+
+
+def gradients(step):
+    rng = np.random.default_rng(step)
+    return jax.tree.map(lambda p: np.asarray(rng.normal(size=p.shape), np.float32), tree())
+
+
+def train(tx, params=None, state=None, steps=range(STEPS)):
+    params = tree() if params is None else params
+    state = tx.init(params) if state is None else state
+    update = jax.jit(tx.update)
+    for step in steps:
+        updates, state = update(gradients(step), state, params, value=jnp.float32(1.0))
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def test_only_matrices_inside_the_model_are_without_a_second_moment():
+    state = cruxy_optax.self_driving_muon(averaging=None).init(tree())
+    held = [leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim]
+    matrices, rest = 2 * 160, 96 + 20 + 8
+    assert sum(size for size in held if size in (160, 96, 20, 8)) == matrices + 2 * rest
+
+
+def test_a_skipped_step_moves_nothing():
+    tx = cruxy_optax.self_driving_muon()
+    params, state = train(tx, steps=range(3))
+    bad = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), gradients(3))
+    updates, after = tx.update(bad, state, params, value=1.0)
+    assert all(not np.any(u) for u in jax.tree.leaves(updates))
+    kept = [(a, b) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True)]
+    assert all(np.array_equal(a, b) for a, b in kept if a.ndim > 1)
+
+
+def test_sharded_matrices_give_what_whole_ones_give():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    shard = {
+        2: NamedSharding(mesh, PartitionSpec("data", None)),
+        1: NamedSharding(mesh, PartitionSpec()),
+    }
+    tx = cruxy_optax.self_driving_muon()
+    params = jax.tree.map(lambda p: jax.device_put(p, shard[p.ndim]), tree())
+    ours, _ = train(tx, params, jax.jit(tx.init)(params), range(5))
+    alone, _ = train(tx, steps=range(5))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8])
+def test_it_resumes_to_the_bit(bits):
+    tx = cruxy_optax.self_driving_muon(state_bits=bits)
+    params, state = train(tx, steps=range(6))
+    saved = jax.tree.map(np.asarray, (params, state))
+    there, here = train(tx, params, state, range(6, 12)), train(tx, *saved, range(6, 12))
+    for a, b in zip(jax.tree.leaves(there), jax.tree.leaves(here), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_it_runs_under_meta3():
+    muon = cruxy_optax.scale_by_controlled_muon()
+    rate = cruxy_optax.scale_by_meta_learning_rate(1e-2)
+    tx = cruxy_optax.stabilize(optax.chain(muon, rate), law=Meta3())
+    params, _ = train(tx, steps=range(3))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+# A known end.
+
+
+def law_rates(law, steps, alignment=-0.25, cooldown=None):
+    """What the law multiplies the rate by, step by step; `cooldown` maps steps to its lengths."""
+    state, one, scales = law.init(np.float32(0.0), xp=np), np.float32(1.0), []
+    for step in range(steps):
+        if step in (cooldown or {}):
+            state = begin_cooldown(state, cooldown[step], xp=np)
+        signals = Signals(one, one, one, np.float32(alignment), one)
+        state, controls = law.step(state, signals, xp=np)
+        scales.append(float(controls.meta_scale))
+    return np.array(scales)
+
+
+def test_the_rate_falls_from_twice_what_was_found_to_zero_at_the_end():
+    scales = law_rates(SelfDriving(total_steps=100), 103, alignment=0.0)
+    found = scales[19]
+    wanted = 2.0 * found * (1.0 - np.arange(80) / 80)
+    np.testing.assert_allclose(scales[20:100], wanted, rtol=1e-5)
+    assert not scales[100:].any()
+
+
+def test_a_rate_that_falls_teaches_the_law_nothing():
+    law = SelfDriving(total_steps=100)
+    state, one, scales = law.init(np.float32(0.0), xp=np), np.float32(1.0), []
+    for step in range(60):
+        alignment = np.float32(0.0 if step < 20 else 0.9)
+        state, _ = law.step(state, Signals(one, one, one, alignment, one * 0.5), xp=np)
+        scales.append(state.scale)
+    assert scales[-1] == scales[19] != scales[18]
+
+
+def test_a_cooldown_begins_at_any_step_and_can_be_put_off():
+    scales = law_rates(SelfDriving(), 60, cooldown={10: 20, 20: 20})
+    assert scales[10] == pytest.approx(2.0 * scales[9])
+    assert scales[20] == pytest.approx(scales[9])  # half way down
+    np.testing.assert_allclose(np.diff(scales[20:40]), -scales[20] / 20, rtol=1e-4)
+    assert not scales[40:].any()
+
+
+def test_cooldown_asks_for_a_law_that_finds_the_rate():
+    with pytest.raises(ValueError, match="under SelfDriving"):
+        cruxy_optax.cooldown(cruxy_optax.meta3(1e-3).init(tree()), 10)
+    with pytest.raises(ValueError, match="steps must be a whole number >= 1"):
+        cruxy_optax.cooldown(cruxy_optax.self_driving().init(tree()), 0)
+
+
+def test_cooldown_compiles_nothing_anew_and_state_may_be_donated():
+    tx = cruxy_optax.self_driving()
+    update = jax.jit(tx.update, donate_argnums=1)
+    state = tx.init(tree())
+    for step in range(4):
+        if step == 2:
+            state = cruxy_optax.cooldown(state, 5)
+        _, state = update(gradients(step), state, tree(), value=jnp.float32(1.0))
+    assert update._cache_size() == 1
+
+
+torch = pytest.importorskip("torch")
+
+from cruxy_torch import CruxyOptimizer, param_groups  # noqa: E402
+
+
+class Net(torch.nn.Module):
+    """The tree above as a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = torch.nn.Embedding(12, 8)
+        self.mlp = torch.nn.ModuleDict(
+            {"up": torch.nn.Linear(8, 20), "down": torch.nn.Linear(20, 8, bias=False)}
+        )
+        self.norm = torch.nn.LayerNorm(8, bias=False)
+        own = {
+            "tokens.weight": tree()["tokens"]["embedding"],
+            "mlp.up.weight": tree()["mlp"]["up"]["kernel"].T,
+            "mlp.up.bias": tree()["mlp"]["up"]["bias"],
+            "mlp.down.weight": tree()["mlp"]["down"]["kernel"].T,
+            "norm.weight": tree()["norm"]["scale"],
+        }
+        self.load_state_dict({k: torch.tensor(np.asarray(v)) for k, v in own.items()})
+
+
+def torch_gradients(net, step):
+    g = gradients(step)
+    net.tokens.weight.grad = torch.tensor(g["tokens"]["embedding"])
+    net.mlp["up"].weight.grad = torch.tensor(g["mlp"]["up"]["kernel"].T.copy())
+    net.mlp["up"].bias.grad = torch.tensor(g["mlp"]["up"]["bias"])
+    net.mlp["down"].weight.grad = torch.tensor(g["mlp"]["down"]["kernel"].T.copy())
+    net.norm.weight.grad = torch.tensor(g["norm"]["scale"])
+
+
+@pytest.mark.parametrize("total_steps", [None, STEPS - 5])
+def test_both_frameworks_take_the_same_steps(total_steps):
+    tx = cruxy_optax.self_driving_muon(weight_decay=0.0, total_steps=total_steps)
+    params, state = train(tx)
+    net = Net()
+    optimizer = CruxyOptimizer(
+        param_groups(net, lr=1e-3),
+        mode="self_driving",
+        direction="muon",
+        weight_decay=0.0,
+        total_steps=total_steps,
+    )
+    for step in range(STEPS):
+        torch_gradients(net, step)
+        optimizer.step(loss=1.0)
+    rate = optimizer.telemetry()["learning_rate"]
+    assert rate == pytest.approx(float(cruxy_optax.telemetry(state)["learning_rate"]), rel=1e-3)
+    moved = np.abs(np.asarray(params["mlp"]["up"]["kernel"] - tree()["mlp"]["up"]["kernel"])).max()
+    # Five products of matrices round each step by about 20 ulps of the direction.
+    error = np.abs(
+        np.asarray(params["mlp"]["up"]["kernel"]) - net.mlp["up"].weight.detach().numpy().T
+    )
+    assert error.max() < 1e-3 * moved
+
+
+def test_torch_resumes_a_known_end_to_the_bit():
+    def made():
+        net = Net()
+        groups = param_groups(net, lr=1e-3)
+        return net, CruxyOptimizer(groups, mode="self_driving", direction="muon", total_steps=12)
+
+    def run(net, optimizer, steps):
+        for step in steps:
+            torch_gradients(net, step)
+            optimizer.step(loss=1.0)
+
+    net, optimizer = made()
+    run(net, optimizer, range(12))
+    first, saving = made()
+    run(first, saving, range(6))
+    second, loading = made()
+    second.load_state_dict(first.state_dict())
+    loading.load_state_dict(saving.state_dict())
+    run(second, loading, range(6, 12))
+    for a, b in zip(net.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_muon_asks_what_each_parameter_is():
+    with pytest.raises(ValueError, match="param_groups"):
+        CruxyOptimizer(Net().parameters(), direction="muon")
+
+
+def test_an_end_belongs_to_self_driving():
+    for options in ({"mode": "meta3"}, {"law": SelfDriving()}):
+        with pytest.raises(ValueError, match="total_steps"):
+            CruxyOptimizer(Net().parameters(), total_steps=10, **options)
+    with pytest.raises(ValueError, match="cooldown"):
+        CruxyOptimizer(Net().parameters()).cooldown(5)
