@@ -61,8 +61,8 @@ def orthogonalize_updates(
     check_count("steps", steps, 1, remedy="use 5")
 
     def update_fn(
-        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.EmptyState]:
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
         del params
         leaves, treedef = jax.tree.flatten(updates)
         roles = treedef.flatten_up_to(label_roles(updates, rules=rules))

@@ -327,7 +327,7 @@ def cooldown(opt_state: optax.OptState, steps: chex.Numeric) -> optax.OptState:
         0.001
         0.000
     """
-    if not isinstance(steps, jax.core.Tracer):
+    if not isinstance(steps, jax.Array):
         check_count("steps", steps, 1, remedy="give the steps that are left")
     if not find(opt_state, SelfDrivingState):
         raise ValueError(

@@ -375,20 +375,20 @@ def _is_orthogonal(group: dict[str, Any]) -> bool:
 
 def _check_direction(direction: Any, law: Law, *, use_lion: bool) -> None:
     """Raises unless a direction can be taken, under this law."""
-    muon = isinstance(direction, str) and direction == "muon"
-    if direction is None or (muon and not use_lion):
+    if direction is None:
         return
-    if not muon and not isinstance(direction, Direction):
+    own = isinstance(direction, Direction)
+    if not own and direction != "muon":
         raise TypeError(
-            f"direction must be an instance of cruxy_torch.Direction, got {direction!r}; derive "
-            "from that class, and give an instance."
+            f"direction must be 'muon' or an instance of cruxy_torch.Direction, got {direction!r}; "
+            "derive from that class, and give an instance."
         )
     if use_lion:
         raise ValueError(
             f"use_lion must be False where direction says what a gradient becomes, got "
             f"{direction!r} with it; leave one of them out."
         )
-    if needs_alignment(law) and not direction.moments:
+    if own and needs_alignment(law) and not direction.moments:
         raise ValueError(
             f"law must not steer by the first moment, of which {type(direction).__name__} keeps "
             f"none to compare with, got {type(law).__name__}; name one in its moments, or use "
