@@ -109,6 +109,8 @@ def _in_context(
     in_layer = any(names.says(name) == "attention" for name in parameter.siblings)
     if role is None and in_layer and not own.numbered:
         role = names.BESIDE_ATTENTION.get(text)
+    if role is None and not own.numbered and names.JOINED.keys() <= beside:
+        role = names.JOINED.get(text)
     if text[-1:] in ("1", "2") and f"{text[:-1]}3" in beside and text[:-1] != "w":
         return None  # of three layers, the second is not the last
     if own.text == "Wi":

@@ -50,6 +50,14 @@ MLP = _table(
 )
 """Inside what says MLP, but for `dense` and the three names of `w1`, which need what is beside."""
 
+JOINED = {
+    "attention_in": "attention.qkv",
+    "attention_out": "attention.out",
+    "mlp_in": "mlp.up",
+    "mlp_out": "mlp.down",
+}
+"""Layers that say themselves which part they are, all four of a block beside each other."""
+
 BESIDE_ATTENTION = _table(
     {"mlp.up": "fc1 fc_in linear1 lin1 ffn", "mlp.down": "fc2 fc_out linear2 lin2 ffn_output"}
 )
