@@ -8,6 +8,7 @@ from cruxy_optax._actuators.clip import clip_by_predicted_norm
 from cruxy_optax._actuators.decay import add_controlled_decayed_weights
 from cruxy_optax._actuators.directions import BlendSignState, blend_sign, soften_sign
 from cruxy_optax._actuators.limit import limit_relative_step
+from cruxy_optax._actuators.lora_pid import BlendByLoraPidState, blend_by_lora_pid
 from cruxy_optax._actuators.moments import (
     ScaleByControlledAdamState,
     ScaleByControlledLionState,
@@ -51,6 +52,7 @@ from cruxy_optax._optimizers.self_driving import (
     self_driving_muon,
 )
 from cruxy_optax._optimizers.stability import stability_v1, stability_v2
+from cruxy_optax._optimizers.tiger import tiger
 from cruxy_optax._release import LayerStack, ReleasedStep, release_gradients
 from cruxy_optax._roles.labels import label_roles, role_mask
 from cruxy_optax._roles.layouts import qkv_slices
@@ -69,6 +71,7 @@ from cruxy_optax._telemetry_log import ScalarWriter, TelemetryLog
 __all__ = [
     "AverageIteratesState",
     "BalanceSlicesState",
+    "BlendByLoraPidState",
     "BlendSignState",
     "BlockLayout",
     "Diagnosis",
@@ -102,6 +105,7 @@ __all__ = [
     "averaged_params",
     "axiom",
     "balance_slices",
+    "blend_by_lora_pid",
     "blend_sign",
     "centralize_kernels",
     "clip_by_parameter_norm",
@@ -142,6 +146,7 @@ __all__ = [
     "telemetry",
     "throttle_by_phase",
     "tier_plan",
+    "tiger",
     "track_curvature",
     "track_gamma_norm",
 ]

@@ -22,6 +22,7 @@ from cruxy_optax import (
     stability_v2,
     stabilize,
     throttle_by_phase,
+    tiger,
 )
 
 
@@ -43,6 +44,14 @@ OPTIMIZERS = {
         rate, relative_limit=0.03, averaging=None
     ),
     "axiom": lambda rate=0.01: axiom(rate, b1=0.9, momentum_bits=32, weight_decay=0.01),
+    "tiger": lambda rate=0.01: tiger(
+        rate,
+        blend=optax.constant_schedule(0.3),
+        power=0.5,
+        trust_cap=10.0,
+        trust_decay=0.9,
+        agc=1.0,
+    ),
     "cosmic": lambda rate=0.01: cosmic(rate, state_budget="1KB", weight_decay=0.01),
     "schedule": lambda rate=0.01: meta3(optax.join_schedules([_plain(rate)] * 2, [20])),
     "own_chain": lambda rate=0.01: stabilize(
@@ -71,6 +80,7 @@ RELATED = (
     "meta_lion_bfloat16",
     "self_driving_lion",
     "axiom",
+    "tiger",
     "schedule",
 )
 """They have a near relative in the table and tests of their own."""

@@ -1,6 +1,6 @@
 """Directions between Lion's sign and a normalised momentum, behind any momentum."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -30,7 +30,8 @@ def soften_sign(
     At $\tau = 0$ it is $\mathrm{sign}(c)$, to the bit; as $\tau$ grows, $c / \mathrm{rms}(c)$. An
     element as large as the root mean square has size 1 at every temperature, and gradients a
     thousand times as large change nothing. It stands behind a momentum, such as
-    `scale_by_controlled_momentum`; with that and `temperature=0` it is Lion.
+    `scale_by_controlled_momentum`; with that and `temperature=0` it is Lion. No temperature above 0
+    gained anything: on the small GPT 1 was 0.05 worse in held-out loss.
 
     Args:
         temperature: $\tau$, at least 0.
@@ -55,7 +56,7 @@ def soften_sign(
         A case of Lion-K: Chen et al., [Lion Secretly Solves Constrained
         Optimization](https://arxiv.org/abs/2310.05898), 2023.
     """
-    temperature, axes = _checked_temperature(temperature), as_axes(axis_names)
+    temperature, axes = checked_temperature(temperature), as_axes(axis_names)
 
     def softened(update: Any, _: Any) -> jax.Array:
         c, rms = sized(update, axes)
@@ -71,7 +72,7 @@ class BlendSignState(NamedTuple):
 
 
 def blend_sign(
-    weight: chex.Numeric | Callable[[jax.Array], chex.Numeric] = BLEND,
+    weight: optax.ScalarOrSchedule = BLEND,
     temperature: chex.Numeric = 1.0,
     *,
     axis_names: str | Sequence[str] = (),
@@ -83,7 +84,8 @@ def blend_sign(
     $$
 
     $s$ is `Controls.sign_weight`, 1 but under a law that takes the sign away, such as one with a
-    plateau guard; outside `stabilize` it is 1.
+    plateau guard; outside `stabilize` it is 1. At $\tau = 0$ and $w = 0.2$ it is level with Lion on
+    the small GPT (0.01 worse over four seeds), at $\tau = 1$ it is 0.1 worse.
 
     Args:
         weight: $w$, the share of the momentum, in `[0, 1]`, or a schedule of it: a function of the
@@ -105,7 +107,7 @@ def blend_sign(
         >>> print(tx.update(momentum, tx.init(momentum))[0].round(2))
         [ 1.28  0.61  0.   -0.61 -1.28]
     """
-    temperature, axes = _checked_temperature(temperature), as_axes(axis_names)
+    temperature, axes = checked_temperature(temperature), as_axes(axis_names)
     if not callable(weight):
         remedy = "0 is the sign alone, 1 the momentum alone"
         weight = check_range("weight", weight, 0.0, 1.0, remedy=remedy)
@@ -153,6 +155,11 @@ def sized(c: Any, axis_names: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
     return c.astype(accumulator_dtype(c)), root(mean_square(c, axis_names))
 
 
-def _checked_temperature(temperature: chex.Numeric) -> Any:
+def checked_temperature(temperature: chex.Numeric) -> Any:
+    """A temperature, as a plain float where it is a number.
+
+    Raises:
+        ValueError: where it is below 0.
+    """
     remedy = "0 is the sign, 1 is soft below the root mean square"
     return check_range("temperature", temperature, 0.0, remedy=remedy)

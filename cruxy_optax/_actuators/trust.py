@@ -124,7 +124,7 @@ def scale_by_trust_ratio_ema(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByTrustRatioEmaState]:
         parts = parts_of(updates, per, slices)
-        weights = _required(params, "scale_by_trust_ratio_ema")
+        weights = required(params, "scale_by_trust_ratio_ema")
         before, treedef = jax.tree.flatten(updates)
         ratios = [ratio(p, u, part) for p, u, part in zip(weights, before, parts, strict=True)]
         average, decays = state.average, state.decays
@@ -197,7 +197,7 @@ def clip_by_parameter_norm(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del extra_args
-        weights = _required(params, "clip_by_parameter_norm")
+        weights = required(params, "clip_by_parameter_norm")
         leaves = jax.tree.leaves(updates)
         scales = [clipped(g, p, per, clip, eps, axes) for g, p in zip(leaves, weights, strict=True)]
         return _times(updates, scales, [per] * len(leaves)), state
@@ -283,7 +283,7 @@ def _times(updates: optax.Updates, factors: Sequence[jax.Array], parts: Sequence
     return treedef.unflatten(scaled)
 
 
-def _required(params: optax.Params | None, name: str) -> list[Any]:
+def required(params: optax.Params | None, name: str) -> list[Any]:
     """The leaves of the parameters, which have to be given."""
     if params is None:
         raise ValueError(
