@@ -14,6 +14,7 @@ MODULES = {
     "finetuning": "finetuning",
     "alignment": "alignment",
     "ablation": "ablation",
+    "horizon": "horizon",
     "roles": "roles",
     "components": "components",
     "step-time": "step_time",

@@ -15,15 +15,21 @@ OPTIMIZERS = (
     "meta3-trust",
     "meta3-guard",
     "meta_lion",
-    "meta_lion-soft",
-    "meta_lion-blend",
-    "meta_lion-trust",
-    "axiom",
-    "axiom-half-power",
     "tiger",
-    "tiger-lora-pid",
+    "tiger-no-blend",
+    "tiger-soft",
+    "tiger-trust",
+    "tiger-momentum-trust",
+    "tiger-half-power",
+    "tiger-agc",
+    "tiger-slices",
+    "tiger-balanced-slices",
+    "tiger-rates",
+    "tiger-guard",
+    "axiom-relative",
+    "axiom-half-power",
 )
-"""What a component is added to stands before it."""
+"""What a component is added to stands before it. Those of LoRA are for `finetuning-lora`."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +41,9 @@ PROTOCOL = rate_sensitivity.PROTOCOL._replace(
     name="components",
     title="Tiger's components.",
     reading=(
-        "Each component of Tiger added to Meta3, Meta-Lion or AXIOM alone. The table reads like that "
-        "of the learning-rate sensitivity: every row at its own best rate of a grid. A component "
-        "that ends above what it was added to is worth nothing here."
+        "Each component of Tiger added to Meta3, to `tiger`, or to AXIOM. The table reads like "
+        "that of the learning-rate sensitivity: every row at its own best rate of a grid. A "
+        "component that does not end below what it was added to is worth nothing here."
     ),
     arguments=_arguments,
 )

@@ -18,19 +18,32 @@ from benchmarks._jax.optimizers import (
     SOURCES as PEER_SOURCES,
 )
 from benchmarks._rates import STARTS, WEIGHT_DECAY
-from cruxy_control import Meta3, SelfDriving
+from cruxy_control import LoraPid, Meta3, PlateauGuard, SelfDriving
+from cruxy_control.slices import blocks
 from cruxy_optax import (
     averaged_params,
     axiom,
+    balance_slices,
+    clip_by_parameter_norm,
+    clip_by_predicted_norm,
+    clip_by_rms,
     cosmic,
     meta3,
     meta_lion,
+    scale_by_controlled_adam,
+    scale_by_meta_learning_rate,
+    scale_by_role,
+    scale_by_slices,
+    scale_by_trust_ratio_ema,
     self_driving,
     self_driving_lion,
     self_driving_muon,
     stability_v1,
     stability_v2,
+    stabilize,
     telemetry,
+    throttle_by_phase,
+    tiger,
 )
 
 SOURCES = (
@@ -146,8 +159,21 @@ ROLES = {
 }
 """Self-driving with rates by role."""
 
+
+def _scheduled_muon(rate: Any, steps: int) -> optax.GradientTransformation:
+    """Likewise the Muon inside `self_driving_muon`."""
+    return self_driving_muon(
+        warm_up_cosine(rate, steps),
+        weight_decay=WEIGHT_DECAY,
+        relative_limit=None,
+        averaging=None,
+        law=SelfDriving(gain=0.0),
+    )
+
+
 SCHEDULED = {
     "scheduled": Optimizer("Self-driving's AdamW, cosine", _scheduled, sources=SOURCES),
+    "scheduled-muon": Optimizer("Self-driving's Muon, cosine", _scheduled_muon, sources=SOURCES),
 }
 """What self-driving does without its controller, under a schedule that has to be tuned."""
 
@@ -173,6 +199,75 @@ VARIED = {
     "self_driving-b2-0.999": _varied("b2 0.999", b2=0.999),
 }
 """Self-driving with one part removed or one constant changed each."""
+
+
+def _with(label: str, *parts: Any, before: tuple[Any, ...] = (), **options: Any) -> Optimizer:
+    """Meta3's chain with parts behind the direction, or before it."""
+
+    def make(rate: Any, **given: Any) -> optax.GradientTransformation:
+        return stabilize(
+            optax.chain(
+                clip_by_predicted_norm(),
+                *before,
+                scale_by_controlled_adam(),
+                *parts,
+                optax.add_decayed_weights(given["weight_decay"], given["mask"]),
+                throttle_by_phase(),
+                scale_by_meta_learning_rate(rate),
+            ),
+            law=Meta3(),
+        )
+
+    return _controlled(make, f"Meta3, {label}", **options)
+
+
+def _tiger(label: str, **options: Any) -> Optimizer:
+    return _controlled(tiger, f"Tiger, {label}" if label else "Tiger", 0.1, **options)
+
+
+_SLICES = {"*.attention_in.kernel": blocks(64, 64, 64, axis=1)}
+"""Where q, k and v lie in the small GPT."""
+
+_SLICE_RATES = {"q": 0.9, "k": 0.8, "v": 1.1}
+_TAGS = {
+    "embedding": 0.5,
+    "position": 0.5,
+    "norm": 0.5,
+    "bias": 0.5,
+    "mlp.up": 1.1,
+    "mlp.down": 0.9,
+    "lora": 0.8,
+}
+"""The rates of the original Tiger."""
+
+COMPONENTS = {
+    "meta3-tiger-rates": _with("rates by role", scale_by_role(_TAGS)),
+    "meta3-slices": _with("rates of slices", scale_by_slices(_SLICES, _SLICE_RATES)),
+    "meta3-balanced-slices": _with("balanced slices", balance_slices(_SLICES)),
+    "meta3-agc": _with("adaptive gradient clip", before=(clip_by_parameter_norm(0.02),)),
+    "meta3-clip-rms": _with("RMS clip", clip_by_rms(1.0)),
+    "meta3-trust": _with("trust ratio", scale_by_trust_ratio_ema(10.0)),
+    "meta3-guard": _controlled(meta3, "Meta3, plateau guard", law=PlateauGuard(Meta3())),
+    "meta3-lora-plus": _with("LoRA+", scale_by_role({"lora.b": 16.0})),
+    "tiger": _tiger(""),
+    "tiger-soft": _tiger("soft sign", temperature=1.0),
+    "tiger-no-blend": _tiger("no blend", blend=0.0),
+    "tiger-trust": _tiger("trust ratio", trust_cap=10.0),
+    "tiger-momentum-trust": _tiger(
+        "trust ratio to the momentum", trust_cap=10.0, trust_space="momentum"
+    ),
+    "tiger-half-power": _tiger("power 1/2", power=0.5),
+    "tiger-agc": _tiger("adaptive gradient clip", agc=0.02),
+    "tiger-slices": _tiger("rates of slices", slices=_SLICES, slice_rates=_SLICE_RATES),
+    "tiger-balanced-slices": _tiger("balanced slices", slices=_SLICES, balance_slices=True),
+    "tiger-rates": _tiger("rates by role", role_rates=_TAGS),
+    "tiger-guard": _tiger("plateau guard", law=PlateauGuard(Meta3())),
+    "tiger-lora-pid": _tiger("LoRA-PID", lora_pid=LoraPid()),
+    "tiger-lora-plus": _tiger("LoRA+", role_rates={"lora.b": 16.0}),
+    "axiom-half-power": _controlled(axiom, "AXIOM, power 1/2", power=0.5, relative_step=True),
+    "axiom-relative": _controlled(axiom, "AXIOM, relative steps", relative_step=True),
+}
+"""Tiger's components, each added to Meta3, to Tiger without it, or to AXIOM."""
 
 COMPACT = {
     "meta_lion-bfloat16": _controlled(meta_lion, "Meta-Lion, bfloat16", 0.1, mu_dtype=jnp.bfloat16),
@@ -203,6 +298,7 @@ OPTIMIZERS: dict[str, Optimizer] = (
     | COMPACT
     | PEERS
     | GUARDED_PEERS
+    | COMPONENTS
     | ABLATION
     | VARIED
     | PUBLISHED

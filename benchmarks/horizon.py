@@ -1,0 +1,39 @@
+"""What knowing when the run ends is worth, beside optimizers whose rate is tuned for it."""
+
+import argparse
+
+from benchmarks import rate_sensitivity
+from benchmarks._comparison import add_arguments
+
+OPTIMIZERS = (
+    "self_driving-muon-ended",
+    "self_driving-ended",
+    "self_driving-lion-ended",
+    "self_driving-muon",
+    "self_driving",
+    "self_driving-lion",
+    "scheduled-muon",
+    "muon-cosine",
+    "scheduled",
+    "adamw-cosine",
+    "schedule-free",
+    "prodigy",
+)
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    add_arguments(parser, optimizers=OPTIMIZERS)
+    parser.set_defaults(first_seed=3)
+
+
+PROTOCOL = rate_sensitivity.PROTOCOL._replace(
+    name="horizon",
+    title="A known end.",
+    reading=(
+        "Self-driving that is told when the run ends, that is not, and optimizers under a warm-up "
+        "and a cosine to that end, whose peak is tuned. The table reads like that of the "
+        "learning-rate sensitivity; self-driving's grid is where it starts. The constants were "
+        "chosen on the small GPT and seeds 0 to 2, which are not among these."
+    ),
+    arguments=_arguments,
+)
