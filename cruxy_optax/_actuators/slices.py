@@ -162,9 +162,9 @@ def scale_by_slices(
     level with none: 0.008 worse on one seed.
 
     Args:
-        slices: where q, k and v lie in a tensor (`cruxy_control.slices` has the usual layouts), by
-            the tensor's dotted path or a shell pattern for it (`"*.qkv.kernel"`), of which the
-            first that matches counts.
+        slices: where q, k and v lie in a tensor, by the tensor's dotted path or a shell pattern for
+            it (`"*.qkv.kernel"`), of which the first that matches counts. `qkv_slices(params)`
+            finds them, `cruxy_control.slices` has the usual layouts.
         rates: a factor of at least 0 for each of `"q"`, `"k"` and `"v"`; what has none is 1.
 
     Returns:
