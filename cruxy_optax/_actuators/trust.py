@@ -231,7 +231,8 @@ def clip_by_rms(
     Args:
         limit: above 0.
         per: `"tensor"`; `"row"`, for every vector along the last axis; `"block"`, for every 256
-            elements along it, the last of which may be fewer.
+            elements along it, the last of which may be fewer; on a mesh of explicit axes that axis
+            must not be split then.
         axis_names: axes of an enclosing `jax.shard_map` over which parameters may be split; for
             rows those along which the last axis is. Blocks are those of a shard.
 
