@@ -46,10 +46,11 @@ def parts(
     alike: dict[tuple[Any, ...], list[int]] = {}
     slow = []
     for i, row in enumerate(zip(*whole, *moments, strict=True)):
-        if misfit(row[: len(whole)], row[len(whole) :], centralize=centralize):
+        forms = tuple(map(_form, row))
+        if _misfit(row, forms, len(whole), centralize):
             slow.append(i)
         else:
-            alike.setdefault(tuple(map(_form, row)), []).append(i)
+            alike.setdefault(forms, []).append(i)
     return list(alike.values()), slow
 
 
@@ -84,29 +85,33 @@ def _form(kept: Kept) -> Any:
 def misfit(whole: Sequence[Kept], moments: Sequence[Any], *, centralize: bool = False) -> str:
     """Why a row of columns cannot take this path, in a few words; empty where it can."""
     row = (*whole, *moments)
-    forms, shape = tuple(map(_form, row)), raw(row[0]).shape
-    for form in forms[: len(whole)]:
+    return _misfit(row, tuple(map(_form, row)), len(whole), centralize)
+
+
+def _misfit(row: Sequence[Any], forms: tuple[Any, ...], wholes: int, centralize: bool) -> str:
+    shape = row[0].shape  # of a gradient, which is kept as it is
+    for form in forms[:wholes]:
         if form is not torch.float32:
             return "bfloat16 rounded by chance" if form is Rounded else f"dtype {form}"
     plain = _PLAIN.issuperset(forms)
     if not plain and centralize and len(shape) > 1:
         return "centralized, with moments in few bits"
-    tensors = [raw(kept) for kept in row if not isinstance(kept, Coded)]
+    tensors = row if plain else [raw(kept) for kept in row if not isinstance(kept, Coded)]
     for tensor in tensors:
         if type(tensor) not in _TYPES:
             return f"class {type(tensor).__name__}"
         if not tensor.is_cpu:
             return f"device {tensor.device.type}"
-        if tensor.dtype not in _PLAIN:
-            return f"dtype {tensor.dtype} of a moment"
         if tensor.shape != shape:
             return "shapes that differ"
+        if tensor.dtype not in _PLAIN:
+            return f"dtype {tensor.dtype} of a moment"
     if plain and all(map(_channels_last, tensors)):
         return ""
-    if not all(map(Tensor.is_contiguous, tensors)):
+    if not all(map(_IS_CONTIGUOUS, tensors)):
         return "layout: not all in one order without gaps"
-    whole_codes = plain or all(_is_whole(kept, shape) for kept in row if isinstance(kept, Coded))
-    return "" if whole_codes else "codes that do not fill their tensor"
+    whole = plain or all(_is_whole(kept, shape) for kept in row if isinstance(kept, Coded))
+    return "" if whole else "codes that do not fill their tensor"
 
 
 def _is_whole(kept: Coded, shape: torch.Size) -> bool:
