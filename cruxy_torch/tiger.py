@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from cruxy_torch._native import library
 from cruxy_torch._optimizers.tiger import Tiger
 from cruxy_torch._roles.tagged import RATES, SLICE_RATES, build_tagged_param_groups
 from cruxy_torch.backends import backends, chosen, use_backend
@@ -91,7 +92,7 @@ def refresh_backend_state(reload: bool = False, reset_metrics: bool = False) -> 
     """
     configure_backends(*map(_names, _VARIABLES))
     if reload:
-        backends(build=True)
+        library.found(build=True)
 
 
 def backend_diagnostics() -> dict[str, dict[str, Any]]:

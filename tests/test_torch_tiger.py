@@ -440,6 +440,15 @@ class TestBackendsNames:
         names.reset_backend_configuration()
         assert names.current_backend_priority() == ["native", "reference"]
 
+    def test_the_readmes_calls_run(self):
+        names.configure_backends(preferred=["julia", "rust"])
+        names.configure_backends(disabled=["all"])
+        assert names.current_backend_priority() == ["reference"]
+        names.reset_backend_configuration()
+        names.refresh_backend_state(reload=True, reset_metrics=True)
+        assert names.available_backends()["reference"]
+        assert names.current_backend_priority() == ["native", "reference"]
+
     def test_an_unknown_one_is_refused(self):
         with pytest.raises(ValueError, match=r"backends must be of .* got 'triton'"):
             names.configure_backends(preferred=["triton"])
