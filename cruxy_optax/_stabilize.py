@@ -26,7 +26,7 @@ class StabilizeState(NamedTuple):
 
     law_state: Any  # the law's own NamedTuple of scalars and two short vectors
     signals: Signals  # of the last step; float32 scalars, NOT_KNOWN for none
-    controls: Controls  # of the last step; float32 scalars, NOT_KNOWN for none, ok bool
+    controls: Controls  # likewise, ok bool; None for what only another kind of law moves
     step: jax.Array  # good steps so far; shape=(), dtype=int32
     skipped_total: jax.Array  # shape=(), dtype=int32
     skipped_in_a_row: jax.Array  # shape=(), dtype=int32
