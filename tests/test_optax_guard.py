@@ -69,7 +69,7 @@ def _forget_last_used(name, got, want):
         field = jax.tree_util.keystr(path).rsplit(".", 1)[-1]
         if field in ("beta1", "beta2"):
             assert float(a) == 1.0
-        elif field == "learning_rate":
+        elif field == "applied_rate":
             assert float(a) == 0.0
         else:
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=f"{name} {field}")

@@ -211,7 +211,7 @@ def test_pickled_state_resumes_bit_identical(name):
 def untouched(state):
     """All but the counters, signals and controls of the controller, which show the last step."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
-    shown = ("signals", "controls", "skipped", "beta1", "beta2", "learning_rate")
+    shown = ("signals", "controls", "skipped", "beta1", "beta2", "applied_rate")
     return {
         jax.tree_util.keystr(path): leaf
         for path, leaf in flat

@@ -200,7 +200,7 @@ def test_one_without_a_moment_steps_by_its_formula():
 
 
 def test_a_class_or_two_directions_are_refused():
-    with pytest.raises(TypeError, match="direction must be an instance of"):
+    with pytest.raises(TypeError, match="direction must be 'muon' or an instance of"):
         CruxyOptimizer(parameters((3,)), direction=SignBlend)
     with pytest.raises(ValueError, match="use_lion must be False where direction says"):
         CruxyOptimizer(parameters((3,)), direction=SignBlend(), use_lion=True)
