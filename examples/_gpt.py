@@ -62,7 +62,7 @@ class GPT(nnx.Module):
         self.head = None if tied else _linear(config.width, vocabulary, 0.02, rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits, float32, shape `(batch, time, vocabulary)`, of int32 `tokens`, `(batch, time)`."""
+        """Logits, float32, `(batch, time, vocabulary)`, of int32 `tokens`, `(batch, time)`."""
         x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1]))
         for block in self.blocks:
             x = block(x)

@@ -188,7 +188,7 @@ def _lora() -> Workload:
     gpt = _gpt()
 
     @functools.cache
-    def learned() -> dict[Any, jax.Array]:
+    def learned() -> dict[Any, Any]:
         return dict(nnx.to_flat_state(gpt.init(0)))
 
     def adapted(path: Any) -> bool:
@@ -207,7 +207,7 @@ def _lora() -> Workload:
         return traverse_util.unflatten_dict({tuple(map(str, k)): v for k, v in adapters.items()})
 
     def merged(params: optax.Params) -> optax.Params:
-        own = traverse_util.flatten_dict(params)
+        own: dict[Any, Any] = traverse_util.flatten_dict(params)
         weights = {}
         for path, weight in learned().items():
             if adapted(path):
