@@ -14,7 +14,7 @@ WEIGHT_DECAY = 0.1
 def scaled(grid: tuple[float, ...], scale: float) -> tuple[float, ...]:
     """A grid times a scale, in six digits.
 
-    Example:
+    Examples:
         >>> scaled((1e-3, 3e-3), 0.1)
         (0.0001, 0.0003)
     """
@@ -30,7 +30,7 @@ def warm_up_cosine(step: int, steps: int) -> float:
         step: how many steps were taken, from 0 to `steps`.
         steps: of the whole run.
 
-    Example:
+    Examples:
         >>> [round(warm_up_cosine(step, 20), 3) for step in (0, 1, 2, 11, 20)]
         [0.0, 0.5, 1.0, 0.5, 0.0]
     """

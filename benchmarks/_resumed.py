@@ -26,7 +26,7 @@ def first_difference(whole: Mapping[str, Any], resumed: Mapping[str, Any]) -> st
         whole: leaves by path, `Bits` where they are arrays, of the run that never stopped.
         resumed: those of the run that was stopped.
 
-    Example:
+    Examples:
         >>> first_difference({"a": 1, "b": 2}, {"a": 1, "b": 3})
         'b'
     """

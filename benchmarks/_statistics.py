@@ -27,7 +27,7 @@ class Mean(NamedTuple):
 def mean(values: Sequence[float]) -> Mean:
     """The mean of at least one value and its standard error.
 
-    Example:
+    Examples:
         >>> print(mean([1.0, 2.0, 3.0]))
         2.000 ± 0.577
     """
@@ -42,7 +42,7 @@ def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Mean:
     What a seed makes easy or hard for both falls out, so the error is smaller than that of the
     difference of two means.
 
-    Example:
+    Examples:
         >>> print(paired({0: 1.5, 1: 2.5}, {0: 1.0, 1: 2.0}))
         0.500 ± 0.000
 
@@ -87,7 +87,7 @@ def sensitivity(losses: Mapping[float, float], start: float) -> Sensitivity:
         losses: final loss by rate, at least one.
         start: the loss of the untrained model, `l0`.
 
-    Example:
+    Examples:
         >>> sensitivity({0.01: 2.0, 0.1: 1.0, 1.0: float("nan")}, start=4.0)
         Sensitivity(best=1.0, best_rate=0.1, sensitivity=1.3333333333333333, at_edge=False)
     """

@@ -118,7 +118,7 @@ def recovery(
     Returns:
         `None` where it never comes near again, or not before the next strike.
 
-    Example:
+    Examples:
         >>> recovery((1.0,) * 5 + (3.0,) * 4 + (1.0,) * 40, (1.0,) * 49, strikes=(4,))
         4
     """

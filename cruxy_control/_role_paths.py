@@ -25,7 +25,7 @@ class Parameter(NamedTuple):
             from 1, and how many there are; (0, 0) for any other.
         siblings: the names beside `path[own_index(path)]`, that included.
 
-    Example:
+    Examples:
         >>> from cruxy_control.roles import Parameter, label
         >>> beside = frozenset(["self_attn", "fc1", "fc2"])
         >>> label(Parameter(("layers", "0", "fc1", "weight"), (64, 16), siblings=beside)).role

@@ -41,7 +41,7 @@ def check_range(
         ValueError: with the rule, the value received and the remedy.
         TypeError: where `value` can be no number: `None`, a string, a boolean, a sequence.
 
-    Example:
+    Examples:
         >>> check_range("b1", 1.5, 0.0, 1.0, upper_open=True, remedy="0.9 is a usual value")
         Traceback (most recent call last):
             ...

@@ -24,7 +24,7 @@ def large_share(d: Any, rms: Any, *, xp: Any) -> Any:
     Returns:
         A float32 scalar in `[0, 1]`; 0 where `rms` is 0.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from cruxy_control import large_share
         >>> d = np.array([4.0, 0.1, -0.1, -4.0], np.float32)
@@ -123,7 +123,7 @@ class LoraPid:
         ValueError: where a constant is outside its range, or a start or a set point outside the
             bounds of what it is for.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from cruxy_control import LoraPid
         >>> pid, ok = LoraPid(interval=1), np.True_

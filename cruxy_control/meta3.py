@@ -57,7 +57,7 @@ class Meta3(V2Sensors):
         beta2_gap_bounds: the same for the slow factor on `1 - beta2`.
         beta2_bounds: bounds of the result (v2.0 5.5.2).
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from cruxy_control import Meta3, Signals
         >>> law = Meta3()

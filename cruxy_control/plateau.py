@@ -74,7 +74,7 @@ class PlateauGuard:
         TypeError: where `law` is none.
         ValueError: where a constant is outside its range.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from cruxy_control import Meta3, PlateauGuard, Signals
         >>> law, one = PlateauGuard(Meta3(), patience=10), np.float32(1.0)

@@ -84,7 +84,7 @@ def label(parameter: Parameter, rules: Iterable[Rule] = ()) -> Label:
         ValueError: where a rule names no role.
         TypeError: where a rule is no such pair.
 
-    Example:
+    Examples:
         >>> from cruxy_control.roles import Parameter, label
         >>> label(Parameter(("h", "0", "attn", "c_attn", "bias"), (96,)))
         Label(role='bias', of='attention.qkv', decided_by='name')
@@ -101,7 +101,7 @@ def label(parameter: Parameter, rules: Iterable[Rule] = ()) -> Label:
 def own_index(path: tuple[str, ...]) -> int:
     """Where in a path the name stands that says what the parameter is: its own or its owner's.
 
-    Example:
+    Examples:
         >>> from cruxy_control.roles import own_index
         >>> own_index(("layers", "0", "fc1", "base_layer", "weight"))
         2
@@ -115,7 +115,7 @@ def own_index(path: tuple[str, ...]) -> int:
 def matching(table: Mapping[str, V], role: str, default: V) -> V:
     """The value whose key is the role or begins it; the longest key wins.
 
-    Example:
+    Examples:
         >>> from cruxy_control.roles import matching
         >>> matching({"attention": 2.0, "attention.q": 3.0}, "attention.q.a", 1.0)
         3.0
@@ -184,7 +184,7 @@ def is_decayed(label: Label, parameter: Parameter) -> bool:
 def adapter_index(path: tuple[str, ...]) -> int | None:
     """Where LoRA's own names begin in a path, behind what they adapt; `None` without any.
 
-    Example:
+    Examples:
         >>> from cruxy_control.roles import adapter_index
         >>> adapter_index(("attn", "q_proj", "lora_A", "default", "weight"))
         2

@@ -98,7 +98,7 @@ class SelfDriving(V2Sensors):
         search_share: share of them in which the rate is found, in `(0, 1)`.
         cooldown_peak: multiple of the rate that was found at which the fall begins, above 0.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from cruxy_control import SelfDriving, Signals
         >>> law, one = SelfDriving(), np.float32(1.0)

@@ -16,7 +16,7 @@ class Slices(NamedTuple):
         k: those of the keys.
         v: those of the values.
 
-    Example:
+    Examples:
         >>> from cruxy_control.slices import Slices
         >>> Slices(axis=0, q=((0, 8),), k=((8, 12),), v=((12, 16),)).sizes
         {'q': 8, 'k': 4, 'v': 4}
@@ -50,7 +50,7 @@ def repeated(
         order: in which order they do.
         axis: along which axis.
 
-    Example:
+    Examples:
         >>> from cruxy_control.slices import repeated
         >>> repeated(4, 2, 2, times=2)
         Slices(axis=0, q=((0, 4), (8, 12)), k=((4, 6), (12, 14)), v=((6, 8), (14, 16)))
@@ -73,7 +73,7 @@ def repeated(
 def blocks(q: int, k: int, v: int, *, axis: int = 0) -> Slices:
     """All queries, then all keys, then all values: GPT-2 (axis 1), Phi-3, PyTorch's `in_proj`.
 
-    Example:
+    Examples:
         >>> from cruxy_control.slices import blocks
         >>> blocks(8, 4, 4)
         Slices(axis=0, q=((0, 8),), k=((8, 12),), v=((12, 16),))

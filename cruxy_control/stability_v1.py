@@ -53,7 +53,7 @@ class StabilityV1:
     Raises:
         ValueError: where a constant is outside its range.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from cruxy_control import Signals, StabilityV1
         >>> law = StabilityV1()

@@ -55,7 +55,7 @@ def parse_bytes(name: str, value: int | str) -> int:
         ValueError: where the text is no such size, or the number is negative.
         TypeError: where it is neither a whole number nor a text.
 
-    Example:
+    Examples:
         >>> parse_bytes("state_budget", "64MB"), parse_bytes("state_budget", "1.5 KiB")
         (64000000, 1536)
     """
@@ -124,7 +124,7 @@ def fill(
         ValueError: where even the lowest tier of every tensor does not fit; the message says what
             would.
 
-    Example:
+    Examples:
         >>> small, large = Candidate("b", 8, (0, 4, 64), 1.0), Candidate("w", 64, (0, 4, 512), 1.0)
         >>> fill([large, small], 100, fixed=20)
         {'w': 1, 'b': 2}

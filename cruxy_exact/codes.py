@@ -53,7 +53,7 @@ class BlockCode:
     Raises:
         ValueError: where `bits` is neither 8 nor 4.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> code = BlockCode(bits=4, signed=True)
         >>> x = np.array([0.0, 0.12, -0.5, 1.0], np.float32)

@@ -154,7 +154,7 @@ def diagnose(
     Raises:
         ValueError: where `grads`, `updates` or `labels` are no trees like the parameters.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, optax, cruxy_optax
         >>> params = {"wte": {"embedding": jnp.ones((4, 2))}, "norm": {"scale": jnp.ones(2)}}
         >>> bad = jnp.array([3.0, jnp.nan])

@@ -113,7 +113,7 @@ def release_gradients(
             (`optax.MultiSteps`), has a controller that is not outermost, or lets the update of one
             tensor depend on the gradient of another, as `optax.clip_by_global_norm` does.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, optax, cruxy_optax
         >>> def embed_fn(embed, batch): return batch @ embed
         >>> def layer_fn(layer, x, batch): return x + jnp.tanh(x @ layer)

@@ -75,7 +75,7 @@ def stabilize(
         ValueError: where a `stabilize` stands inside another, or the law steers by the first
             moment (`SelfDriving`) and `inner` keeps none, or `scale_by_tiers`, which may drop it.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, optax
         >>> from cruxy_control import Meta3
         >>> from cruxy_optax import (

@@ -50,7 +50,7 @@ def telemetry(opt_state: Any) -> dict[str, Any]:
     Raises:
         ValueError: where there is no controller in it.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, optax, cruxy_optax
         >>> tx = optax.chain(cruxy_optax.meta3(learning_rate=1e-3), optax.identity())
         >>> params = jnp.ones(3)

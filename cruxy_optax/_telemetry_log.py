@@ -39,7 +39,7 @@ class TelemetryLog:
     Raises:
         ValueError: where there is neither a path nor a writer, or `every` is below 1.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, json, pathlib, tempfile, cruxy_optax
         >>> tx = cruxy_optax.meta3(1e-3)
         >>> params = jnp.ones(3)

@@ -240,7 +240,7 @@ class ControlledOptimizer(Diagnosed, Optimizer):
             RuntimeError: from `step` inside the block, where it would be undone; where blocks are
                 nested.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from cruxy_torch import CruxyOptimizer
             >>> x = torch.nn.Parameter(torch.tensor([1.0, 2.0]))

@@ -156,7 +156,7 @@ class Diagnosed:
             ValueError: where a parameter is on the `meta` device and has no values, or there are
                 rules without a model; see `label_roles` too.
 
-        Example:
+        Examples:
             >>> import torch
             >>> import cruxy_torch
             >>> model = torch.nn.Linear(2, 2)

@@ -39,7 +39,7 @@ def state_from_optax(
         ValueError: where the state has no controller or not just one set of moments, its law or
             its direction is another than `optimizer`'s, or a leaf's shape is not its parameter's.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, torch, cruxy_optax, cruxy_torch
         >>> tx = cruxy_optax.meta3(1e-3)
         >>> params = {"kernel": jnp.ones((3, 2))}

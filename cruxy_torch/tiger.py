@@ -35,7 +35,7 @@ __all__ = [
 def available_backends() -> dict[str, bool]:
     """By name whether a backend can be taken; see `cruxy_torch.backends`.
 
-    Example:
+    Examples:
         >>> from cruxy_torch.tiger import available_backends
         >>> available_backends()["reference"]
         True
@@ -46,7 +46,7 @@ def available_backends() -> dict[str, bool]:
 def current_backend_priority() -> list[str]:
     """The backends in the order in which a tensor on the CPU takes them.
 
-    Example:
+    Examples:
         >>> from cruxy_torch.tiger import configure_backends, current_backend_priority
         >>> configure_backends(preferred=["foreach"])
         >>> current_backend_priority()
@@ -98,7 +98,7 @@ def refresh_backend_state(reload: bool = False, reset_metrics: bool = False) -> 
 def backend_diagnostics() -> dict[str, dict[str, Any]]:
     """By name what `cruxy_torch.backends` says of a backend: `available`, `why`, `path`, `flags`.
 
-    Example:
+    Examples:
         >>> from cruxy_torch.tiger import backend_diagnostics
         >>> backend_diagnostics()["foreach"]["available"]
         True

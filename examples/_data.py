@@ -113,7 +113,7 @@ def play_text(markdown: str) -> str:
     Headings and stage directions go. A speech is its speaker's name with a colon and its lines;
     an empty line stands between speeches.
 
-    Example:
+    Examples:
         >>> play_text("# Hamlet\n\n_Enter_\n\n**BERNARDO**  \n_[Aside]_  \nWho's there?\n")
         "BERNARDO:\nWho's there?\n"
     """

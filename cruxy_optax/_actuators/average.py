@@ -46,7 +46,7 @@ def average_iterates(power: float = 16.0) -> optax.GradientTransformationExtraAr
     Raises:
         ValueError: where `power` is negative; from `update` without `params`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, optax, cruxy_optax
         >>> tx = optax.chain(optax.sgd(1.0), cruxy_optax.average_iterates(power=0.0))
         >>> params = jnp.zeros(2)
@@ -114,7 +114,7 @@ def averaged_params(opt_state: Any, params: optax.Params) -> optax.Params:
         ValueError: where there is no average in it, or where averages and parameters differ in
             paths or shapes, as those of `optax.flatten(self_driving())` do; the message names some.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, cruxy_optax
         >>> tx, params = cruxy_optax.self_driving(), jnp.ones(3)
         >>> print(cruxy_optax.averaged_params(tx.init(params), params))

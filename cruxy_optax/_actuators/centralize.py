@@ -15,7 +15,7 @@ def centralize_kernels() -> optax.GradientTransformation:
     Returns:
         An `optax.GradientTransformation` without state.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from cruxy_optax import centralize_kernels
         >>> tx = centralize_kernels()

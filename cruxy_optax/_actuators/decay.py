@@ -38,7 +38,7 @@ def add_controlled_decayed_weights(
         ValueError: where `weight_decay` is below 0; from `update` outside `stabilize`, or without
             `params`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, optax
         >>> from cruxy_control import Meta3, PlateauGuard
         >>> from cruxy_optax import (

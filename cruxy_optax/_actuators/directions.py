@@ -45,7 +45,7 @@ def soften_sign(
     Raises:
         ValueError: where `temperature` is outside its range.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, cruxy_optax
         >>> tx = cruxy_optax.soften_sign(temperature=1.0)
         >>> momentum = jnp.array([7.0, 1.0, 0.0, -1.0, -7.0])
@@ -100,7 +100,7 @@ def blend_sign(
     Raises:
         ValueError: where an argument is outside its range.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, cruxy_optax
         >>> momentum = jnp.array([7.0, 1.0, 0.0, -1.0, -7.0])
         >>> tx = cruxy_optax.blend_sign(weight=0.5, temperature=0.0)

@@ -48,7 +48,7 @@ def limit_relative_step(
     Raises:
         ValueError: where an argument is outside its range; from `update` without `params`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, optax, cruxy_optax
         >>> tx = optax.chain(optax.sgd(100.0), cruxy_optax.limit_relative_step(0.1))
         >>> params = {"w": jnp.array([3.0, -3.0]), "b": jnp.zeros(2)}

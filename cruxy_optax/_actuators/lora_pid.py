@@ -52,7 +52,7 @@ def blend_by_lora_pid(
         TypeError: where `momentum` is no gradient transformation, or `pid` no `LoraPid`.
         ValueError: where `temperature` is outside its range; from `update` without `params`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, optax, cruxy_optax
         >>> labels = {"q": {"kernel": "rest", "lora_a": "lora", "lora_b": "lora"}}
         >>> momentum = cruxy_optax.scale_by_controlled_momentum()

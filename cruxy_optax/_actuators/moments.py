@@ -211,7 +211,7 @@ def scale_by_controlled_momentum(
     Raises:
         ValueError: where an argument is outside its range; from `update` outside `stabilize`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, optax, cruxy_optax
         >>> tx = cruxy_optax.stabilize(
         ...     optax.chain(

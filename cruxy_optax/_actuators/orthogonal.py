@@ -48,7 +48,7 @@ def orthogonalize_updates(
     Raises:
         ValueError: where `steps` is below 1.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, cruxy_optax
         >>> tx = cruxy_optax.orthogonalize_updates()
         >>> updates, _ = tx.update({"kernel": 1000.0 * jnp.eye(4)}, tx.init({}))

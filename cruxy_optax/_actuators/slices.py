@@ -174,7 +174,7 @@ def scale_by_slices(
         ValueError: where a rate is below 0 or none of these; from `init` and `update` where a
             path is that of no tensor, or the slices of a tensor do not fill it.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, cruxy_optax
         >>> from cruxy_control.slices import blocks
         >>> slices = {"*.qkv": blocks(2, 2, 2, axis=1)}
@@ -270,7 +270,7 @@ def balance_slices(
         ValueError: where an argument is outside its range; from `init` and `update` as in
             `scale_by_slices`; from `update` without `params`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, cruxy_optax
         >>> from cruxy_control.slices import blocks
         >>> slices = {"qkv": blocks(1, 1, 1)}

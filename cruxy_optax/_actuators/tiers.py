@@ -261,7 +261,7 @@ def retier(
         ValueError: where there is no such state in `opt_state` or more than one, or `params` has
             other tensors than it.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, cruxy_optax
         >>> params = {"body": jnp.ones((64, 64)), "head": jnp.ones((64, 64))}
         >>> tx = cruxy_optax.cosmic(learning_rate=1e-3, state_budget="40KB")

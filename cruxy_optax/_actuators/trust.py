@@ -78,7 +78,7 @@ def scale_by_trust_ratio_ema(
         ValueError: where an argument is outside its range, or one comes without the other; from
             `init` and `update` where slices do not fit; from `update` without `params`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, cruxy_optax
         >>> tx = cruxy_optax.scale_by_trust_ratio_ema(cap=10.0)
         >>> params = {"w": jnp.full(4, 3.0), "lora_b": jnp.zeros(4)}
@@ -176,7 +176,7 @@ def clip_by_parameter_norm(
     Raises:
         ValueError: where an argument is outside its range; from `update` without `params`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, cruxy_optax
         >>> tx = cruxy_optax.clip_by_parameter_norm(0.1, per="row")
         >>> params = jnp.array([[3.0, 4.0], [30.0, 40.0]])
@@ -242,7 +242,7 @@ def clip_by_rms(
     Raises:
         ValueError: where an argument is outside its range.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, cruxy_optax
         >>> tx = cruxy_optax.clip_by_rms(1.0, per="row")
         >>> updates = jnp.array([[4.0, -4.0], [0.5, 0.5]])

@@ -88,7 +88,7 @@ def estimate_memory(
             own already.
         ValueError: where the compiler's backend gives no analysis.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, optax, cruxy_optax
         >>> params = {"w": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
         >>> tx = optax.adamw(1e-3)

@@ -92,7 +92,7 @@ def quantize_state(
             inside another.
         TypeError: where `inner` is no gradient transformation.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, optax
         >>> from cruxy_optax import quantize_state
         >>> params = {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}

@@ -57,7 +57,7 @@ def round_updates(
         ValueError: where `method` is neither; from `update` where `params` is left out.
         TypeError: where `inner` is no gradient transformation.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, optax
         >>> from cruxy_optax import round_updates
         >>> def train(tx):

@@ -89,7 +89,7 @@ def axiom(
             law that steers by the first moment (`SelfDriving`) comes without `b1`.
         TypeError: where a parameter is complex or `law` is none.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, cruxy_optax
         >>> params = {"w": jnp.ones((512, 512)), "b": jnp.ones(512)}
         >>> tx = cruxy_optax.axiom(learning_rate=1e-2, weight_decay=0.0)

@@ -85,7 +85,7 @@ def cosmic(
             `tiers` names other tensors or exceeds the budget.
         TypeError: where `state_budget` is no size, a parameter is complex or `law` is none.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, cruxy_optax
         >>> params = {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}
         >>> tx = cruxy_optax.cosmic(learning_rate=1e-3, state_budget="2KB")

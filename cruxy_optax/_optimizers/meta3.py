@@ -85,7 +85,7 @@ def meta3(
             given; from `update` where weight decay finds no `params`.
         TypeError: where a parameter is complex or `law` is none.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, optax, cruxy_optax
         >>> def loss_fn(x): return jnp.sum(x**2)
         >>> tx = cruxy_optax.meta3(learning_rate=0.003)
@@ -175,7 +175,7 @@ def meta_lion(
             given; from `update` where weight decay finds no `params`.
         TypeError: where a parameter is complex or `law` is none.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, optax, cruxy_optax
         >>> def loss_fn(x): return jnp.sum(x**2)
         >>> tx = cruxy_optax.meta_lion(learning_rate=0.01, weight_decay=0.0)

@@ -87,7 +87,7 @@ def self_driving(
             given; from `update` without `params`.
         TypeError: where a parameter is complex or `law` is none.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, optax, cruxy_optax
         >>> def loss_fn(x): return jnp.sum((x - 5.0) ** 2)
         >>> tx = cruxy_optax.self_driving()
@@ -170,7 +170,7 @@ def self_driving_lion(
             given; from `update` without `params`.
         TypeError: where a parameter is complex or `law` is none.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, cruxy_optax
         >>> tx = cruxy_optax.self_driving_lion(weight_decay=0.0)
         >>> params = jnp.array([1.0, 2.0])
@@ -258,7 +258,7 @@ def self_driving_muon(
             given; from `update` without `params`.
         TypeError: where a parameter is complex or `law` is none.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, optax, cruxy_optax
         >>> def loss_fn(params): return jnp.sum((params["kernel"] - 2.0 * jnp.eye(4)) ** 2)
         >>> tx = cruxy_optax.self_driving_muon(weight_decay=0.0)
@@ -315,7 +315,7 @@ def cooldown(opt_state: optax.OptState, steps: chex.Numeric) -> optax.OptState:
     Raises:
         ValueError: where the state has no such law, or `steps` is below 1.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, cruxy_optax
         >>> tx = cruxy_optax.self_driving()
         >>> params = jnp.ones(3)

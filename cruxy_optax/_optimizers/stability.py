@@ -62,7 +62,7 @@ def stability_v1(
             given.
         TypeError: where a parameter is complex or `law` is none.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, cruxy_optax
         >>> tx = cruxy_optax.stability_v1(learning_rate=0.1, weight_decay=0.0)
         >>> params = jnp.array([1.0, 2.0])
@@ -119,7 +119,7 @@ def stability_v2(
             given.
         TypeError: where a parameter is complex or `law` is none.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, cruxy_optax
         >>> tx = cruxy_optax.stability_v2(learning_rate=0.1, weight_decay=0.0)
         >>> params = jnp.array([1.0, 2.0])

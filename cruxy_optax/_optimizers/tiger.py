@@ -153,7 +153,7 @@ def tiger(
             the parameters finds no `params`.
         TypeError: where a parameter is complex, or `law` or `lora_pid` is none.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, optax, cruxy_optax
         >>> def loss_fn(x): return jnp.sum(x**2)
         >>> tx = cruxy_optax.tiger(learning_rate=0.01, weight_decay=0.0)

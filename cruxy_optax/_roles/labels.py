@@ -32,7 +32,7 @@ def label_roles(params: Any, model: Any = None, rules: Iterable[Rule] = ()) -> A
         ValueError: where a rule names no role, or `model` has no parameter of `params`.
         TypeError: where a rule is no such pair.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, optax, cruxy_optax
         >>> params = {
         ...     "wte": {"embedding": jnp.ones((8, 4))},
@@ -66,7 +66,7 @@ def role_mask(params: Any, *keys: str, model: Any = None, rules: Iterable[Rule] 
         ValueError: where a key is no role nor the beginning of one (the message lists the roles
             that the parameters have), there is no key, and as in `label_roles`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, optax, cruxy_optax
         >>> params = {
         ...     "norm": {"scale": jnp.ones(4)},

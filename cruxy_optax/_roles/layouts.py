@@ -41,7 +41,7 @@ def qkv_slices(
         ValueError: where a layout is not known, or does not fill the tensor.
         TypeError: where a value of `slices` is no `Slices`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, cruxy_optax
         >>> params = {"attn": {"qkv": {"kernel": jnp.ones((8, 3, 2, 4))}}}
         >>> cruxy_optax.qkv_slices(params)

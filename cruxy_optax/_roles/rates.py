@@ -36,7 +36,7 @@ def scale_by_role(
             message lists those that the parameters have), and as in `label_roles`.
         TypeError: where `rates` is no mapping of numbers.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, optax, cruxy_optax
         >>> params = {"wte": {"embedding": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}}
         >>> tx = optax.chain(

@@ -36,7 +36,7 @@ def role_table(
         ValueError: where a key is no role, a number is below 0 or not finite, and as in
             `label_roles`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, cruxy_optax
         >>> params = {
         ...     "wte": {"embedding": jnp.ones((96, 32))},

@@ -44,7 +44,7 @@ def track_gamma_norm(
     Raises:
         ValueError: where an argument is outside its range.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, optax, cruxy_optax
         >>> tx = optax.chain(cruxy_optax.track_gamma_norm(gamma=2.0), optax.sgd(0.1))
         >>> params = {"w": jnp.zeros(2)}
@@ -110,7 +110,7 @@ def track_curvature(decay: float = 0.95) -> optax.GradientTransformationExtraArg
     Raises:
         ValueError: where `decay` is outside its range.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, optax, cruxy_optax
         >>> tx = optax.chain(cruxy_optax.track_curvature(), optax.sgd(0.1))
         >>> params = jnp.array(1.0)

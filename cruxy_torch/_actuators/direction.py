@@ -34,7 +34,7 @@ class Direction:
         is_finite: whether the direction is finite on a skipped step too, whose gradient is zero and
             whose moments may be; what is not costs another pass over the parameters.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import cruxy_torch
         >>> class Sign(cruxy_torch.Direction):

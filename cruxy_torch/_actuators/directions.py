@@ -77,7 +77,7 @@ class Momentum(Direction):
     Raises:
         ValueError: where `inner` keeps a moment `exp_avg` too.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import cruxy_torch
         >>> x = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
@@ -166,7 +166,7 @@ class SignBlend(Wrapped):
     Raises:
         ValueError: where a number is outside its range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import cruxy_torch
         >>> x = torch.nn.Parameter(torch.tensor([7.0, 1.0, 0.0, -1.0, -7.0]))

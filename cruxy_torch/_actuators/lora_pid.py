@@ -50,7 +50,7 @@ class BlendByLoraPid(Wrapped):
         TypeError: where `pid` is no `LoraPid`.
         ValueError: where a number is outside its range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import cruxy_torch
         >>> b = torch.nn.Parameter(torch.zeros(2))

@@ -161,7 +161,7 @@ class ScaleSlices(Wrapped):
         ValueError: where a rate is below 0 or that of no slice; from `step` where the slices do not
             fill their axis of a tensor.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import cruxy_torch
         >>> from cruxy_control.slices import blocks
@@ -249,7 +249,7 @@ class BalanceSlices(Wrapped):
         ValueError: where a number is outside its range; from `step` where the slices do not fill
             their axis of a tensor.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import cruxy_torch
         >>> from cruxy_control.slices import blocks

@@ -57,7 +57,7 @@ class TrustRatio(Wrapped):
     Raises:
         ValueError: where an argument is outside its range, or one comes without the other.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import cruxy_torch
         >>> x, zeros = (torch.nn.Parameter(torch.full((4,), size)) for size in (3.0, 0.0))
@@ -185,7 +185,7 @@ class AdaptiveGradientClip(Wrapped):
     Raises:
         ValueError: where an argument is outside its range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import cruxy_torch
         >>> x = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [30.0, 40.0]]))
@@ -278,7 +278,7 @@ class ClipRms(Wrapped):
     Raises:
         ValueError: where an argument is outside its range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import cruxy_torch
         >>> x = torch.nn.Parameter(torch.zeros(2, 2))

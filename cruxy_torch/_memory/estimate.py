@@ -85,7 +85,7 @@ def estimate_memory(
     Raises:
         TypeError: where the factory gives no optimizer, or one whose step needs a closure.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import cruxy_torch
         >>> with torch.device("meta"):
@@ -124,7 +124,7 @@ def state_bytes(optimizer: Optimizer) -> int:
     Returns:
         The bytes on this rank, parameters and gradients not included.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cruxy_torch import state_bytes
         >>> weight = torch.nn.Parameter(torch.ones(10, 10))

@@ -91,7 +91,7 @@ class AXIOM(DirectedOptimizer):
         ValueError: where an argument is outside its range, or `streak_boost`, `snr_floor` or the
             law finds no momentum.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import cruxy_torch
         >>> layer = torch.nn.Linear(512, 512)

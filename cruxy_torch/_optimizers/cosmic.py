@@ -91,7 +91,7 @@ class Cosmic(DirectedOptimizer):
             what the lowest tier of every tensor takes (the message says how much that is).
         TypeError: where `state_budget` is no size.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import cruxy_torch
         >>> layer = torch.nn.Linear(64, 64)

@@ -142,7 +142,7 @@ class CruxyOptimizer(DirectedOptimizer):
         RuntimeError: where `fused=True` and the library cannot be built; from `step` where a
             gradient is sparse.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cruxy_torch import CruxyOptimizer
         >>> x = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))

@@ -38,7 +38,7 @@ class DirectedOptimizer(ControlledOptimizer):
         a gradient is gone its parameter stands in for it. A tensor that is alone of its kind counts
         under `foreach`, though it is stepped by itself there.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from cruxy_torch import AXIOM
             >>> x = torch.nn.Parameter(torch.ones(3))
@@ -102,7 +102,7 @@ class DirectedOptimizer(ControlledOptimizer):
         Raises:
             ValueError: where the law is not `SelfDriving`, or `steps` is below 1.
 
-        Example:
+        Examples:
             >>> import torch
             >>> import cruxy_torch
             >>> x = torch.nn.Parameter(torch.ones(3))

@@ -121,7 +121,7 @@ class Tiger(DirectedOptimizer):
         ValueError: where an argument is outside its range, or comes without what it needs.
         TypeError: where `law` or `lora_pid` is none.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cruxy_torch import Tiger
         >>> x = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))

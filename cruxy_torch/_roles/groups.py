@@ -48,7 +48,7 @@ def param_groups(
         ValueError: where a number is outside its range, a key is no role, `decays` says what no
             `weight_decay` is multiplied by, or no parameter requires a gradient; see `label_roles`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import cruxy_torch
         >>> layer = torch.nn.TransformerEncoderLayer(16, nhead=2, dim_feedforward=32)

@@ -31,7 +31,7 @@ def label_roles(model: nn.Module, rules: Iterable[Rule] = ()) -> dict[str, str]:
             embedding and head.
         TypeError: where `model` is no module, or a rule no pair.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import cruxy_torch
         >>> layer = torch.nn.TransformerEncoderLayer(16, nhead=2, dim_feedforward=32)
@@ -103,7 +103,7 @@ def role_mask(model: nn.Module, *keys: str, rules: Iterable[Rule] = ()) -> RoleM
     Raises:
         ValueError: where there is no key, or one is no role; see `label_roles`.
 
-    Example:
+    Examples:
         Muon's matrices: those inside the layers, not the embedding and not the head.
 
         >>> import torch

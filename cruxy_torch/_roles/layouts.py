@@ -38,7 +38,7 @@ def qkv_slices(
         ValueError: where a layout is not known, or does not fill the tensor.
         TypeError: where a value of `slices` is no `Slices`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import cruxy_torch
         >>> attention = torch.nn.MultiheadAttention(8, num_heads=2)

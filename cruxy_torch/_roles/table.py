@@ -37,7 +37,7 @@ def role_table(
             rates or decays; see `param_groups`.
         TypeError: where it is neither model nor optimizer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import cruxy_torch
         >>> layer = torch.nn.TransformerEncoderLayer(512, nhead=8, bias=False)

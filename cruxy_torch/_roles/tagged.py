@@ -60,7 +60,7 @@ def build_tagged_param_groups(
         ValueError: where a number is outside its range, or, with slicing, where it is not known how
             a tensor holds q, k and v; see `qkv_slices`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import cruxy_torch
         >>> layer = torch.nn.MultiheadAttention(8, num_heads=2)

@@ -69,7 +69,7 @@ def backends(build: bool = False) -> list[Backend]:
     Returns:
         `native`, `foreach`, `reference` and `compile`, in this order.
 
-    Example:
+    Examples:
         >>> import cruxy_torch
         >>> [backend.name for backend in cruxy_torch.backends()]
         ['native', 'foreach', 'reference', 'compile']
@@ -99,7 +99,7 @@ def use_backend(name: str | None) -> contextlib.AbstractContextManager[Any]:
         ValueError: where there is no backend of that name.
         RuntimeError: where `"native"` was chosen and the library cannot be built.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import cruxy_torch
         >>> x = torch.nn.Parameter(torch.ones(3))
