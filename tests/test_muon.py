@@ -125,7 +125,7 @@ def test_sharded_matrices_give_what_whole_ones_give():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("bits", [32, 16, 8])
+@pytest.mark.parametrize("bits", [32, pytest.param(16, marks=pytest.mark.slow), 8])
 def test_it_resumes_to_the_bit(bits):
     tx = cruxy_optax.self_driving_muon(state_bits=bits)
     params, state = train(tx, steps=range(6))
@@ -141,6 +141,20 @@ def test_it_runs_under_meta3():
     tx = cruxy_optax.stabilize(optax.chain(muon, rate), law=Meta3())
     params, _ = train(tx, steps=range(3))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [cruxy_optax.self_driving, cruxy_optax.self_driving_lion, cruxy_optax.self_driving_muon],
+)
+def test_a_rate_by_role_multiplies_the_first_step(make):
+    first = []
+    for rates in (None, {"embedding": 1 / 3}):
+        tx = make(rates=rates, weight_decay=0.0)
+        first.append(tx.update(gradients(0), tx.init(tree()), tree())[0])
+    whole, third = (updates["tokens"]["embedding"] for updates in first)
+    np.testing.assert_allclose(third, whole / 3, rtol=1e-6)
+    assert np.array_equal(*(updates["mlp"]["up"]["kernel"] for updates in first))
 
 
 # A known end.
