@@ -17,6 +17,7 @@ MODULES = {
     "horizon": "horizon",
     "roles": "roles",
     "components": "components",
+    "labelling": "labelling",
     "step-time": "step_time",
     "memory": "memory",
     "resume": "resume",
