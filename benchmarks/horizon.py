@@ -10,14 +10,10 @@ OPTIMIZERS = (
     "self_driving-ended",
     "self_driving-lion-ended",
     "self_driving-muon",
-    "self_driving",
-    "self_driving-lion",
     "scheduled-muon",
     "muon-cosine",
     "scheduled",
     "adamw-cosine",
-    "schedule-free",
-    "prodigy",
 )
 
 

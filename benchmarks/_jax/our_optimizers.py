@@ -112,10 +112,13 @@ ABLATION = {
 }
 """Meta3 with one part removed each."""
 
+FEW_STARTS = (1e-5, 1e-3, 1e-1)
+"""Where those start that are compared with tuned optimizers alone."""
+
 SELF_DRIVING = {
     "self_driving": _driving(self_driving, "Self-driving"),
     "self_driving-lion": _driving(self_driving_lion, "Self-driving Lion")._replace(default=1e-4),
-    "self_driving-muon": _driving(self_driving_muon, "Self-driving Muon"),
+    "self_driving-muon": _driving(self_driving_muon, "Self-driving Muon")._replace(grid=FEW_STARTS),
     "self_driving-no-average": _driving(
         self_driving, "Self-driving without average", averaging=None
     ),
@@ -130,7 +133,7 @@ def _ended(make: Callable[..., Any], label: str, **options: Any) -> Optimizer:
         defaults = {"weight_decay": WEIGHT_DECAY, "mask": matrices, "total_steps": steps}
         return make(rate, **defaults | options)
 
-    return _driving(make, f"{label}, known end")._replace(make=build)
+    return _driving(make, f"{label}, known end")._replace(make=build, grid=FEW_STARTS)
 
 
 ENDED = {
