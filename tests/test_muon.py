@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import cruxy_optax
@@ -77,6 +78,32 @@ def test_heads_and_experts_are_the_matrices_they_are():
     got, _ = tx.update({"experts": {"up_proj": experts}}, tx.init({}))
     first, _ = tx.update({"kernel": experts[0]}, tx.init({}))
     np.testing.assert_allclose(got["experts"]["up_proj"][0], first["kernel"], atol=1e-6)
+
+
+def test_states_and_optimizers_of_nnx_are_taken():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.tokens = nnx.Embed(12, 8, rngs=rngs)
+            self.up = nnx.Linear(8, 20, rngs=rngs)
+
+    model = Model(nnx.Rngs(0))
+    tx = cruxy_optax.self_driving_muon(averaging=None)
+    state = nnx.state(model, nnx.Param)
+    updates, _ = jax.jit(tx.update)(state, tx.init(state), state, value=1.0)
+    u = updates["up"]["kernel"][...]
+    alone, _ = cruxy_optax.orthogonalize_updates().update({"kernel": u}, optax.EmptyState())
+    assert (
+        float(
+            jnp.abs(
+                u / jnp.linalg.norm(u) - alone["kernel"] / jnp.linalg.norm(alone["kernel"])
+            ).max()
+        )
+        < 0.2
+    )
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    before = model.up.kernel[...]
+    optimizer.update(model, state)
+    assert not np.array_equal(before, model.up.kernel[...])
 
 
 def gradients(step):

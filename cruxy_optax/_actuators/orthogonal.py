@@ -17,7 +17,7 @@ from cruxy_control.formulas.orthogonal import (
     orthogonalize,
 )
 from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_controlled_momentum
-from cruxy_optax._roles import label_roles
+from cruxy_optax._roles import labelled
 from cruxy_optax._tree import accumulator_dtype
 
 
@@ -65,7 +65,7 @@ def orthogonalize_updates(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         leaves, treedef = jax.tree.flatten(updates)
-        roles = treedef.flatten_up_to(label_roles(updates, rules=rules))
+        roles = labelled(updates, None, rules).roles
         stacks: dict[tuple[Any, ...], list[tuple[int, jax.Array]]] = {}
         for index, (leaf, role) in enumerate(zip(leaves, roles, strict=True)):
             if jnp.ndim(leaf) < 2:
@@ -147,8 +147,12 @@ def orthogonal(
     """Tells of every leaf whether Muon makes it orthogonal: a tree of bools like the parameters."""
 
     def tell(params: optax.Params) -> Any:
-        roles = label_roles(params, model=model, rules=rules)
-        return jax.tree.map(lambda p, role: is_orthogonal(role, jnp.ndim(p)), params, roles)
+        found = [
+            is_orthogonal(leaf.label.role, len(leaf.parameter.shape))
+            for leaf in labelled(params, model, rules).present
+        ]
+        # Inside the boxes of nnx, so that what is left out is no box less.
+        return jax.tree.structure(params).unflatten(found)
 
     return tell
 
