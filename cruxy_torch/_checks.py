@@ -130,7 +130,8 @@ def dense_grad(param: Tensor) -> Tensor:
     """
     grad: Any = param.grad
     if type(grad) is Tensor and grad.is_floating_point() and grad.layout is torch.strided:
-        return grad
+        # A view that is to be negated when it is read would reach a pointer with the wrong sign.
+        return grad.resolve_neg() if grad.is_neg() else grad
     check_params([param])
     grad = placed_like(cast(Tensor, param.grad), param)
     if grad.layout is not torch.strided:

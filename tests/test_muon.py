@@ -325,6 +325,19 @@ def test_torch_resumes_a_known_end_to_the_bit():
         assert torch.equal(a, b)
 
 
+def test_what_a_parameter_is_does_not_come_from_a_checkpoint():
+    def made():
+        return CruxyOptimizer(param_groups(Net(), lr=1e-3), direction="muon")
+
+    state = made().state_dict()
+    for group in state["param_groups"]:
+        del group["role"]
+    optimizer = made()
+    roles = [group["role"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    assert [group["role"] for group in optimizer.param_groups] == roles
+
+
 def test_muon_asks_what_each_parameter_is():
     with pytest.raises(ValueError, match="param_groups"):
         CruxyOptimizer(Net().parameters(), direction="muon")

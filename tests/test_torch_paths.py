@@ -271,3 +271,23 @@ def test_a_group_without_gradients_stays_as_it_is(path):
     CruxyOptimizer(groups, lr=0.1, **PATHS[path]).step()
     assert torch.equal(still, torch.ones(3))
     assert torch.all(moving < 1.0)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_gradient_that_is_to_be_negated_when_it_is_read_descends(fused):
+    """The derivative of a conjugate is such a view."""
+    x = torch.nn.Parameter(torch.ones(1))
+    optimizer = CruxyOptimizer([x], lr=0.1, weight_decay=0.0, fused=fused)
+    (torch.complex(torch.ones(1), x).conj() - 1).abs().square().sum().backward()
+    assert x.grad.is_neg()
+    optimizer.step()
+    assert x.item() < 1.0
+
+
+def test_tensors_that_are_negated_when_they_are_read_take_no_pointer():
+    x = torch.nn.Parameter(torch._neg_view(torch.ones(5000)))
+    x.grad = torch._neg_view(torch.ones(5000))
+    optimizer = CruxyOptimizer([x], lr=0.1, weight_decay=0.0)
+    optimizer.step()
+    assert (x > -1.0).all()  # against a gradient of -1
+    assert "negated" in str(optimizer.backend)

@@ -71,6 +71,8 @@ def _all_fit(whole: Sequence[Sequence[Kept]], moments: Sequence[Sequence[Any]]) 
         alike = len(set(map(_DTYPE, column))) <= 1 and list(map(_SHAPE, column)) == shapes
         if not (alike and all(map(_IS_CPU, column)) and all(map(_IS_CONTIGUOUS, column))):
             return False
+        if any(map(Tensor.is_neg, column)):
+            return False
     return {torch.float32}.issuperset(_DTYPE(column[0]) for column in whole if column) and (
         _PLAIN.issuperset(_DTYPE(column[0]) for column in moments if column)
     )
@@ -106,6 +108,8 @@ def _misfit(row: Sequence[Any], forms: tuple[Any, ...], wholes: int, centralize:
             return "shapes that differ"
         if tensor.dtype not in _PLAIN:
             return f"dtype {tensor.dtype} of a moment"
+        if tensor.is_neg():
+            return "a view that is negated when it is read"
     if plain and all(map(_channels_last, tensors)):
         return ""
     if not all(map(_IS_CONTIGUOUS, tensors)):
