@@ -10,36 +10,44 @@ from cruxy_control._role_paths import Name, Parameter, Reading
 def decide(parameter: Parameter, reading: Reading) -> tuple[str, str]:
     """The role of a weight, or of that beside a bias, and what told so."""
     own, kind, owner = reading.own, parameter.kind, reading.owner
-    bare = reading.leaf.lower() not in names.LEAVES
+    leaf = reading.leaf.lower()
+    bare, flat = leaf not in names.LEAVES, is_vector(parameter.shape)
     layer = kind in ("linear", "conv", "attention")
     text = own.text.lower()
-    if kind == "norm" or (not kind and not bare and names.says_norm("", owner)):
+    by_class = not kind and not bare and names.is_norm(owner)
+    if kind == "norm" or (by_class and (flat or names.says_norm(own.text))):
         return "norm", "class"
+    if text not in names.TOKENS and _is_beside_a_weight(parameter, reading):
+        return "vector", "shape"
+    if "trainable_tokens_delta" in parameter.path:  # PEFT's rows of an embedding
+        return "embedding", "name"
     if kind == "conv" or (not kind and names.says_conv(owner)):
         return "conv", "class"
     around = _around(reading.above)
     parent = around[0].text if around else ""
     if kind == "embedding" or (not layer and not bare and names.says_embedding("", owner)):
         return _looked_up(own.text, parent, owner), "class"
-    alone = bare and is_vector(parameter.shape)  # no weight, whatever stands around
+    # No weight, whatever stands around.
+    alone = flat and (bare or leaf in names.SCALES or (not kind and len(parameter.shape) == 1))
     if text in names.TOKENS:
         return "position", "name"
     if not layer and names.says_position(own.text, "" if bare else owner):
         return "position", "name"
     if not layer and (reading.leaf == "embedding" or names.says_embedding(own.text)):
         return "embedding", "name"
-    if not layer and bare and not alone and names.says_position(parent):
+    if not layer and bare and not flat and names.says_position(parent):
         return "position", "name"
     scales = reading.leaf == "scale" and not owner and "scale" not in names.words(own.text)
     is_norm = scales or names.says_norm(own.text)
-    if is_norm and not layer and is_vector(parameter.shape):
+    if is_norm and not layer and flat:
         return "norm", "name"
+    stripped = re.sub(r"_(weight|bias)$", "", text) if bare else text
     beside = {name.lower() for name in parameter.siblings}
-    if "a_log" in beside and text in names.SSM:
-        return names.SSM[text], "context"
-    if alone and "bias" not in names.words(text):
+    if "a_log" in beside and stripped in names.SSM:
+        return names.SSM[stripped], "context"
+    if alone and not is_bias(parameter, leaf) and "bias" not in names.words(text):
         return "vector", "shape"
-    text = re.sub(r"_(weight|bias)$", "", text) if bare else text
+    text = stripped
     if _routes(text, owner, around, parameter.siblings):
         return "moe.router", "context"
     if parameter.is_output:
@@ -53,13 +61,32 @@ def decide(parameter: Parameter, reading: Reading) -> tuple[str, str]:
         return "head", "context"
     if not kind and reading.leaf == "kernel" and len(parameter.shape) > 3:
         return "conv", "shape"
-    is_matrix = (layer and not bare) or not is_vector(parameter.shape)
+    is_matrix = (layer and not bare) or not flat
     return ("matrix" if is_matrix else "vector"), "shape"
 
 
 def is_vector(shape: tuple[int, ...]) -> bool:
     """Whether at most one axis is longer than 1."""
     return sum(size != 1 for size in shape) <= 1
+
+
+def is_bias(parameter: Parameter, leaf: str) -> bool:
+    """Whether a parameter of this name is added to what its owner computes."""
+    if "bias" in names.words(leaf) or (leaf in ("b", "beta") and is_vector(parameter.shape)):
+        return True
+    return leaf == "b" and "w" in parameter.owned and "a" not in parameter.owned  # of stacked ones
+
+
+def _is_beside_a_weight(parameter: Parameter, reading: Reading) -> bool:
+    """Whether it is one more vector of a layer, and neither its weight nor its bias."""
+    leaf, kind = reading.leaf.lower(), parameter.kind
+    if leaf in names.WEIGHTS or is_bias(parameter, leaf):
+        return False
+    if leaf in names.SCALES and not parameter.owned.isdisjoint(("weight", "kernel", "w")):
+        return not names.says_norm(reading.own.text)
+    layer = kind in ("linear", "conv", "attention", "embedding") or names.says_conv(reading.owner)
+    looked_up = leaf in names.LEAVES and names.says_embedding("", reading.owner)
+    return is_vector(parameter.shape) and (layer or looked_up)
 
 
 def _looked_up(text: str, parent: str, owner: str) -> str:

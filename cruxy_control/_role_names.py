@@ -101,9 +101,19 @@ _EMBEDDING_WORDS = frozenset("embed embedding embeddings emb wte".split())
 _CHAIN_WORDS = _MLP_WORDS | {"feed", "forward", "expert", "experts"}
 _ROUTER_WORDS = frozenset("router moe expert experts token mlp gate".split())
 _NORM_WORDS = frozenset("norm layernorm rmsnorm batchnorm groupnorm ln bn".split())
+_MORE_THAN_NORM = frozenset(
+    "head classifier linear dense proj projection conv convolution embed embedding embeddings "
+    "attention attn mlp ffn feed block model encoder decoder transformer network net".split()
+)
 
 LEAVES = frozenset("weight kernel bias embedding scale w b weight_g weight_v gamma beta".split())
 """Names of parameters that leave it to their owner to say what they are."""
+
+WEIGHTS = frozenset("weight kernel w embedding weight_g weight_v".split())
+"""Those of `LEAVES` that are what their owner is for."""
+
+SCALES = frozenset("scale gamma".split())
+"""Those that are a vector beside a weight, or a norm's weight."""
 
 TRANSPARENT = frozenset(
     "base_layer base_module original_module module _orig_mod _fsdp_wrapped_module "
@@ -168,9 +178,15 @@ def says_embedding(name: str, cls: str = "") -> bool:
     return not _EMBEDDING_WORDS.isdisjoint(words(name)) or bool(re.search(r"Embed(ding)?s?$", cls))
 
 
-def says_norm(name: str, cls: str = "") -> bool:
+def says_norm(name: str) -> bool:
     """Whether it normalises."""
-    return not _NORM_WORDS.isdisjoint(words(name)) or bool(re.search("Norm(?!al)", cls))
+    return not _NORM_WORDS.isdisjoint(words(name))
+
+
+def is_norm(cls: str) -> bool:
+    """Whether a class normalises and is nothing more: a `PreNormBlock` only begins with it."""
+    _, norm, rest = cls.rpartition("Norm")
+    return bool(norm) and not rest.startswith("al") and _MORE_THAN_NORM.isdisjoint(words(rest))
 
 
 def says_conv(cls: str) -> bool:

@@ -24,6 +24,7 @@ class Parameter(NamedTuple):
         place: of a linear layer in a chain of layers, which of the chain's linear layers it is,
             from 1, and how many there are; (0, 0) for any other.
         siblings: the names beside `path[own_index(path)]`, that included.
+        owned: the names of what the owner holds, its own included.
 
     Examples:
         >>> from cruxy_control.roles import Parameter, label
@@ -40,6 +41,7 @@ class Parameter(NamedTuple):
     is_last: bool = False
     place: tuple[int, int] = (0, 0)
     siblings: frozenset[str] = frozenset()
+    owned: frozenset[str] = frozenset()
 
 
 class Name(NamedTuple):

@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from cruxy_control import _role_names as names
-from cruxy_control._role_decision import decide, is_vector
+from cruxy_control._role_decision import decide, is_bias, is_vector
 from cruxy_control._role_paths import Parameter, read
 
 V = TypeVar("V")
 
 TRANSPARENT = names.TRANSPARENT
 """Names under which wrappers hold what they wrap."""
+
+says_norm = names.says_norm
+"""Whether a name says that it normalises."""
 
 ROLES = (
     *("embedding", "position", "norm", "norm.bias", "bias", "conv", "head"),
@@ -174,10 +177,20 @@ def is_decayed(label: Label, parameter: Parameter) -> bool:
     """Whether weight decay acts on a parameter where the user says nothing.
 
     Not on norms, biases, positions, vectors and magnitudes, nor on Mamba's `A_log` and `D`; on a
-    `matrix` where its owner is a linear layer or a convolution.
+    `matrix` where its owner is a linear layer or a convolution, or it is called `weight`, `kernel`
+    or `w` and its owner no norm.
+
+    Examples:
+        >>> from cruxy_control.roles import Parameter, is_decayed, label
+        >>> weight, bare = (Parameter(("mixer", name), (8, 8)) for name in ("weight", "decay"))
+        >>> is_decayed(label(weight), weight), is_decayed(label(bare), bare)
+        (True, False)
     """
     if label.role == "matrix":
-        return parameter.kind in ("linear", "conv")
+        leaf, own = read(parameter.path)[:2]
+        is_weight = leaf.lower() in ("weight", "kernel", "w") and not is_vector(parameter.shape)
+        layer = parameter.kind in ("linear", "conv")
+        return layer or (is_weight and not names.says_norm(own.text))
     return label.role not in _NOT_DECAYED
 
 
@@ -216,7 +229,7 @@ def _plain(parameter: Parameter) -> Label:
     leaf = reading.leaf.lower()
     if role == "position":
         return Label(role, None, decided_by)
-    if "bias" in names.words(leaf) or (leaf in ("b", "beta") and is_vector(parameter.shape)):
+    if is_bias(parameter, leaf):
         if role == "norm":
             return Label("norm.bias", None, decided_by)
         return Label("bias", None if role in ("vector", "embedding") else role, "name")

@@ -247,6 +247,34 @@ class TestLabels:
         stacked = jax.tree.map(lambda x: jnp.stack([x] * 3), linen_params["h_0"])
         assert label_roles({"h": stacked})["h"] == label_roles(linen_params)["h_0"]
 
+    @pytest.mark.parametrize("layers", [(), (12,)])
+    def test_w_and_b_of_layers_that_are_stacked_or_not(self, layers):
+        params = {
+            "attn": {"q": {"w": (8, 8), "b": (8,)}, "k": {"w": (8, 8), "b": (8,)}},
+            "ln_1": {"w": (8,), "b": (8,)},
+            "mlp": {"up": {"w": (8, 32), "b": (32,)}},
+        }
+        params = jax.tree.map(
+            lambda shape: jnp.ones(layers + shape), params, is_leaf=lambda x: isinstance(x, tuple)
+        )
+        assert dotted(label_roles(params)) == {
+            "attn.q.w": "attention.q",
+            "attn.q.b": "bias",
+            "attn.k.w": "attention.k",
+            "attn.k.b": "bias",
+            "ln_1.w": "norm",
+            "ln_1.b": "norm.bias",
+            "mlp.up.w": "mlp.up",
+            "mlp.up.b": "bias",
+        }
+
+    @pytest.mark.parametrize("weight", ["kernel", "w"])
+    @pytest.mark.parametrize("layers", [(), (12,)])
+    def test_a_scale_beside_a_weight_is_a_vector(self, weight, layers):
+        layer = {weight: jnp.ones((*layers, 4, 4)), "scale": jnp.ones((*layers, 4))}
+        params = {"attn": {"q_proj": layer, "k_proj": layer}}
+        assert label_roles(params)["attn"]["q_proj"] == {weight: "attention.q", "scale": "vector"}
+
     def test_an_array_alone(self):
         assert label_roles(jnp.ones((3, 3))) == "matrix"
 

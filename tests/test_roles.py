@@ -112,6 +112,52 @@ def test_a_class_tells_a_norm(cls):
     assert role("a.weight", (8,), owners=("Net", cls)) == "norm"
 
 
+@pytest.mark.parametrize("cls", ["LayerNormLinear", "NormedLinear", "PreNormBlock"])
+@pytest.mark.parametrize("leaf", ["weight", "w"])
+def test_a_class_that_does_more_than_a_norm_owns_none(cls, leaf):
+    assert role(f"a.{leaf}", (24, 8), owners=("Net", cls)) == "matrix"
+
+
+def test_the_bias_of_a_head_that_normalises_first_is_no_norms():
+    owners = ("RobertaPreLayerNormForMaskedLM", "RobertaPreLayerNormLMHead")
+    found = label(Parameter(("lm_head", "bias"), (8,), owners))
+    assert found == Label("bias", "head", "name")
+
+
+def test_a_norm_over_heads_has_a_matrix():
+    assert role("attn.q_norm.weight", (4, 8), owners=("Net", "Attention", "RMSNorm")) == "norm"
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "embedding", "attention"])
+@pytest.mark.parametrize(
+    ("leaf", "shape"), [("scale", (4,)), ("gamma", (4,)), ("gain", (4, 1, 1, 1)), ("alpha", (1,))]
+)
+def test_what_a_layer_has_beside_its_weight_is_a_vector(kind, leaf, shape):
+    assert role(f"attn.q_proj.{leaf}", shape, kind=kind) == "vector"
+
+
+@pytest.mark.parametrize("leaf", ["gamma", "scale", "weight"])
+def test_a_vector_that_no_known_layer_owns_is_no_matrix_of_a_part(leaf):
+    assert role(f"attn.out.{leaf}", (4,), owners=("Net", "Attention", "Scaled")) == "vector"
+
+
+@pytest.mark.parametrize("leaf", ["x_proj_weight", "dt_proj_weight"])
+def test_mambas_bare_weights_are_known_beside_their_matrix(leaf):
+    beside = f"{leaf} A_log D"
+    assert role(f"mamba.{leaf}", siblings=beside) == f"ssm.{leaf.split('_')[0]}"
+
+
+def test_a_stacked_b_beside_w_is_a_bias():
+    path, shape = ("mlp", "up", "b"), (12, 32)
+    found = label(Parameter(path, shape, owned=frozenset("wb")))
+    assert found == Label("bias", "mlp.up", "name")
+
+
+def test_the_rows_of_trainable_tokens_are_an_embedding():
+    path = "embed.token_adapter.trainable_tokens_delta.default"
+    assert role(path, owners=("Net",) * 3) == "embedding"
+
+
 @pytest.mark.parametrize("cls", ["NormalizedLinear", "Linear", "Conv1D"])
 def test_a_class_that_only_begins_like_a_norm_or_a_convolution_does_not(cls):
     assert role("a.weight", owners=("Net", cls)) == "matrix"
@@ -208,6 +254,22 @@ def test_what_is_decayed(name):
 
 def test_a_matrix_that_no_layer_owns_is_not_decayed():
     assert not is_decayed(Label("matrix", None, "shape"), Parameter(("a", "A_log"), (8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "decayed"),
+    [
+        ("a.weight", (8, 8), True),
+        ("experts.w", (4, 8, 8), True),
+        ("a.parametrizations.weight.original", (8, 8), True),
+        ("a.weight", (1, 8), False),
+        ("norm.w", (12, 8), False),  # of stacked layers
+        ("a.table", (8, 8), False),
+    ],
+)
+def test_a_matrix_of_an_unknown_layer_is_decayed_where_it_is_its_weight(path, shape, decayed):
+    parameter = Parameter(tuple(path.split(".")), shape)
+    assert is_decayed(Label("matrix", None, "shape"), parameter) == decayed
 
 
 WORDS = {

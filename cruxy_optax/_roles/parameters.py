@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cruxy_control.roles import Label, Parameter, Rule, check_rules, label, own_index
+from cruxy_control.roles import Label, Parameter, Rule, check_rules, label, own_index, says_norm
 from cruxy_optax._low_bit import is_low_bit
 from cruxy_optax._tree import at
 
@@ -89,7 +89,8 @@ def labelled(params: Any, model: Any, rules: Iterable[Rule]) -> Labelled:
     rules = check_rules(rules)
     flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_one)
     keys = [path for path, _ in flat]
-    tree = _Tree(keys, params if model is None else model)
+    shapes = {_names(path): _shape(unboxed(node)) for path, node in flat}
+    tree = _Tree(shapes, params if model is None else model)
     if model is not None and not any(map(tree.has, keys)):
         raise ValueError(
             f"model must have the parameters as attributes, got {type(model).__name__}, which has "
@@ -99,7 +100,7 @@ def labelled(params: Any, model: Any, rules: Iterable[Rule]) -> Labelled:
     leaves = []
     for path, node in flat:
         value = unboxed(node)
-        parameter = tree.parameter(path, _shape(value))
+        parameter = tree.parameter(path)
         # A module takes a text for a setting of its own where it does not stand in a box.
         in_module = _is_variable(node) and _is_attribute(path)
         told = label(parameter, rules)
@@ -112,9 +113,9 @@ def labelled(params: Any, model: Any, rules: Iterable[Rule]) -> Labelled:
 class _Tree:
     """The paths of a tree, and the objects on the way to its leaves where there are any."""
 
-    def __init__(self, keys: list[tuple[Any, ...]], model: Any) -> None:
+    def __init__(self, shapes: dict[tuple[str, ...], tuple[int, ...]], model: Any) -> None:
         self._model = model
-        self._paths = set(map(_names, keys))
+        self._paths = shapes
         self._beside: dict[tuple[str, ...], set[str]] = {}
         for path in self._paths:
             for depth, name in enumerate(path):
@@ -126,7 +127,7 @@ class _Tree:
         nodes = self._nodes(keys)
         return len(nodes) > len(keys) and nodes[-1] is not None
 
-    def parameter(self, keys: tuple[Any, ...], shape: tuple[int, ...]) -> Parameter:
+    def parameter(self, keys: tuple[Any, ...]) -> Parameter:
         """What is known of a leaf."""
         path, nodes = _names(keys), self._nodes(keys[:-1])
         owners = [*map(_class, nodes), *[""] * (len(path) - len(nodes))]
@@ -137,12 +138,13 @@ class _Tree:
         kind = _kind(nodes[-1]) if len(nodes) == len(path) else ""
         return Parameter(
             path=path,
-            shape=shape,
+            shape=self._paths[path],
             owners=tuple(owners),
-            kind=kind or _KINDS.get(owners[-1]) or self._kind_by_name(path, shape),
+            kind=kind or _KINDS.get(owners[-1]) or self._kind_by_name(path),
             is_last=path[:-1] == self._last,
             place=_place(nodes),
             siblings=frozenset(self._beside[path[: own_index(path)]]),
+            owned=frozenset(self._beside[path[:-1]]),
         )
 
     def _nodes(self, keys: tuple[Any, ...]) -> list[Any]:
@@ -155,13 +157,16 @@ class _Tree:
                 break
         return nodes
 
-    def _kind_by_name(self, path: tuple[str, ...], shape: tuple[int, ...]) -> str:
+    def _kind_by_name(self, path: tuple[str, ...]) -> str:
         """What the owner is by the names of its parameters, which are those of Flax."""
-        own = self._beside[path[:-1]]
+        own, shape = self._beside[path[:-1]], self._paths[path]
         if "kernel" in own:
             if len(path) > 1 and "conv" in path[-2].lower():
                 return "conv"
             return "linear" if len(shape) < 4 else ""
+        if "w" in own:  # Haiku's, of which a norm's may be stacked
+            same = self._paths.get((*path[:-1], "b")) == self._paths.get((*path[:-1], "w"))
+            return "norm" if same and len(path) > 1 and says_norm(path[-2]) else ""
         return "norm" if "scale" in own and path[-1] in ("scale", "bias") else ""
 
     def _last_layer(self) -> tuple[str, ...] | None:
