@@ -123,6 +123,9 @@ LORA = re.compile(
     r"lora_(?:embedding_)?(?:(?P<side>[AaBb])|(?P<scale>E|magnitude_vector|magnitude))$"
 )
 
+FACTORS = re.compile(r"(hada|lokr)_[wt]")
+"""How PEFT's LoHa and LoKr begin the names of the factors of what they add to a weight."""
+
 
 def words(name: str) -> list[str]:
     """The words of a name in lower case, without numbers: `EncDecAttention_0` has three."""

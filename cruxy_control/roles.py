@@ -178,7 +178,7 @@ def is_decayed(label: Label, parameter: Parameter) -> bool:
 
     Not on norms, biases, positions, vectors and magnitudes, nor on Mamba's `A_log` and `D`; on a
     `matrix` where its owner is a linear layer or a convolution, or it is called `weight`, `kernel`
-    or `w` and its owner no norm.
+    or `w` and its owner no norm, or it is a factor of PEFT's LoHa or LoKr.
 
     Examples:
         >>> from cruxy_control.roles import Parameter, is_decayed, label
@@ -190,7 +190,8 @@ def is_decayed(label: Label, parameter: Parameter) -> bool:
         leaf, own = read(parameter.path)[:2]
         is_weight = leaf.lower() in ("weight", "kernel", "w") and not is_vector(parameter.shape)
         layer = parameter.kind in ("linear", "conv")
-        return layer or (is_weight and not names.says_norm(own.text))
+        factor = any(names.FACTORS.match(name) for name in parameter.path)
+        return layer or factor or (is_weight and not names.says_norm(own.text))
     return label.role not in _NOT_DECAYED
 
 

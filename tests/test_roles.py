@@ -264,6 +264,7 @@ def test_a_matrix_that_no_layer_owns_is_not_decayed():
         ("a.parametrizations.weight.original", (8, 8), True),
         ("a.weight", (1, 8), False),
         ("norm.w", (12, 8), False),  # of stacked layers
+        ("q_proj.hada_w1_a.default", (8, 2), True),
         ("a.table", (8, 8), False),
     ],
 )

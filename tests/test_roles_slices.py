@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cruxy_control.slices import Slices, blocks, check_slices, per_group, per_head, repeated
-from cruxy_torch import qkv_slices
+from cruxy_torch import build_tagged_param_groups, qkv_slices
 
 pytest.importorskip("transformers")
 
@@ -304,3 +304,29 @@ def test_rows_that_do_not_add_up_are_refused():
     model.layers[0].self_attn.num_key_value_heads = 4
     with pytest.raises(ValueError, match=r"32 \+ 32 \+ 32 = 96 indices for a size of 64"):
         qkv_slices(model)
+
+
+def test_a_parametrized_weight_of_gpt2_keeps_its_axis():
+    model = small("GPT2Model", "GPT2Config", **GPT)
+    nn.utils.parametrize.register_parametrization(model.h[0].attn.c_attn, "weight", nn.Identity())
+    found = qkv_slices(model)
+    assert found["h.0.attn.c_attn.parametrizations.weight.original"] == blocks(32, 32, 32, axis=1)
+    assert found["h.0.attn.c_attn.bias"] == blocks(32, 32, 32)
+
+
+def test_what_is_frozen_needs_no_layout_in_groups():
+    model = Own()
+    model.qkv.requires_grad_(False)
+    groups = build_tagged_param_groups(model, enable_qkv_slicing=True)
+    assert [name for group in groups for name in group["param_names"]] == [
+        "proj.weight",
+        "proj.bias",
+    ]
+
+
+def test_groups_that_slices_part_have_a_rate_of_their_own_each():
+    layers = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.MultiheadAttention(16, 2)])
+    lr = torch.tensor(0.5)
+    groups = build_tagged_param_groups(layers, base_lr=lr, enable_qkv_slicing=True)
+    assert sum("slices" in group for group in groups) == 2
+    assert len({id(group["lr"]) for group in groups} | {id(lr)}) == len(groups) + 1

@@ -292,6 +292,22 @@ class TestMask:
         model, mask = copied((model := net(), role_mask(model, "head")))
         assert [n for n, p in model.named_parameters() if mask(p)] == ["lm_head.weight"]
 
+    def test_names_of_wrappers_make_no_difference(self):
+        model = net()
+        compiled = torch.compile(model)
+        for mask in (role_mask(model, "mlp"), role_mask(compiled, "mlp")):
+            assert "_orig_mod.blocks.0.mlp.0.weight" in mask
+            assert "blocks.0.mlp.0.weight" in mask
+            assert "blocks.0.attn.in_proj_weight" not in mask
+
+    def test_a_wrapper_and_what_it_wraps_are_told_apart_by_name(self):
+        layer = Around(nn.Linear(4, 4, bias=False))
+        layer.weight = layer.gamma
+        del layer.gamma
+        mask = role_mask(nn.ModuleDict({"attn": nn.ModuleDict({"q_proj": layer})}), "vector")
+        assert "attn.q_proj.weight" in mask
+        assert "attn.q_proj.module.weight" not in mask
+
     def test_a_tensor_of_another_model_is_refused(self):
         with pytest.raises(
             ValueError, match=r"a parameter of its model, got another of shape \(3,\)"
@@ -360,6 +376,12 @@ class TestTable:
             torch.optim.AdamW(param_groups(net(), lr=1e-3), weight_decay=0.0)
         )
 
+    def test_names_that_are_not_as_many_as_parameters_are_refused(self):
+        optimizer = torch.optim.SGD(param_groups(net(), lr=1.0))
+        optimizer.param_groups[2]["params"].pop(0)
+        with pytest.raises(ValueError, match="as many param_names as params, got 5 and 4 in group"):
+            role_table(optimizer)
+
     def test_an_optimizer_without_names_is_refused(self):
         with pytest.raises(ValueError, match="groups of an optimizer must have roles or names"):
             role_table(torch.optim.SGD(net().parameters(), lr=1.0))
@@ -412,6 +434,69 @@ class TestWrapped:
         assert role_table(optimizer) == role_table(
             cruxy_torch.CruxyOptimizer(param_groups(whole, lr=1e-3))
         )
+
+
+class Around(nn.Module):
+    """A module with a vector of its own around another."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.gamma = module, nn.Parameter(torch.ones(4))
+
+
+class TestOwners:
+    @pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Embedding(4, 4)])
+    def test_what_a_wrapper_owns_is_not_what_it_wraps(self, layer):
+        model = nn.ModuleDict({"attn": nn.ModuleDict({"out": Around(layer)})})
+        (group,) = (
+            group
+            for group in param_groups(model, lr=1.0, weight_decay=0.1)
+            if "attn.out.gamma" in group["param_names"]
+        )
+        assert (group["role"], group["weight_decay"]) == ("vector", 0.0)
+
+    def test_the_gain_of_a_convolution_is_not_decayed(self):
+        layer = nn.Conv2d(3, 4, 3, bias=False)
+        layer.gain = nn.Parameter(torch.ones(4, 1, 1, 1))
+        groups = param_groups(layer, lr=1.0, weight_decay=0.1)
+        found = {name: g["weight_decay"] for g in groups for name in g["param_names"]}
+        assert found == {"weight": 0.1, "gain": 0.0}
+
+    def test_the_weight_of_a_class_of_ones_own_is_decayed(self):
+        layer = type("ColumnParallelLinear", (nn.Module,), {})()
+        layer.weight = nn.Parameter(torch.ones(4, 4))
+        layer.table = nn.Parameter(torch.ones(4, 4))
+        groups = param_groups(nn.ModuleDict({"layer": layer}), lr=1.0, weight_decay=0.1)
+        found = {name: g["weight_decay"] for g in groups for name in g["param_names"]}
+        assert found == {"layer.weight": 0.1, "layer.table": 0.0}
+
+    def test_a_child_that_leads_back_to_its_parent_changes_nothing(self):
+        model = net()
+        model.blocks[0].parent = model
+        assert label_roles(model) == ROLES_IN_ORDER
+        assert role_table(model) == role_table(net())
+        assert cruxy_torch.qkv_slices(model) == cruxy_torch.qkv_slices(net())
+
+    def test_a_model_of_several_outputs_that_wants_to_know_which_has_roles(self):
+        cls = type("Several", (Net,), {"get_output_embeddings": lambda self, i: None})
+        assert label_roles(cls()) == ROLES_IN_ORDER
+
+
+class TestFlat:
+    @pytest.mark.parametrize("rows", [192, 0])
+    @pytest.mark.parametrize("name", ["linear1", "self_attn"])
+    def test_weights_that_have_lost_their_shapes_are_refused(self, name, rows):
+        model = nn.TransformerEncoderLayer(8, 2, 16)
+        leaf = "in_proj_weight" if name == "self_attn" else "weight"
+        setattr(getattr(model, name), leaf, nn.Parameter(torch.zeros(rows)))
+        with pytest.raises(ValueError, match=rf"got {name}.{leaf} of shape \({rows},\), as Fully"):
+            param_groups(model, lr=1.0)
+
+    def test_a_flat_parameter_is_refused(self, one_rank):
+        fsdp = pytest.importorskip("torch.distributed.fsdp")
+        model = fsdp.FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match=r"got .*_flat_param of shape .* use fully_shard, or"):
+            label_roles(model)
 
 
 ROLES_IN_ORDER = {name: ROLES[name] for name, _ in net().named_parameters()}

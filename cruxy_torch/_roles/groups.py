@@ -24,11 +24,15 @@ def param_groups(
     """Groups of a model's parameters by role, for any `torch.optim` optimizer.
 
     Without `rates` and `decays` every rate is `lr`, and only what is usually decayed is: not norms,
-    biases, positions, vectors and LoRA's magnitudes, nor matrices that no layer owns.
+    biases, positions, vectors and LoRA's magnitudes, nor matrices that are no layer's weight.
 
     Keys of `rates` and `decays` are roles or their beginnings, and the longest that fits a
     parameter counts: `"attention"` is all of attention but what `"attention.q"` takes. A bias is a
     `"bias"`, whatever it belongs to.
+
+    torch 2.6 and newer wants `param_names` in all groups of an optimizer or in none: a group of
+    your own beside these, or one that is added later, needs them too, as in
+    `{"params": [extra], "param_names": ["extra"]}`.
 
     Args:
         model: its parameters that require a gradient are taken, each once.

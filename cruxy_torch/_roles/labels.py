@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from cruxy_control.roles import Rule, check_keys, matching
+from cruxy_control.roles import TRANSPARENT, Rule, check_keys, matching
 from cruxy_torch._roles.parameters import Found, find
 
 
@@ -27,8 +27,9 @@ def label_roles(model: nn.Module, rules: Iterable[Rule] = ()) -> dict[str, str]:
         The role of each parameter, in the order of `model.named_parameters()`.
 
     Raises:
-        ValueError: where a rule names no role, or a parameter is shared in two roles that are not
-            embedding and head.
+        ValueError: where a rule names no role, a parameter is shared in two roles that are not
+            embedding and head, or weights have lost their shapes, as `FullyShardedDataParallel` and
+            ZeRO-3 flatten them.
         TypeError: where `model` is no module, or a rule no pair.
 
     Examples:
@@ -46,7 +47,8 @@ class RoleMask:
     """The parameters of some roles: holds names and tensors, and is a function of a tensor.
 
     `name in mask` and `mask(tensor)` tell whether a parameter is one of them; iterated, it gives
-    their names. It knows the tensors of the model it was made of.
+    their names. It knows the tensors of the model it was made of. Names that wrappers such as
+    `torch.compile` put into a path make no difference.
     """
 
     def __init__(self, found: Iterable[Found], keys: tuple[str, ...]) -> None:
@@ -60,6 +62,7 @@ class RoleMask:
             self._chosen[one.tensor] = chosen
             self._names.update(dict.fromkeys(one.names, chosen))
             self._first += one.names[:1] * chosen
+        self._bare = {_bare(name): chosen for name, chosen in self._names.items()}
 
     def __call__(self, tensor: Tensor) -> bool:
         """Whether a parameter of the model is of these roles.
@@ -75,7 +78,7 @@ class RoleMask:
         return self._chosen[tensor]
 
     def __contains__(self, name: str) -> bool:
-        return self._names.get(name, False)
+        return self._names.get(name, self._bare.get(_bare(name), False))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._first)
@@ -85,6 +88,11 @@ class RoleMask:
 
     def __repr__(self) -> str:
         return f"RoleMask({', '.join(map(repr, self._keys))}: {len(self)} of {len(self._chosen)})"
+
+
+def _bare(name: str) -> str:
+    """A name without those of wrappers."""
+    return ".".join(part for part in name.split(".") if part not in TRANSPARENT)
 
 
 def role_mask(model: nn.Module, *keys: str, rules: Iterable[Rule] = ()) -> RoleMask:

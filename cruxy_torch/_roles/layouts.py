@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from cruxy_control.roles import Rule
+from cruxy_control.roles import Rule, own_index
 from cruxy_control.slices import Slices, blocks, check_slices, per_group, per_head, repeated
-from cruxy_torch._roles.parameters import Found, find
+from cruxy_torch._roles.parameters import Found, find, modules_of
 
 
 def qkv_slices(
@@ -45,10 +45,21 @@ def qkv_slices(
         >>> cruxy_torch.qkv_slices(attention)["in_proj_weight"]
         Slices(axis=0, q=((0, 8),), k=((8, 16),), v=((16, 24),))
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    given = slices or {}
+    return slices_in(model, find(model, rules), slices or {})
+
+
+def slices_in(
+    model: nn.Module, found: Iterable[Found], given: Mapping[str, Slices]
+) -> dict[str, Slices]:
+    """Where q, k and v lie in these parameters of a model, of which some hold all of them.
+
+    Raises:
+        ValueError: where a layout is not known, or does not fill the tensor.
+        TypeError: where a value of `given` is no `Slices`.
+    """
+    modules = modules_of(model)
     result: dict[str, Slices] = {}
-    for one in find(model, rules):
+    for one in found:
         if not is_fused(one):
             continue
         name, shape = one.names[0], one.parameter.shape
@@ -75,7 +86,8 @@ def slices_of(found: Found, modules: Mapping[str, nn.Module]) -> Slices | None:
     """Where q, k and v lie by the nearest attention that is known; `None` where none is."""
     path = found.parameter.path
     above = [modules[".".join(path[:i])] for i in range(len(path) - 1, -1, -1)]
-    transposed = any(cls.__name__ == "Conv1D" for cls in type(above[0]).__mro__)
+    owners = above[: len(path) - 1 - own_index(path)]  # with parametrizations and wrappers of it
+    transposed = any(cls.__name__ == "Conv1D" for m in owners for cls in type(m).__mro__)
     for module in above:
         layout = _layout(module)
         if layout is not None:

@@ -1,6 +1,6 @@
 """What a module tells of its parameters: owners, what stands beside, what makes the output."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ def find(model: nn.Module, rules: Iterable[Rule] = ()) -> list[Found]:
 
     Raises:
         TypeError: where it is no model, or a rule is no pair of a pattern or function and a role.
-        ValueError: where a rule names no role, or two modules share a parameter in two roles.
+        ValueError: where a rule names no role, two modules share a parameter in two roles, or
+            weights are flat, as FSDP of old and ZeRO-3 make them.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -41,12 +42,13 @@ def find(model: nn.Module, rules: Iterable[Rule] = ()) -> list[Found]:
     rules = check_rules(rules)
     tree = _Tree(model)
     named: dict[Tensor, list[str]] = {}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
+    for name, tensor in tree.parameters():
         named.setdefault(tensor, []).append(name)
     found: list[Found] = []
     for tensor, names in named.items():
         told = {}
         for name in names:
+            tree.check_whole(name, tensor)
             parameter = tree.parameter(name, tensor)
             told[name] = parameter, label(parameter, rules)
         found.append(_merged(tensor, told))
@@ -76,14 +78,53 @@ def _merged(tensor: Tensor, told: dict[str, tuple[Parameter, Label]]) -> Found:
     return Found(tuple(told), tensor, parameter, chosen, tied)
 
 
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model under all of their names, but for those that lead back."""
+    return dict(_walk(model, "", ()))
+
+
+def _walk(
+    module: nn.Module, prefix: str, above: tuple[nn.Module, ...]
+) -> Iterator[tuple[str, nn.Module]]:
+    yield prefix, module
+    above = (*above, module)
+    for name, child in module._modules.items():
+        if child is not None and all(child is not one for one in above):
+            yield from _walk(child, f"{prefix}.{name}" if prefix else name, above)
+
+
 class _Tree:
     """The modules of a model by their paths."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._modules = modules_of(model)
         outputs = {id(module) for module in map(_output, self._modules.values()) if module}
         self._outputs = {name for name, m in self._modules.items() if id(m) in outputs}
         self._last = _last(model)
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters of all modules by all of their names."""
+        for prefix, module in self._modules.items():
+            for name, tensor in module._parameters.items():
+                if tensor is not None:
+                    yield (f"{prefix}.{name}" if prefix else name), tensor
+
+    def check_whole(self, name: str, tensor: Tensor) -> None:
+        """Raises where a parameter is one flat piece of what it was.
+
+        Raises:
+            ValueError: with its name, its shape and the remedy.
+        """
+        owner, _, leaf = name.rpartition(".")
+        layer = _kind(self._modules[owner]) in ("linear", "conv", "embedding", "attention")
+        is_weight = layer and leaf in ("weight", "in_proj_weight") and tensor.requires_grad
+        if getattr(tensor, "_is_flat_param", False) or (is_weight and tensor.dim() < 2):
+            raise ValueError(
+                "the weights of a model must have the shapes of its layers, which tell roles, got "
+                f"{name} of shape {tuple(tensor.shape)}, as FullyShardedDataParallel and ZeRO-3 "
+                "flatten them; use fully_shard, or label the model and make its groups before it "
+                "is wrapped, with use_orig_params=True."
+            )
 
     def parameter(self, name: str, tensor: Tensor) -> Parameter:
         """What is known of a parameter under one of its names."""
@@ -94,7 +135,8 @@ class _Tree:
         owner = prefixes[-1 if adapted is None else adapted]
         if "parametrizations" in path:
             owner = prefixes[path.index("parametrizations")]
-        module = _unwrapped(self._modules[owner])
+        module = self._modules[owner]
+        module = module if adapted is None else _unwrapped(module)
         beside = self._modules[prefixes[own].removesuffix(".parametrizations")]
         owned = {*prefixes[own + 1 :], owner}
         return Parameter(
@@ -106,6 +148,7 @@ class _Tree:
             is_last=any(self._modules[prefix] is self._last for prefix in owned),
             place=_place(module, [self._modules[prefix] for prefix in prefixes[own + 1 :]]),
             siblings=frozenset([*beside._modules, *beside._parameters]),
+            owned=frozenset(self._modules[prefixes[-1]]._parameters),
         )
 
 
@@ -115,7 +158,7 @@ def _output(module: nn.Module) -> nn.Module | None:
         return None
     try:
         found = module.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    except (AttributeError, NotImplementedError):  # a part without an output
+    except (AttributeError, NotImplementedError, TypeError):  # a part without one, or of several
         return None
     return found if isinstance(found, nn.Module) else None
 

@@ -9,7 +9,7 @@ from cruxy_control.role_table import Entry, RoleTable, table_of
 from cruxy_control.roles import Label, Parameter, Rule, check_rules, label, own_index
 from cruxy_torch._roles.groups import Factors
 from cruxy_torch._roles.layouts import is_fused, slices_of
-from cruxy_torch._roles.parameters import find
+from cruxy_torch._roles.parameters import find, modules_of
 
 
 def role_table(
@@ -33,8 +33,8 @@ def role_table(
         A table with `rows`, to be printed.
 
     Raises:
-        ValueError: where an optimizer's parameters have neither roles nor names, or comes with
-            rates or decays; see `param_groups`.
+        ValueError: where an optimizer's parameters have neither roles nor names, or not as many
+            names as there are of them, or it comes with rates or decays; see `param_groups`.
         TypeError: where it is neither model nor optimizer.
 
     Examples:
@@ -77,7 +77,7 @@ def _of_model(
 ) -> list[Entry]:
     found = find(model, rules)
     factors = Factors(found, rates, decays)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_of(model)
     return [
         Entry(
             one.names[0],
@@ -99,6 +99,11 @@ def _of_optimizer(optimizer: Optimizer, rules: Iterable[Rule]) -> list[Entry]:
         names = group.get("param_names") or [
             f"group {index}, parameter {place}" for place in range(len(group["params"]))
         ]
+        if len(names) != len(group["params"]):
+            raise ValueError(
+                f"a group must have as many param_names as params, got {len(names)} and "
+                f"{len(group['params'])} in group {index}; change both where one is changed."
+            )
         if "role" not in group and "param_names" not in group:
             raise ValueError(
                 f"the groups of an optimizer must have roles or names, got group {index} without; "

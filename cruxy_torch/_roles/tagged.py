@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from cruxy_control.roles import Rule
 from cruxy_control.slices import Slices
 from cruxy_torch._roles.groups import param_groups
-from cruxy_torch._roles.layouts import qkv_slices
+from cruxy_torch._roles.layouts import slices_in
+from cruxy_torch._roles.parameters import find
 
 RATES = {
     "lora": 0.8,
@@ -80,7 +81,8 @@ def build_tagged_param_groups(
     )
     if not enable_qkv_slicing:
         return groups
-    layouts = qkv_slices(model, rules)
+    trained = (one for one in find(model, rules) if one.tensor.requires_grad)
+    layouts = slices_in(model, trained, {})
     return [part for group in groups for part in _sliced(group, layouts)]
 
 
@@ -91,6 +93,8 @@ def _sliced(group: dict[str, Any], layouts: dict[str, Slices]) -> list[dict[str,
     by_layout: dict[Slices, dict[str, Any]] = {}
     for param, name in zip(group["params"], group["param_names"], strict=True):
         own = {**group, "params": [], "param_names": [], "slice_rates": SLICE_RATES}
+        if isinstance(own["lr"], Tensor):
+            own["lr"] = own["lr"].clone()  # a scheduler changes each in place
         own = by_layout.setdefault(layouts[name], own)
         own["params"].append(param)
         own["param_names"].append(name)
