@@ -6,35 +6,25 @@ from typing import Any, NamedTuple
 from cruxy_control import filters
 from cruxy_control.checks import check_bounds, check_count, check_range
 from cruxy_control.controls import Controls
+from cruxy_control.law import Law
 from cruxy_control.sensing import SENSED, SensorState, V2Sensors
 from cruxy_control.signals import Signals, known
 
-COOLDOWN_PEAK = 2.0
-"""Of the rate that was found, where one that is to fall begins."""
-
 
 class Cooldown(NamedTuple):
-    """When the rate falls to 0, in a straight line.
+    """A fall of the rate to 0 that was begun on the way; `total_steps` is the law's own.
 
     Attributes:
         start: the value of `step` from which on it falls, the largest int32 for never; int32, `()`.
         steps: how many steps that takes; int32, `()`.
-        peak: from what multiple of the scale it falls; float32, `()`.
+        height: the multiple of the scale from which it falls; float32, `()`.
+        falling: the multiple that was applied last, where the rate falls; else 0; float32, `()`.
     """
 
     start: Any
     steps: Any
-    peak: Any
-
-    def begun(self, step: Any) -> Any:
-        """Whether the rate falls; it may have ended."""
-        return step >= self.start
-
-    def factor(self, step: Any, *, xp: Any) -> Any:
-        """On the scale: `peak (1 - (step - start) / steps)`, at least 0; before it begins 1."""
-        begun = self.begun(step)
-        done = xp.where(begun, step - self.start, 0) / self.steps
-        return xp.where(begun, self.peak * xp.clip(1.0 - done, 0.0, 1.0), 1.0)
+    height: Any
+    falling: Any
 
 
 class SelfDrivingState(NamedTuple):
@@ -45,7 +35,7 @@ class SelfDrivingState(NamedTuple):
         alignment: the smoothed alignment.
         step: good steps so far that came after one that moved something; int32, `()`.
         scale: the factor on the learning rate that was found; float32, `()`.
-        cooldown: when the rate ends.
+        cooldown: a fall of the rate that was begun on the way.
     """
 
     sensors: SensorState
@@ -84,7 +74,9 @@ class SelfDriving(V2Sensors):
         scale * cooldown_peak * (1 - k / K),    k = 0, 1, ..., K = (1 - search_share) total_steps.
 
     The rate that is found is that which an average of the iterates bears for ever; one that falls
-    may start at twice of it. `begin_cooldown` begins the same at any step.
+    may start at twice of it. `begin_cooldown` begins the same at any step, and then counts in place
+    of `total_steps`. The end is the law's and not the state's: a run that is resumed under another
+    `total_steps` ends there.
 
     Clipping, guard and telemetry are those of `Meta3`; the decay rates stay as they are set.
 
@@ -120,7 +112,7 @@ class SelfDriving(V2Sensors):
     scale_bounds: tuple[float, float] = (1e-9, 1e9)
     total_steps: int | None = None
     search_share: float = 0.2
-    cooldown_peak: float = COOLDOWN_PEAK
+    cooldown_peak: float = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,32 +144,50 @@ class SelfDriving(V2Sensors):
             alignment=filters.Ema(zero, zero),
             step=filters.zero_count(like, xp=xp),
             scale=zero + 1.0,
-            cooldown=self._init_cooldown(filters.zero_count(like, xp=xp), zero),
+            cooldown=Cooldown(
+                start=filters.zero_count(like, xp=xp) + filters.MAX_COUNT,
+                steps=filters.zero_count(like, xp=xp) + 1,
+                height=zero + self.cooldown_peak,
+                falling=zero + 0.0,
+            ),
         )
 
-    def _init_cooldown(self, count: Any, zero: Any) -> Cooldown:
-        peak = zero + self.cooldown_peak
-        if self.total_steps is None:
-            return Cooldown(count + filters.MAX_COUNT, count + 1, peak)
-        search = max(1, round(self.search_share * self.total_steps))
-        return Cooldown(count + search, count + max(1, self.total_steps - search), peak)
+    def _fall(self, state: SelfDrivingState, xp: Any) -> tuple[Any, Any]:
+        """Whether the rate falls in this step or has fallen, and the multiple of the scale then.
+
+        A fall that was begun on the way counts, else the one to the end that is known.
+        """
+        asked = state.step >= state.cooldown.start
+        start, steps, height = state.cooldown[:3]
+        falls = asked
+        if self.total_steps is not None:
+            search = max(1, round(self.search_share * self.total_steps))
+            never = state.cooldown.start == filters.MAX_COUNT
+            falls = asked | (never & (state.step >= search))
+            start = xp.where(never, search, start)
+            steps = xp.where(never, max(1, self.total_steps - search), steps)
+            height = xp.where(never, self.cooldown_peak, height)
+        done = xp.where(falls, state.step - start, 0) / steps
+        return falls, height * xp.clip(1.0 - done, 0.0, 1.0)
 
     def step(
         self, state: SelfDrivingState, signals: Signals, *, xp: Any
     ) -> tuple[SelfDrivingState, Controls]:
         """One step of the law: the new state, and the controls read from it."""
         ok = xp.isfinite(signals.grad_norm) & xp.isfinite(signals.gamma_norm)
-        factor = state.cooldown.factor(state.step, xp=xp)
-        state = filters.select(ok, self._advance(state, signals, xp), state, xp=xp)
+        falls, multiple = self._fall(state, xp)
+        new = self._advance(state, signals, falls, multiple, xp)
+        state = filters.select(ok, new, state, xp=xp)
         controls = self.sensed_controls(state.sensors, signals, ok, xp=xp)
-        scale, alignment = state.scale * factor, state.alignment.value
+        scale, alignment = state.scale * xp.where(falls, multiple, 1.0), state.alignment.value
         return state, controls._replace(meta_scale=scale, alignment=alignment)
 
-    def _advance(self, state: SelfDrivingState, signals: Signals, xp: Any) -> SelfDrivingState:
+    def _advance(
+        self, state: SelfDrivingState, signals: Signals, held: Any, multiple: Any, xp: Any
+    ) -> SelfDrivingState:
         # A gradient that nothing has moved since the last one agrees with it, at any rate.
         moved = signals.limit_scale > 0.0
         # A rate that falls tells nothing of the one that was found.
-        held = state.cooldown.begun(state.step)
         sure = known(signals.alignment) & moved & ~held
         sensed = xp.where(sure, signals.alignment, 0.0)
         alignment = filters.ema(state.alignment, sensed, self.alignment_decay, debias=True)
@@ -191,24 +201,45 @@ class SelfDriving(V2Sensors):
             alignment=alignment,
             step=xp.where(moved, filters.next_count(state.step, xp=xp), state.step),
             scale=xp.clip(scale, *self.scale_bounds),
-            cooldown=state.cooldown,
+            cooldown=state.cooldown._replace(falling=xp.where(held, multiple, 0.0)),
         )
 
 
-def begin_cooldown(
-    state: SelfDrivingState, steps: Any, peak: float = COOLDOWN_PEAK, *, xp: Any
-) -> SelfDrivingState:
+def begin_cooldown(state: SelfDrivingState, steps: Any, *, xp: Any) -> SelfDrivingState:
     """The state of a run whose rate falls to 0 from now on.
 
     Args:
         state: of `SelfDriving`. If its rate falls already it goes on from where it is; one that has
             ended begins again.
-        steps: until it is 0, at least 1; a number or an int32 scalar.
-        peak: of the rate that was found, where the fall begins.
+        steps: until it is 0; a number or an int32 scalar, taken as at least 1.
         xp: the array namespace.
     """
-    now = state.cooldown.factor(state.step, xp=xp)
-    falls = state.cooldown.begun(state.step) & (now > 0.0)
-    first = xp.where(falls, now, peak) + xp.zeros_like(state.scale)
-    start = state.step + 0  # an array of its own, for whoever donates the state
-    return state._replace(cooldown=Cooldown(start, xp.zeros_like(start) + steps, first))
+    start, _, height, falling = state.cooldown
+    steps = xp.clip(xp.zeros_like(start) + steps, 1, filters.MAX_COUNT)
+    height = xp.where(falling > 0.0, falling, height)
+    # Sums, for arrays of their own: who donates the state gives each once.
+    return state._replace(cooldown=Cooldown(state.step + 0, steps, height, falling + 0.0))
+
+
+def has_end(law: Any) -> bool:
+    """Whether a law, or the one that it is put around, has been told when the run ends."""
+    while hasattr(law, "law"):
+        law = law.law
+    return getattr(law, "total_steps", None) is not None
+
+
+def told_the_end(law: Law, total_steps: int) -> Law:
+    """The law that knows how many steps there are, also where it lies in another.
+
+    Raises:
+        ValueError: where there is no `SelfDriving` to be told.
+    """
+    if isinstance(law, SelfDriving):
+        return dataclasses.replace(law, total_steps=total_steps)
+    around: Any = law
+    if not hasattr(around, "law"):
+        raise ValueError(
+            f"total_steps needs a law that finds the rate, SelfDriving, got {law!r}; leave it out, "
+            "and give a schedule in place of the learning rate."
+        )
+    return dataclasses.replace(around, law=told_the_end(around.law, total_steps))

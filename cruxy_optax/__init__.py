@@ -43,10 +43,10 @@ from cruxy_optax._memory.estimate import MemoryEstimate, estimate_memory
 from cruxy_optax._memory.quantize import QuantizeState, quantize_state
 from cruxy_optax._memory.rounding import RoundUpdatesState, round_updates
 from cruxy_optax._optimizers.axiom import axiom
+from cruxy_optax._optimizers.cooldown import cooldown
 from cruxy_optax._optimizers.cosmic import cosmic
 from cruxy_optax._optimizers.meta3 import meta3, meta_lion
 from cruxy_optax._optimizers.self_driving import (
-    cooldown,
     self_driving,
     self_driving_lion,
     self_driving_muon,

@@ -79,6 +79,13 @@ def _check_shapes(optimizer: Any, saved: dict[str, Any]) -> None:
 
 def _check_options(optimizer: Any, saved: dict[str, Any]) -> None:
     """Raises unless a group has the options of this optimizer's groups."""
+    ours, theirs = optimizer.defaults.get("direction"), saved.get("direction")
+    if ours != theirs:
+        raise ValueError(
+            f"the state must be one of the direction {ours or 'that comes with the mode'!s}, got "
+            f"one of {theirs or 'that which comes with the mode'!s}; build the optimizer with the "
+            "direction it was saved with."
+        )
     missing = optimizer.defaults.keys() - saved.keys() - _MAY_LACK
     if missing:
         raise ValueError(

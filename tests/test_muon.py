@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import cruxy_optax
-from cruxy_control import Meta3, SelfDriving, Signals
+from cruxy_control import Meta3, PlateauGuard, SelfDriving, Signals
 from cruxy_control.formulas.orthogonal import orthogonal_scale, orthogonalize
 from cruxy_control.self_driving import begin_cooldown
 
@@ -78,6 +78,33 @@ def test_heads_and_experts_are_the_matrices_they_are():
     got, _ = tx.update({"experts": {"up_proj": experts}}, tx.init({}))
     first, _ = tx.update({"kernel": experts[0]}, tx.init({}))
     np.testing.assert_allclose(got["experts"]["up_proj"][0], first["kernel"], atol=1e-6)
+
+
+def test_scanned_layers_are_named_and_each_is_a_matrix_of_its_own():
+    layers = jnp.asarray(matrix(3, 8, 20)) * jnp.array([1000.0, 1.0, 1.0])[:, None, None]
+    updates = {"layers": {"up": {"kernel": layers}, "norm": {"scale": jnp.ones((3, 8))}}}
+    with pytest.raises(ValueError, match="nothing tells which axes are inputs"):
+        cruxy_optax.orthogonalize_updates().update(updates, optax.EmptyState())
+    tx = cruxy_optax.orthogonalize_updates(stacked=("layers.*",))
+    got = tx.update(updates, optax.EmptyState())[0]["layers"]["up"]["kernel"]
+    alone, _ = tx.update({"kernel": layers[1]}, optax.EmptyState())
+    np.testing.assert_allclose(got[1], alone["kernel"], atol=1e-6)
+
+
+def test_rules_and_rates_reach_every_part():
+    params = {"foo": {"kernel": jnp.asarray(matrix(4, 6))}}
+    rules = ((pattern, role) for pattern, role in [("foo.*", "embedding")])  # read once
+    tx = cruxy_optax.self_driving_muon(rules=rules, rates={"embedding": 0.0}, weight_decay=0.0)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert not np.any(updates["foo"]["kernel"])
+
+
+def test_a_table_of_decays_is_no_matrix():
+    tree = {"mixer": {"A_log": jnp.ones((8, 4)), "in_proj": {"kernel": jnp.ones((8, 4))}}}
+    muon = cruxy_optax.scale_by_controlled_muon()
+    tx = cruxy_optax.stabilize(muon, law=Meta3())
+    updates, _ = tx.update(tree, tx.init(tree), tree)
+    np.testing.assert_allclose(updates["mixer"]["A_log"], 1.0, rtol=1e-4)  # Adam's first step
 
 
 def test_states_and_optimizers_of_nnx_are_taken():
@@ -220,9 +247,58 @@ def test_a_rate_that_falls_teaches_the_law_nothing():
 def test_a_cooldown_begins_at_any_step_and_can_be_put_off():
     scales = law_rates(SelfDriving(), 60, cooldown={10: 20, 20: 20})
     assert scales[10] == pytest.approx(2.0 * scales[9])
-    assert scales[20] == pytest.approx(scales[9])  # half way down
+    assert scales[20] == scales[19] == pytest.approx(1.1 * scales[9])  # half way down
     np.testing.assert_allclose(np.diff(scales[20:40]), -scales[20] / 20, rtol=1e-4)
     assert not scales[40:].any()
+
+
+def test_the_end_is_that_of_the_law_and_not_of_the_state():
+    begun = SelfDriving(total_steps=20)
+    state, one = begun.init(np.float32(0.0), xp=np), np.float32(1.0)
+    for law, step, some in ((begun, 25, False), (SelfDriving(total_steps=1000), 5, True)):
+        for _ in range(step):
+            signals = Signals(one, one, one, np.float32(-0.25), one)
+            state, controls = law.step(state, signals, xp=np)
+        assert bool(controls.meta_scale > 0.0) == some
+
+
+def test_a_cooldown_begins_at_the_peak_of_the_law():
+    law = SelfDriving(cooldown_peak=1.0)
+    state, one = law.init(np.float32(0.0), xp=np), np.float32(1.0)
+    signals = Signals(one, one, one, np.float32(-0.25), one)
+    state, before = law.step(state, signals, xp=np)
+    _, after = law.step(begin_cooldown(state, 10, xp=np), signals, xp=np)
+    assert after.meta_scale == before.meta_scale
+
+
+@pytest.mark.parametrize("steps", [0, 1.0])
+def test_a_cooldown_of_an_array_of_no_steps_is_one_of_a_step(steps):
+    """As the difference of two counters may be, inside `jit`."""
+    tx = cruxy_optax.self_driving()
+    begun = jax.jit(cruxy_optax.cooldown)(tx.init(tree()), jnp.asarray(steps))
+    assert jax.tree.map(lambda x: x.dtype, begun) == jax.tree.map(
+        lambda x: x.dtype, tx.init(tree())
+    )
+    updates, _ = tx.update(gradients(0), begun, tree(), value=1.0)
+    assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
+
+
+def test_a_cooldown_of_an_nnx_optimizer():
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, cruxy_optax.self_driving(), wrt=nnx.Param)
+    optimizer.opt_state = cruxy_optax.cooldown(optimizer.opt_state, 5)
+    optimizer.update(model, nnx.state(model, nnx.Param), value=1.0)
+    shown = cruxy_optax.telemetry(optimizer.opt_state)["learning_rate"]
+    assert float(shown) == pytest.approx(2e-3)
+
+
+def test_only_a_limit_that_nobody_set_is_doubled_for_an_end():
+    start = {"learning_rate": 1.0, "weight_decay": 0.0, "total_steps": 10}
+    params = {"norm": {"scale": jnp.ones(4)}}
+    for limit, largest in (("usual", 0.2), (0.05, 0.05)):
+        tx = cruxy_optax.self_driving(relative_limit=limit, **start)
+        updates, _ = tx.update(params, tx.init(params), params, value=1.0)
+        assert float(jnp.abs(updates["norm"]["scale"]).max()) == pytest.approx(largest, rel=1e-4)
 
 
 def test_cooldown_asks_for_a_law_that_finds_the_rate():
@@ -338,14 +414,58 @@ def test_what_a_parameter_is_does_not_come_from_a_checkpoint():
     assert [group["role"] for group in optimizer.param_groups] == roles
 
 
+def test_a_generator_of_parameters_is_read_once():
+    net = torch.nn.Linear(3, 4, bias=False)
+    optimizer = CruxyOptimizer([{"params": net.parameters(), "role": "mlp.up"}], direction="muon")
+    assert optimizer.param_groups[0]["params"] == [net.weight]
+    one = CruxyOptimizer([{"params": net.weight, "role": "mlp.up"}], direction="muon")
+    assert one.param_groups[0]["betas"] == (0.9025, 0.95)
+
+
+def test_experts_of_two_axes_and_of_three_are_matrices():
+    experts = torch.nn.ParameterList(torch.randn(s) for s in ((16, 8), (2, 16, 8)))
+    groups = [{"params": list(experts), "role": "moe.expert.up"}]
+    optimizer = CruxyOptimizer(groups, direction="muon", weight_decay=0.0)
+    for p in experts:
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in experts]
+    optimizer.step()
+    moved = [(b - p).detach() for b, p in zip(before, experts, strict=True)]
+    torch.testing.assert_close(moved[1][0], moved[0])
+
+
+def test_vectors_among_matrices_are_refused():
+    groups = [{"params": [torch.nn.Parameter(torch.ones(s)) for s in ((3, 4), (4,))]}]
+    with pytest.raises(ValueError, match="must hold matrices alone"):
+        CruxyOptimizer([{**groups[0], "role": "mlp.up"}], direction="muon")
+
+
+@pytest.mark.parametrize("saved", ["muon", None])
+def test_a_checkpoint_of_another_direction_is_refused(saved):
+    def made(direction):
+        return CruxyOptimizer(param_groups(Net(), lr=1e-3), direction=direction)
+
+    loading = made(None if saved else "muon")
+    with pytest.raises(ValueError, match="direction"):
+        loading.load_state_dict(made(saved).state_dict())
+
+
 def test_muon_asks_what_each_parameter_is():
     with pytest.raises(ValueError, match="param_groups"):
         CruxyOptimizer(Net().parameters(), direction="muon")
 
 
 def test_an_end_belongs_to_self_driving():
-    for options in ({"mode": "meta3"}, {"law": SelfDriving()}):
-        with pytest.raises(ValueError, match="total_steps"):
-            CruxyOptimizer(Net().parameters(), total_steps=10, **options)
+    with pytest.raises(ValueError, match="total_steps"):
+        CruxyOptimizer(Net().parameters(), total_steps=10, mode="meta3")
+    limits = [
+        CruxyOptimizer(Net().parameters(), **options).param_groups[0]["relative_limit"]
+        for options in (
+            {"law": SelfDriving(total_steps=10)},
+            {"law": PlateauGuard(SelfDriving()), "total_steps": 10},
+            {"mode": "self_driving", "total_steps": 10, "relative_limit": 0.1},
+        )
+    ]
+    assert limits == [0.2, 0.2, 0.1]
     with pytest.raises(ValueError, match="cooldown"):
         CruxyOptimizer(Net().parameters()).cooldown(5)

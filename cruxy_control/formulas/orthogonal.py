@@ -10,7 +10,10 @@ are enough, for which singular values end between 0.7 and 1.2 and not at 1."""
 
 STEPS = 5
 
-ROLES = ("attention", "mlp", "moe.expert", "ssm", "conv", "matrix")
+ROLES = (
+    *("attention", "mlp", "moe.expert", "conv", "matrix"),
+    *("ssm.in", "ssm.x", "ssm.dt", "ssm.out"),
+)
 """Whose matrices Muon makes orthogonal (`cruxy_control.roles`): those inside a model, and not
 embeddings, positions, output layers and adapters."""
 

@@ -1,7 +1,8 @@
 """Orthogonal directions for matrices: Muon under the controller, Adam for everything else."""
 
+import fnmatch
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import chex
@@ -16,13 +17,19 @@ from cruxy_control.formulas.orthogonal import (
     orthogonal_scale,
     orthogonalize,
 )
+from cruxy_control.roles import Rule
 from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_controlled_momentum
 from cruxy_optax._roles import labelled
+from cruxy_optax._roles.parameters import Leaf
 from cruxy_optax._tree import accumulator_dtype
 
 
 def orthogonalize_updates(
-    steps: int = STEPS, *, rules: Sequence[tuple[Any, str]] = ()
+    steps: int = STEPS,
+    *,
+    rules: Iterable[Rule] = (),
+    model: Any = None,
+    stacked: Sequence[str] = (),
 ) -> optax.GradientTransformation:
     r"""Makes every matrix among the updates orthogonal: Muon's direction, behind a momentum.
 
@@ -34,19 +41,24 @@ def orthogonalize_updates(
     1; the factor makes the root mean square of the direction about 0.1. Matrices of one shape are
     computed together. What has fewer than two axes passes through.
 
-    A kernel is `(inputs..., outputs)`: all axes but the last are inputs, those of a convolution
-    too. Queries, keys and values of three axes have two of outputs, heads and their width; of
-    experts the first axis counts them.
+    A kernel is `(inputs, outputs)`; a convolution's has several axes of inputs. Linen's queries,
+    keys and values have two or three of outputs, heads and their width among them. Of experts the
+    first axis counts them, and of scanned layers, which `stacked` has to name. A kernel with more
+    axes is refused.
 
     Args:
         steps: of the iteration, at least 1.
-        rules: see `label_roles`, which tells queries and experts.
+        rules: see `label_roles`, which tells queries, experts and convolutions.
+        model: likewise.
+        stacked: shell patterns for the dotted paths of kernels whose first axis counts layers, as
+            `flax.linen.scan` and `nnx.vmap` make them, such as `("layers.*",)`.
 
     Returns:
         A stateless `optax.GradientTransformation`.
 
     Raises:
-        ValueError: where `steps` is below 1.
+        ValueError: where `steps` is below 1; from `update` where a kernel has more axes than its
+            role explains.
 
     Examples:
         >>> import jax.numpy as jnp, cruxy_optax
@@ -59,18 +71,20 @@ def orthogonalize_updates(
         Jordan et al., [Muon](https://kellerjordan.github.io/posts/muon/), 2024.
     """
     check_count("steps", steps, 1, remedy="use 5")
+    rules = tuple(rules)
 
     def update_fn(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         leaves, treedef = jax.tree.flatten(updates)
-        roles = labelled(updates, None, rules).roles
+        known = labelled(updates, model, rules).present
         stacks: dict[tuple[Any, ...], list[tuple[int, jax.Array]]] = {}
-        for index, (leaf, role) in enumerate(zip(leaves, roles, strict=True)):
-            if jnp.ndim(leaf) < 2:
+        for index, (leaf, own) in enumerate(zip(leaves, known, strict=True)):
+            matrices = _as_matrices(own, stacked) if jnp.size(leaf) else None
+            if matrices is None:
                 continue
-            whole = leaf.reshape(_as_matrices(leaf.shape, role)).astype(accumulator_dtype(leaf))
+            whole = leaf.reshape(matrices).astype(accumulator_dtype(leaf))
             wide = whole if whole.shape[1] <= whole.shape[2] else whole.swapaxes(1, 2)
             stacks.setdefault((wide.shape[1:], wide.dtype), []).append((index, wide))
         for (shape, _), same in stacks.items():
@@ -81,8 +95,9 @@ def orthogonalize_updates(
                 own = together[begin : begin + len(wide)]
                 begin += len(wide)
                 leaf = leaves[index]
-                matrices = _as_matrices(leaf.shape, roles[index])
-                own = own if own.shape == matrices else own.swapaxes(1, 2)
+                own = (
+                    own if own.shape == _as_matrices(known[index], stacked) else own.swapaxes(1, 2)
+                )
                 leaves[index] = own.reshape(leaf.shape)
         return treedef.unflatten(leaves), state
 
@@ -98,8 +113,9 @@ def scale_by_controlled_muon(
     *,
     steps: int = STEPS,
     nesterov: bool = True,
-    rules: Sequence[tuple[Any, str]] = (),
+    rules: Iterable[Rule] = (),
     model: Any = None,
+    stacked: Sequence[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon with this step's decay rates from the controller: orthogonal matrices, Adam elsewhere.
 
@@ -121,6 +137,7 @@ def scale_by_controlled_muon(
         nesterov: looks one step ahead, everywhere.
         rules: see `label_roles`.
         model: see `label_roles`.
+        stacked: see `orthogonalize_updates`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`, for use inside `stabilize`. State: 4 bytes a
@@ -134,16 +151,16 @@ def scale_by_controlled_muon(
         is Scalable for LLM Training](https://arxiv.org/abs/2502.16982), 2025.
     """
     momentum = scale_by_controlled_momentum(b1 * b1 if nesterov else b1, b1, mu_dtype)
-    muon = optax.chain(momentum, orthogonalize_updates(steps, rules=rules))
+    rules = tuple(rules)
+    directions = orthogonalize_updates(steps, rules=rules, model=model, stacked=stacked)
+    muon = optax.chain(momentum, directions)
     adam = scale_by_controlled_adam(adam_b1, adam_b2, eps, mu_dtype, nesterov=nesterov)
     return optax.with_extra_args_support(
         optax.partition({True: muon, False: adam}, orthogonal(rules=rules, model=model))
     )
 
 
-def orthogonal(
-    *, rules: Sequence[tuple[Any, str]] = (), model: Any = None
-) -> Callable[[optax.Params], Any]:
+def orthogonal(*, rules: Sequence[Rule] = (), model: Any = None) -> Callable[[optax.Params], Any]:
     """Tells of every leaf whether Muon makes it orthogonal: a tree of bools like the parameters."""
 
     def tell(params: optax.Params) -> Any:
@@ -157,11 +174,27 @@ def orthogonal(
     return tell
 
 
-def _as_matrices(shape: tuple[int, ...], role: str) -> tuple[int, int, int]:
-    """How many matrices a kernel is, and their inputs and outputs."""
-    count, rest = (
-        (shape[0], shape[1:]) if role.startswith("moe.expert") and len(shape) > 2 else (1, shape)
-    )
-    fans_out = role.startswith("attention.") and role != "attention.out" and len(rest) == 3
-    inputs = rest[:1] if fans_out else rest[:-1]
-    return count, math.prod(inputs), math.prod(rest[len(inputs) :])
+def _as_matrices(leaf: Leaf, stacked: Sequence[str]) -> tuple[int, int, int] | None:
+    """How many matrices a kernel is, and their inputs and outputs; `None` for a vector.
+
+    Raises:
+        ValueError: where nothing tells which of its axes are inputs.
+    """
+    shape, role = leaf.parameter.shape, leaf.label.role
+    layers = 1 if any(fnmatch.fnmatchcase(leaf.name, pattern) for pattern in stacked) else 0
+    counted = layers + (role.startswith("moe.expert") and len(shape) > layers + 2)
+    own, axes = shape[counted:], len(shape) - counted
+    heads = leaf.parameter.path[-1] == "kernel" and role.startswith("attention.")
+    if axes < 2:
+        return None
+    if axes == 2 or (heads and axes in (3, 4) and role != "attention.out"):
+        inputs = 1  # DenseGeneral's, with heads and their width as outputs
+    elif role == "conv" or (heads and axes == 3):
+        inputs = axes - 1
+    else:
+        raise ValueError(
+            f"{leaf.name} has the shape {shape}, and nothing tells which axes are inputs of a "
+            f'matrix; for scanned layers give stacked=("{leaf.name}",), or a rule that makes it a '
+            '"vector", which Adam takes.'
+        )
+    return math.prod(shape[:counted]), math.prod(own[:inputs]), math.prod(own[inputs:])

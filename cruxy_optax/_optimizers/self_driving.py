@@ -1,19 +1,18 @@
 """Optimizers that find their learning rate: Adam, Lion and Muon under the self-driving law."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from cruxy_control.checks import check_count, check_range
+from cruxy_control.checks import check_range
 from cruxy_control.formulas.orthogonal import SET_POINT, SET_POINT_ENDED
 from cruxy_control.law import Law
-from cruxy_control.plateau import PlateauGuard
-from cruxy_control.self_driving import SelfDriving, SelfDrivingState, begin_cooldown
+from cruxy_control.roles import Rule
+from cruxy_control.self_driving import SelfDriving, has_end, told_the_end
 from cruxy_optax._actuators.average import average_iterates
 from cruxy_optax._actuators.clip import clip_by_predicted_norm
 from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_controlled_lion
@@ -23,7 +22,9 @@ from cruxy_optax._memory.quantize import in_bits
 from cruxy_optax._optimizers.parts import Mask, decayed
 from cruxy_optax._roles.rates import scale_by_role
 from cruxy_optax._stabilize import stabilize
-from cruxy_optax._tree import find
+
+Limit = chex.Numeric | Literal["usual"] | None
+"""A relative limit, that which is usual for the direction, or none."""
 
 
 def self_driving(
@@ -36,7 +37,7 @@ def self_driving(
     mask: Mask = None,
     *,
     nesterov: bool = True,
-    relative_limit: chex.Numeric | None = 0.1,
+    relative_limit: Limit = "usual",
     averaging: float | None = 16.0,
     total_steps: int | None = None,
     rates: Mapping[str, Any] | None = None,
@@ -66,13 +67,14 @@ def self_driving(
         weight_decay: decoupled weight decay, multiplied by the rate that is found.
         mask: where weight decay applies; see `meta3`.
         nesterov: looks one step ahead.
-        relative_limit: see `scale_by_meta_learning_rate`; `None` for no limit, and then a start
+        relative_limit: see `scale_by_meta_learning_rate`; 0.1, and 0.2 where the end of the run is
+            known. `None` for no limit, and then a start
             far above the best rate is not recovered from.
         averaging: the power of `average_iterates`; `None` keeps no average and saves its buffer:
             then the parameters themselves are what there is to evaluate, as noisy as the rate.
         total_steps: steps of the run, where they are known: the rate is found in the first fifth
-            of them and then falls to 0 from twice of it (`SelfDriving.total_steps`). The relative
-            limit is doubled. `None` for a run without an end.
+            of them and then falls to 0 from twice of it (`SelfDriving.total_steps`). `None` for a
+            run without an end.
         rates: factors on the rate by role, such as `{"embedding": 1 / 3}`; see `scale_by_role`.
         law: the controller with its constants.
         axis_names: axes of an enclosing `jax.shard_map` or `jax.pmap`; see `stabilize`.
@@ -111,16 +113,10 @@ def self_driving(
         mu_dtype,
         lambda mu_dtype: scale_by_controlled_adam(b1, b2, eps, mu_dtype, nesterov=nesterov),
     )
+    law = _ended(law, total_steps)
+    limit, role = _limit(relative_limit, 0.1, law), _by_role(rates)
     return _steered(
-        moments,
-        learning_rate,
-        weight_decay,
-        mask,
-        relative_limit,
-        averaging,
-        _ended(law, total_steps),
-        axis_names,
-        rates,
+        moments, learning_rate, weight_decay, mask, role, limit, averaging, law, axis_names
     )
 
 
@@ -132,7 +128,7 @@ def self_driving_lion(
     weight_decay: optax.ScalarOrSchedule = 1e-3,
     mask: Mask = None,
     *,
-    relative_limit: chex.Numeric | None = 0.01,
+    relative_limit: Limit = "usual",
     averaging: float | None = 16.0,
     total_steps: int | None = None,
     rates: Mapping[str, Any] | None = None,
@@ -152,7 +148,8 @@ def self_driving_lion(
         mu_dtype: dtype of the momentum.
         weight_decay: decoupled weight decay.
         mask: where weight decay applies.
-        relative_limit: a sign has size 1 where Adam's direction has a quarter of it or less, and
+        relative_limit: 0.01, and 0.02 where the end is known: a sign has size 1 where Adam's
+            direction has a quarter of it or less, and
             never shrinks: on a small convolutional net 0.02 ended in divergence.
         averaging: the power of `average_iterates`; `None` keeps no average.
         total_steps: steps of the run, where they are known.
@@ -185,16 +182,10 @@ def self_driving_lion(
     moments = in_bits(
         state_bits, mu_dtype, lambda mu_dtype: scale_by_controlled_lion(b1, b2, mu_dtype)
     )
+    law = _ended(law, total_steps)
+    limit, role = _limit(relative_limit, 0.01, law), _by_role(rates)
     return _steered(
-        moments,
-        learning_rate,
-        weight_decay,
-        mask,
-        relative_limit,
-        averaging,
-        _ended(law, total_steps),
-        axis_names,
-        rates,
+        moments, learning_rate, weight_decay, mask, role, limit, averaging, law, axis_names
     )
 
 
@@ -209,13 +200,14 @@ def self_driving_muon(
     mask: Mask = None,
     *,
     nesterov: bool = True,
-    relative_limit: chex.Numeric | None = 0.2,
+    relative_limit: Limit = "usual",
     averaging: float | None = 16.0,
     total_steps: int | None = None,
     rates: Mapping[str, Any] | None = None,
     law: Law | None = None,
-    rules: Sequence[tuple[Any, str]] = (),
+    rules: Iterable[Rule] = (),
     model: Any = None,
+    stacked: Sequence[str] = (),
     axis_names: str | Sequence[str] = (),
     state_bits: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -238,13 +230,15 @@ def self_driving_muon(
         weight_decay: decoupled weight decay, multiplied by the rate that is found.
         mask: where it applies; `None` for what has at least two axes.
         nesterov: looks one step ahead.
-        relative_limit: no tensor gets a rate above this share of its own root mean square.
+        relative_limit: no tensor gets a rate above this share of its own root mean square; 0.2, and
+            0.4 where the end is known.
         averaging: the power of `average_iterates`; `None` keeps no average.
         total_steps: steps of the run, where they are known.
         rates: factors on the rate by role.
         law: the controller with its constants; `None` for those above.
         rules: see `label_roles`.
         model: see `label_roles`.
+        stacked: shell patterns for the paths of scanned layers; see `orthogonalize_updates`.
         axis_names: axes of an enclosing `jax.shard_map` or `jax.pmap`, over which no matrix may be
             split.
         state_bits: bits an element of the moments, 32, 16, 8 or 4.
@@ -276,69 +270,31 @@ def self_driving_muon(
         Jordan et al., [Muon](https://kellerjordan.github.io/posts/muon/), 2024; those of
         `self_driving`.
     """
+    rules = tuple(rules)
     if law is None:
         law = SelfDriving(set_point=SET_POINT if total_steps is None else SET_POINT_ENDED)
     moments = in_bits(
         state_bits,
         mu_dtype,
         lambda mu_dtype: scale_by_controlled_muon(
-            b1, adam_b1, adam_b2, eps, mu_dtype, nesterov=nesterov, rules=rules, model=model
+            b1,
+            adam_b1,
+            adam_b2,
+            eps,
+            mu_dtype,
+            nesterov=nesterov,
+            rules=rules,
+            model=model,
+            stacked=stacked,
         ),
     )
+    law = _ended(law, total_steps)
+    limit = _limit(relative_limit, 0.2, law)
+    mask = _matrices if mask is None else mask
+    role = _by_role(rates, rules, model)
     return _steered(
-        moments,
-        learning_rate,
-        weight_decay,
-        _matrices if mask is None else mask,
-        relative_limit,
-        averaging,
-        _ended(law, total_steps),
-        axis_names,
-        rates,
+        moments, learning_rate, weight_decay, mask, role, limit, averaging, law, axis_names
     )
-
-
-def cooldown(opt_state: optax.OptState, steps: chex.Numeric) -> optax.OptState:
-    """Begins to end a run: the rate falls from now to 0 over so many steps.
-
-    It starts from twice the rate that was found (`SelfDriving.cooldown_peak`), or from where it is
-    if it falls already, so that an end can be put off. At 0 everything stands still; a call then
-    begins once more. Works under `jax.jit`, and nothing is compiled anew.
-
-    Args:
-        opt_state: of an optimizer under `SelfDriving`, of whatever direction.
-        steps: good steps until the rate is 0, at least 1.
-
-    Returns:
-        The same state but for that.
-
-    Raises:
-        ValueError: where the state has no such law, or `steps` is below 1.
-
-    Examples:
-        >>> import jax.numpy as jnp, cruxy_optax
-        >>> tx = cruxy_optax.self_driving()
-        >>> params = jnp.ones(3)
-        >>> opt_state = cruxy_optax.cooldown(tx.init(params), steps=2)
-        >>> for _ in range(3):
-        ...     _, opt_state = tx.update(params, opt_state, params)
-        ...     print(f"{cruxy_optax.telemetry(opt_state)['learning_rate']:.3f}")
-        0.002
-        0.001
-        0.000
-    """
-    if not isinstance(steps, jax.Array):
-        check_count("steps", steps, 1, remedy="give the steps that are left")
-    if not find(opt_state, SelfDrivingState):
-        raise ValueError(
-            "opt_state must be that of an optimizer under SelfDriving, such as self_driving(), got "
-            "one without it; give it a schedule in place of learning_rate."
-        )
-
-    def one(node: Any) -> Any:
-        return begin_cooldown(node, steps, xp=jnp) if isinstance(node, SelfDrivingState) else node
-
-    return jax.tree.map(one, opt_state, is_leaf=lambda node: isinstance(node, SelfDrivingState))
 
 
 def _matrices(params: optax.Params) -> Any:
@@ -346,22 +302,20 @@ def _matrices(params: optax.Params) -> Any:
 
 
 def _ended(law: Law, total_steps: int | None) -> Law:
-    if total_steps is None:
-        return law
-    if isinstance(law, PlateauGuard):
-        return dataclasses.replace(law, law=_ended(law.law, total_steps))
-    if isinstance(law, SelfDriving):
-        return dataclasses.replace(law, total_steps=total_steps)
-    raise ValueError(
-        f"total_steps needs a law that is told when a run ends, SelfDriving, got {law!r}; leave "
-        "total_steps out, and give a schedule in place of learning_rate."
-    )
+    return law if total_steps is None else told_the_end(law, total_steps)
 
 
-def _has_end(law: Law) -> bool:
-    if isinstance(law, PlateauGuard):
-        return _has_end(law.law)
-    return isinstance(law, SelfDriving) and law.total_steps is not None
+def _by_role(
+    rates: Mapping[str, Any] | None, rules: Iterable[Rule] = (), model: Any = None
+) -> list[optax.GradientTransformation]:
+    return [] if rates is None else [scale_by_role(rates, rules=rules, model=model)]
+
+
+def _limit(given: Limit, usual: float, law: Law) -> chex.Numeric | None:
+    """The limit of a direction; twice of it where the rate is to fall, if nobody has set one."""
+    if isinstance(given, str):
+        return usual * (2.0 if has_end(law) else 1.0)
+    return given
 
 
 def _steered(
@@ -369,18 +323,16 @@ def _steered(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: optax.ScalarOrSchedule,
     mask: Mask,
+    by_role: list[optax.GradientTransformation],
     relative_limit: chex.Numeric | None,
     averaging: float | None,
     law: Law,
     axis_names: str | Sequence[str],
-    rates: Mapping[str, Any] | None,
 ) -> optax.GradientTransformationExtraArgs:
     if not callable(learning_rate):
         remedy = "leave it out, or freeze parameters with optax.set_to_zero()"
         bounds = {"lower_open": True, "upper_open": True}
         learning_rate = check_range("learning_rate", learning_rate, 0.0, **bounds, remedy=remedy)
-    if relative_limit is not None and _has_end(law):
-        relative_limit = 2.0 * relative_limit  # a rate that is to fall may be one that moves more
     rate = scale_by_meta_learning_rate(
         learning_rate, relative_limit=relative_limit, axis_names=axis_names
     )
@@ -389,7 +341,7 @@ def _steered(
             clip_by_predicted_norm(),
             moments,
             *decayed(weight_decay, mask, law),
-            *([] if rates is None else [scale_by_role(rates)]),
+            *by_role,
             rate,
             *([] if averaging is None else [average_iterates(averaging)]),
         ),

@@ -30,7 +30,8 @@ class Orthogonal(Direction):
 
     Attributes:
         steps: of the Newton-Schulz iteration, at least 1.
-        stacked: whether the first axis counts matrices, as that of experts does.
+        stacked: whether the first axis of a tensor of three or more counts matrices, as that of
+            experts does.
 
     References:
         Jordan et al., [Muon](https://kellerjordan.github.io/posts/muon/), 2024.
@@ -53,14 +54,15 @@ class Orthogonal(Direction):
             tensor.write("exp_avg", number, orders.beta2 * m + (1.0 - orders.beta2) * x)
         own = numerators[0] if tensor.blocks == 1 else torch.cat(numerators)
         whole = tensor.gather(own)
-        if whole.ndim < 2 + self.stacked:
+        stacked = self.stacked and whole.ndim > 2
+        if whole.ndim < 2:
             raise ValueError(
                 "an orthogonal direction is that of a matrix, got a parameter of the shape "
                 f"{tuple(whole.shape)}; put it into a group of its own, as param_groups does."
             )
         lengths = tuple(whole.shape)
-        count = lengths[0] if self.stacked else 1
-        rows = lengths[1] if self.stacked else lengths[0]
+        count = lengths[0] if stacked else 1
+        rows = lengths[1] if stacked else lengths[0]
         matrices = whole.reshape(count, rows, math.prod(lengths) // max(1, count * rows))
         tall = matrices.shape[1] > matrices.shape[2]
         wide = matrices.mT if tall else matrices

@@ -1,6 +1,5 @@
 """`CruxyOptimizer`: the control law around Adam, Lion and other directions, called like AdamW."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -13,14 +12,15 @@ from torch import Tensor
 
 from cruxy_control import Law, Meta3, SelfDriving, StabilityV1, StabilityV2
 from cruxy_control.checks import check_count, check_range
-from cruxy_control.formulas import orthogonal
 from cruxy_control.law import needs_alignment
+from cruxy_control.self_driving import has_end, told_the_end
 from cruxy_torch import _checks, _step
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.moments import Adam, Lion
 from cruxy_torch._actuators.orthogonal import Orthogonal
 from cruxy_torch._actuators.stepped import Frame
 from cruxy_torch._native import library
+from cruxy_torch._optimizers import muon
 from cruxy_torch._optimizers.directed import DirectedOptimizer
 
 Mode = Literal["meta3", "self_driving", "stability_v2", "stability_v1"]
@@ -71,7 +71,8 @@ class CruxyOptimizer(DirectedOptimizer):
         lr: learning rate, at least 0; a number or a tensor of one element. About 1e-3 for Adam and
             1e-4 for Lion. Under `mode="self_driving"` above 0, the start of the search.
         mode: `"meta3"`, `"self_driving"`, `"stability_v2"` or `"stability_v1"`.
-        betas: bases of the two decay rates, each in `[0, 1)`, which the controller moves. The
+        betas: bases of the two decay rates, each in `[0, 1)`, which the controller moves; under
+            `direction="muon"` those of what is no matrix (a group of matrices may set its own). The
             default is (0.9, 0.999), that of `cruxy` 2.1.0, with `use_lion` too; Lion's authors use
             (0.9, 0.99). Under `mode="self_driving"`, which leaves them alone, it is (0.9, 0.99),
             with `use_lion` (0.9, 0.95).
@@ -207,15 +208,13 @@ class CruxyOptimizer(DirectedOptimizer):
         averaging: float | Literal["mode"] | None = "mode",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        muon = direction == "muon"
+        is_muon = direction == "muon"
         if law is None:
             law = _law_of(mode, gamma_norm, meta_lr_eta, meta_lr_beta2, meta_interval)
-            law = _told(law, total_steps, muon=muon)
-        elif total_steps is not None:
-            raise ValueError(
-                f"total_steps belongs to mode='self_driving', got {total_steps!r} beside law=; "
-                "give it to the law, SelfDriving(total_steps=...)."
-            )
+            if is_muon:
+                law = muon.steered(law, ends=total_steps is not None)
+        if total_steps is not None:
+            law = told_the_end(law, total_steps)
         _checks.check_choices(
             momentum_dtype, state_bits, select, foreach, fused, compile, differentiable
         )
@@ -224,8 +223,8 @@ class CruxyOptimizer(DirectedOptimizer):
         if betas is None:
             betas = (0.9, (0.95 if use_lion else 0.99) if driving else 0.999)
         if relative_limit == "mode":
-            usual = 0.01 if use_lion else 0.2 if muon else 0.1
-            relative_limit = usual * (1 if total_steps is None else 2) if driving else None
+            usual = 0.01 if use_lion else 0.2 if is_muon else 0.1
+            relative_limit = usual * (2 if has_end(law) else 1) if driving else None
         if averaging == "mode":
             averaging = 16.0 if driving else None
         self._momentum_dtype, self._direction = momentum_dtype, direction
@@ -246,6 +245,8 @@ class CruxyOptimizer(DirectedOptimizer):
             "averaging": averaging,
             "capturable": capturable,
         }
+        if direction is not None:  # a state of another direction is then refused
+            defaults["direction"] = direction if is_muon else type(direction).__name__
         super().__init__(
             params,
             defaults,
@@ -262,8 +263,8 @@ class CruxyOptimizer(DirectedOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group with options of its own; the one controller sees its gradients too."""
-        if self._direction == "muon" and _is_orthogonal(param_group):
-            param_group = {"betas": orthogonal.BETAS, **param_group}
+        if self._direction == "muon":
+            param_group = muon.with_betas(param_group, self.defaults["use_nesterov"])
         super().add_param_group(param_group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -275,7 +276,7 @@ class CruxyOptimizer(DirectedOptimizer):
             )
 
     def _direction_of(self, group: dict[str, Any], moving: Sequence[Tensor] = ()) -> Direction:
-        if self._direction == "muon" and _is_orthogonal(group):
+        if self._direction == "muon" and muon.is_orthogonal(group):
             return Orthogonal(stacked=group["role"].startswith("moe.expert"))
         if isinstance(self._direction, Direction):
             return self._direction
@@ -348,29 +349,6 @@ def _law_of(mode: str, gamma: float, rate_gain: float, beta2_gain: float, interv
             " give law= for a law with constants of your own."
         )
     return laws[mode]()
-
-
-def _told(law: Law, total_steps: int | None, *, muon: bool) -> Law:
-    """The law, told when the run ends and what direction it steers."""
-    if isinstance(law, SelfDriving):
-        known = total_steps is not None
-        if muon:
-            set_point = orthogonal.SET_POINT_ENDED if known else orthogonal.SET_POINT
-            law = dataclasses.replace(law, set_point=set_point)
-        return dataclasses.replace(law, total_steps=total_steps)
-    if total_steps is not None:
-        raise ValueError(
-            f"total_steps belongs to mode='self_driving', got {total_steps!r} with another; give a "
-            "scheduler of torch.optim in its place."
-        )
-    return law
-
-
-def _is_orthogonal(group: dict[str, Any]) -> bool:
-    """Whether a group is of matrices that Muon makes orthogonal."""
-    params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
-    role = str(group.get("role", ""))
-    return bool(params) and all(orthogonal.is_orthogonal(role, p.ndim) for p in params)
 
 
 def _check_direction(direction: Any, law: Law, *, use_lion: bool) -> None:
