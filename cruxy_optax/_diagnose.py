@@ -202,10 +202,9 @@ def diagnose(
     state, _ = jax.tree_util.tree_flatten_with_path(kept, is_leaf=is_low_bit)
     for path, node in state:
         see(f"opt_state{jax.tree_util.keystr(path)}", "", "state", node)
-    sizes, counts = zip(*numbers, strict=True) if numbers else ((), ())
     return Diagnosis(
-        rms=jnp.stack([jnp.asarray(size, jnp.float32) for size in sizes]),
-        nonfinite_counts=jnp.stack(counts),
+        rms=jnp.asarray([size for size, _ in numbers], jnp.float32),
+        nonfinite_counts=jnp.asarray([count for _, count in numbers], jnp.int32),
         controls=_controls(opt_state),
         rows=tuple(rows),
     )

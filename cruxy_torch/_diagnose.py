@@ -29,7 +29,7 @@ from cruxy_torch._blocks import blocks, by_device
 from cruxy_torch._distributed.shards import add_shards, local
 from cruxy_torch._law_state import REPORT
 from cruxy_torch._memory.state import SHAPED, value_of
-from cruxy_torch._roles.labels import label_roles
+from cruxy_torch._roles.parameters import find
 
 if TYPE_CHECKING:
     from cruxy_torch._controlled_optimizer import ControlledOptimizer
@@ -142,10 +142,10 @@ class Diagnosed:
         `GradScaler`. A root mean square is that of the finite numbers.
 
         Args:
-            model: gives names and roles; what it has beside the optimizer's parameters is looked at
-                too, such as frozen parameters and running means. Without it names are those that
-                came with `model.named_parameters()` (torch 2.6), roles those of `param_groups`,
-                and else both say the group.
+            model: gives names, and roles where `param_groups` gave none; what it has beside the
+                optimizer's parameters is looked at too, such as frozen parameters and running
+                means. Without it names are those that came with `model.named_parameters()` (torch
+                2.6) if each parameter of the group has one, and else both say the group.
             rules: of roles, which come before all else; see `label_roles`.
 
         Returns:
@@ -215,18 +215,20 @@ class _Seen(NamedTuple):
 
 def _rows(optimizer: Any, model: nn.Module | None, rules: Sequence[Rule]) -> list[_Row]:
     """All parameters of the optimizer, then those that only the model has."""
-    names = {} if model is None else {p: n for n, p in model.named_parameters()}
-    roles = {} if model is None else label_roles(model, rules)
+    found = {} if model is None else {one.tensor: one for one in find(model, rules)}
     rows: dict[Tensor, _Row] = {}
     for index, group in enumerate(optimizer.param_groups):
-        own = group.get("param_names")
+        own = group.get("param_names", ())
+        named = len(own) == len(group["params"])  # else what was added or taken away moved them
         for place, param in enumerate(group["params"]):
             unnamed = f"group {index}, parameter {place} (shape {tuple(param.shape)})"
-            name = names.get(param) or (own[place] if own else unnamed)
-            role = roles.get(name) or group.get("role") or f"group {index}"
-            rows[param] = _Row(param, name, role, index)
-    for param, name in names.items():
-        rows.setdefault(param, _Row(param, name, roles[name], None))
+            name, role = own[place] if named else unnamed, group.get("role")
+            if param in found:
+                name, label = found[param].names[0], found[param].label
+                role = label.role if label.decided_by == "rule" else role or label.role
+            rows[param] = _Row(param, name, role or f"group {index}", index)
+    for param, one in found.items():
+        rows.setdefault(param, _Row(param, one.names[0], one.label.role, None))
     for row in rows.values():
         if row.param.is_meta:
             raise ValueError(

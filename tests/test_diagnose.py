@@ -121,6 +121,13 @@ class TestNumbers:
         params = {"w": jnp.ones(2), "count": jnp.zeros((), jnp.int32), "empty": jnp.zeros((0, 3))}
         assert [t.name for t in diagnose(params).tensors] == ["empty", "w"]
 
+    @pytest.mark.parametrize("params", [{}, {"count": jnp.zeros(2, jnp.int32)}])
+    @pytest.mark.parametrize("jit", [True, False])
+    def test_without_numbers_there_is_nothing_to_show(self, params, jit):
+        found = (jax.jit(diagnose) if jit else diagnose)(params)
+        assert (found.rms.shape, found.tensors, found.roles) == ((0,), (), {})
+        assert str(found) == "root mean squares by role:\n\neverything is finite"
+
     def test_states_of_nnx_with_updates_without_boxes(self):
         net = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
         params = nnx.state(net, nnx.Param)

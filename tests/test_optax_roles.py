@@ -396,6 +396,10 @@ class TestMasks:
         with pytest.raises(ValueError, match=r"got 'attn'; this model has attention\.k"):
             role_mask(linen_params, "attn")
 
+    def test_without_parameters_such_a_key_is_refused_at_once(self):
+        with pytest.raises(ValueError, match=r"got 'norms'; roles are embedding, position, norm"):
+            role_mask("mlp", "norms")
+
     def test_no_key_is_refused(self, linen_params):
         with pytest.raises(ValueError, match="needs at least one role, got none"):
             role_mask(linen_params)
@@ -472,6 +476,15 @@ class TestScaleByRole:
         tx = optax.partition({"a": optax.identity(), "b": scale_by_role({"mlp.up": 2.0})}, labels)
         updates, _ = tx.update(params, tx.init(params), params)
         assert float(updates["h"]["fc1"]["kernel"][0, 0]) == 2.0
+
+    def test_gradients_that_are_missing_change_no_role_of_the_others(self):
+        params = {
+            "attn": {name: {"kernel": jnp.ones((4, 4))} for name in ("query", "key", "dense")}
+        }
+        grads = {"attn": {"query": None, "key": None, "dense": {"kernel": jnp.ones((4, 4))}}}
+        tx = scale_by_role({"attention.out": 2.0})
+        updates, _ = tx.update(grads, tx.init(params), params)
+        assert float(updates["attn"]["dense"]["kernel"][0, 0]) == 2.0
 
     def test_in_inject_hyperparams(self, linen_params):
         tx = optax.inject_hyperparams(lambda rate: scale_by_role({"norm": rate}))(rate=3.0)
@@ -596,3 +609,38 @@ class TestSlices:
             qkv_slices(params)
         by_hand = {"*.kernel": blocks(8, 8, 8, axis=1)}
         assert qkv_slices(params, slices=by_hand) == {"attn.c_attn.kernel": by_hand["*.kernel"]}
+
+    @pytest.mark.parametrize(
+        ("name", "shape"),
+        [
+            ("qkv.kernel", (16, 3, 12)),  # three heads, each with its q, k and v
+            ("qkv.kernel", (3, 16, 48)),  # three layers
+            ("qkv.kernel", (3, 16, 4, 36)),
+            ("qkv.kernel", (16, 3, 3, 4)),
+            ("qkv.kernel", (16, 4, 3, 12)),
+            ("qkv_einsum.w", (4, 3, 16, 12)),
+            ("kv.kernel", (16, 2, 24)),  # two heads, each with its k and v
+            ("kv.kernel", (2, 16, 4, 24)),
+            ("qkv.bias", (3, 12)),
+        ],
+    )
+    def test_heads_and_layers_are_not_taken_for_q_k_and_v(self, name, shape):
+        layer, leaf = name.split(".")
+        layers = {"kernel": jnp.ones((16, 3, 12))} if leaf == "bias" else {}
+        params = {"attn": {layer: layers | {leaf: jnp.ones(shape)}}}
+        given = {"*.kernel": blocks(4, 4, 4, axis=2)} if layers else None
+        with pytest.raises(ValueError, match=rf"must be known of attn\.{name} .* of heads and"):
+            qkv_slices(params, slices=given)
+
+    def test_layers_that_are_stacked_have_their_axis_before(self):
+        params = {
+            "attn": {
+                "qkv": {"kernel": jnp.ones((5, 8, 3, 2, 4)), "bias": jnp.ones((5, 3, 2, 4))},
+                "qkv_einsum": {"w": jnp.ones((5, 3, 2, 8, 4))},
+            }
+        }
+        assert {name: found.axis for name, found in qkv_slices(params).items()} == {
+            "attn.qkv.kernel": 2,
+            "attn.qkv.bias": 1,
+            "attn.qkv_einsum.w": 1,
+        }

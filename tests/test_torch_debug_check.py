@@ -329,6 +329,29 @@ class TestNames:
         assert found == {t.name: t.role for t in optimizer.debug_check(net).tensors}
         assert found == label_roles(net)
 
+    def test_roles_of_groups_are_those_with_the_model_too(self):
+        net = Layer()
+        rules = [("*o_proj.weight", "head")]
+        optimizer = CruxyOptimizer(param_groups(net, rules=rules, lr=1e-3))
+        found = {t.name: t.role for t in optimizer.debug_check(net).tensors}
+        assert found == label_roles(net, rules)
+        check = optimizer.debug_check(net, rules=[("*o_proj.weight", "matrix")])
+        assert {t.name: t.role for t in check.tensors}["self_attn.o_proj.weight"] == "matrix"
+
+    @pytest.mark.parametrize("change", ["taken", "added"])
+    def test_names_that_no_longer_fit_are_not_used(self, change):
+        net, optimizer = trained(steps=0)
+        (group,) = optimizer.param_groups
+        group["param_names"] = [name for name, _ in net.named_parameters()]
+        if change == "taken":
+            group["params"].pop(0)
+        else:
+            group["params"].append(torch.nn.Parameter(torch.ones(3)))
+        group["params"][0].grad = torch.full_like(group["params"][0], NAN)
+        shape, count = ((64, 64), 4096) if change == "taken" else ((8, 64), 512)
+        place = f"group 0, parameter 0 (shape {shape})"
+        assert names(optimizer.debug_check()) == [(place, "gradient", count)]
+
     def test_rules_name_roles(self):
         net, optimizer = trained()
         check = optimizer.debug_check(net, rules=[("tokens.*", "head")])

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from cruxy_control.roles import Rule, check_keys, check_rules, matching
+from cruxy_control.roles import ROLES, Rule, check_keys, check_rules, matching
 from cruxy_optax._roles.parameters import labelled
 
 
@@ -64,7 +64,8 @@ def role_mask(params: Any, *keys: str, model: Any = None, rules: Iterable[Rule] 
 
     Raises:
         ValueError: where a key is no role nor the beginning of one (the message lists the roles
-            that the parameters have), there is no key, and as in `label_roles`.
+            that the parameters have, or all there are where those are left out), there is no key,
+            and as in `label_roles`.
 
     Examples:
         >>> import jax.numpy as jnp, optax, cruxy_optax
@@ -80,6 +81,12 @@ def role_mask(params: Any, *keys: str, model: Any = None, rules: Iterable[Rule] 
     rules = check_rules(rules)
     if isinstance(params, str):
         every = (params, *keys)
+        for key in every:
+            if not any(matching({key: True}, role, False) for role in ROLES):
+                raise ValueError(
+                    f"the keys of role_mask must be roles or beginnings of them, got {key!r}; "
+                    f"roles are {', '.join(ROLES)}."
+                )
         return lambda params: role_mask(params, *every, model=model, rules=rules)
     if not keys:
         raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from cruxy_control.roles import Rule
 from cruxy_control.slices import Slices, blocks, check_slices
-from cruxy_optax._roles.parameters import labelled
+from cruxy_optax._roles.parameters import Leaf, labelled
 
 _PARTS = {"attention.qkv": (1, 1, 1), "attention.kv": (0, 1, 1)}
 """By role, how many of the indices of their own axis are q, k and v."""
@@ -21,9 +21,11 @@ def qkv_slices(
 ) -> dict[str, Slices]:
     """Where queries, keys and values lie in the kernels and biases that hold all of them.
 
-    Known is what has an axis of its own for the three, as linen's and nnx's general layers make
-    it: `(width, 3, heads, size)`, and `(2, heads, width, size)` of keys and values. Such an axis is
-    the only one of its length, 3 or 2. No other layout is guessed.
+    Known is what has an axis of its own for the three, of length 3, or 2 of keys and values: a
+    kernel of linen's and nnx's general layers, `(width, 3, heads, size)`, its bias, and the weight
+    of an einsum, called so by name or class, `(3, heads, width, size)`. Layers that are stacked
+    have axes before these. No other axis may have that length, and no other layout is guessed: an
+    axis of 3 elsewhere may be that of three heads or three layers.
 
     Args:
         params: see `label_roles`.
@@ -49,19 +51,38 @@ def qkv_slices(
     """
     given = slices or {}
     result: dict[str, Slices] = {}
-    for leaf in labelled(params, model, rules).present:
-        role = leaf.label.of if leaf.label.role == "bias" else leaf.label.role
-        if role not in _PARTS:
-            continue
-        shape, parts = leaf.parameter.shape, _PARTS[role]
+    fused = [leaf for leaf in labelled(params, model, rules).present if _role(leaf) in _PARTS]
+    kernels = {leaf.parameter.path[:-1]: leaf for leaf in fused if leaf.label.role != "bias"}
+    for leaf in fused:
+        shape, parts = leaf.parameter.shape, _PARTS[_role(leaf)]
         by_hand = [given[key] for key in given if fnmatch.fnmatchcase(leaf.name, key)]
-        if not by_hand and shape.count(sum(parts)) != 1:
+        axis = None if by_hand else _axis(leaf, kernels.get(leaf.parameter.path[:-1]), sum(parts))
+        if not by_hand and axis is None:
             raise ValueError(
                 f"where q, k and v lie must be known of {leaf.name} (shape {shape}), which has no "
-                f"axis of length {sum(parts)} for them alone; say it with "
-                f'slices={{"{leaf.name}": cruxy_control.slices.blocks(...)}}.'
+                f"axis of length {sum(parts)} for them alone, before those of heads and sizes; say "
+                f'it with slices={{"{leaf.name}": cruxy_control.slices.blocks(...)}}.'
             )
-        found = by_hand[0] if by_hand else blocks(*parts, axis=shape.index(sum(parts)))
+        found = by_hand[0] if axis is None else blocks(*parts, axis=axis)
         check_slices(leaf.name, found, shape)
         result[leaf.name] = found
     return result
+
+
+def _role(leaf: Leaf) -> str:
+    """Its own, or of a bias that of what it belongs to."""
+    return leaf.label.of or "" if leaf.label.role == "bias" else leaf.label.role
+
+
+def _axis(leaf: Leaf, kernel: Leaf | None, length: int) -> int | None:
+    """The axis that is there for q, k and v alone; `None` where there is none for sure."""
+    parameter, shape = leaf.parameter, leaf.parameter.shape
+    axis = len(shape) - 3
+    if leaf.label.role == "bias":
+        whole = () if kernel is None else kernel.parameter.shape
+        known = (*whole[:-4], *whole[-3:]) == shape
+    else:
+        known = len(shape) > 3
+        if any("einsum" in name.lower() for name in (*parameter.path[-2:], parameter.owners[-1])):
+            axis -= 1
+    return axis if known and shape.count(length) == 1 and shape[axis] == length else None

@@ -22,6 +22,11 @@ def scale_by_role(
     `scale_by_meta_learning_rate`, whose `relative_limit` then bounds a step times the rate of the
     role. Everything else stays as it is, to the bit; without a rate nothing changes.
 
+    Roles are those of the parameters, where `update` is given them, and else those of the updates,
+    among which one that is missing (`None`) tells nothing of what stands beside it. Both are looked
+    at as they come: inside `jax.shard_map` as parts, of which a row of a matrix, `(1, 4)`, is a
+    vector. There rules tell, or scale outside of it.
+
     Args:
         rates: a factor of at least 0 by role or beginning of one, a number or a scalar array; the
             longest key wins, and what has none is 1. `{"lora.b": 16}` is LoRA+.
@@ -29,7 +34,7 @@ def scale_by_role(
         model: likewise.
 
     Returns:
-        An `optax.GradientTransformation` without state, that needs no parameters.
+        An `optax.GradientTransformation` without state, that can do without parameters.
 
     Raises:
         ValueError: where a rate is below 0; from `init` and `update` where a key is no role (the
@@ -70,10 +75,11 @@ def scale_by_role(
     def update_fn(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        del params
         tree = labelled(updates, model, rules)
-        check_keys("rates", table, tree.roles)
-        factors = tree.map(lambda leaf: matching(table, leaf.label.role, 1.0))
+        whole = tree if params is None else labelled(params, model, rules)
+        roles = {leaf.parameter.path: leaf.label.role for leaf in whole.present}
+        check_keys("rates", table, whole.roles)
+        factors = tree.map(lambda leaf: matching(table, roles[leaf.parameter.path], 1.0))
         return jax.tree.map(_scaled, factors, updates), state
 
     return optax.GradientTransformation(init_fn, update_fn)
