@@ -77,9 +77,12 @@ def scale_by_role(
     ) -> tuple[optax.Updates, optax.OptState]:
         tree = labelled(updates, model, rules)
         whole = tree if params is None else labelled(params, model, rules)
-        roles = {leaf.parameter.path: leaf.label.role for leaf in whole.present}
         check_keys("rates", table, whole.roles)
-        factors = tree.map(lambda leaf: matching(table, roles[leaf.parameter.path], 1.0))
+        factor = {
+            leaf.parameter.path: matching(table, leaf.label.role, 1.0)
+            for leaf in (*tree.present, *whole.present)
+        }
+        factors = tree.map(lambda leaf: factor[leaf.parameter.path])
         return jax.tree.map(_scaled, factors, updates), state
 
     return optax.GradientTransformation(init_fn, update_fn)
