@@ -1,5 +1,6 @@
 """Which code takes a step: what there is, what is chosen for a process, what an optimizer took."""
 
+import contextlib
 import os
 import stat
 import subprocess
@@ -17,7 +18,7 @@ import torch_models as models  # noqa: E402
 from cruxy_torch import AXIOM, Cosmic, CruxyOptimizer  # noqa: E402
 from cruxy_torch._actuators import apply  # noqa: E402
 from cruxy_torch._native import library, passes  # noqa: E402
-from cruxy_torch.backends import VARIABLE, _of_environment, chosen  # noqa: E402
+from cruxy_torch.backends import VARIABLE, _choices, _of_environment, chosen  # noqa: E402
 from torch_low_bit import gradients, parameters  # noqa: E402
 
 TESTS = Path(__file__).parent
@@ -128,6 +129,40 @@ def test_a_choice_holds_inside_its_block_and_outside_until_the_next(monkeypatch)
         seen.append(chosen())
     seen.append(chosen())
     assert seen == ["reference", "foreach", "auto", "foreach", "reference"]
+
+
+def test_blocks_that_overlap_hold_until_their_own_end():
+    first, second = cruxy_torch.use_backend("foreach"), None
+    seen = []
+    with contextlib.ExitStack() as ends_last, contextlib.ExitStack() as ends_first:
+        ends_first.enter_context(first)
+        second = ends_last.enter_context(cruxy_torch.use_backend("reference"))
+        seen.append(chosen())
+        ends_first.close()
+        seen.append(chosen())
+    seen.append(chosen())
+    with second:
+        seen.append(chosen())
+    assert [*seen, chosen()] == ["reference", "reference", "auto", "reference", "auto"]
+
+
+def test_the_first_block_holds_where_a_later_one_has_ended():
+    with cruxy_torch.use_backend("foreach"), contextlib.ExitStack() as inner:
+        inner.enter_context(cruxy_torch.use_backend("reference"))
+        with cruxy_torch.use_backend("auto"):
+            inner.close()
+            assert chosen() == "auto"
+        assert chosen() == "foreach"
+
+
+def test_a_choice_without_a_block_holds_until_the_block_around_it_ends():
+    with cruxy_torch.use_backend("foreach"):
+        for _ in range(3):
+            cruxy_torch.use_backend("auto")
+            cruxy_torch.use_backend("reference")
+        assert chosen() == "reference"
+        assert len(_choices) == 3  # however often it was called
+    assert chosen() == "auto"
 
 
 def test_an_unknown_backend_is_refused():
@@ -263,6 +298,23 @@ class TestTheLibrary:
             cruxy_torch.use_backend("native")
         assert chosen() == "auto"
 
+    def test_a_compiler_that_is_no_command_leaves_its_reason(self, monkeypatch):
+        monkeypatch.setenv("CC", '"x')
+        why = "CC must be a command, got '\"x': No closing quotation"
+        assert cruxy_torch.backends()[0].why == why
+        params = parameters((3,))
+        optimizer = CruxyOptimizer(params)
+        gradients(params, 0)
+        optimizer.step(loss=1.0)
+        assert optimizer.backend == ({"reference": 1}, {f"no library: {why}": 1})
+
+    def test_a_compiler_of_cpp_that_is_no_command_leaves_its_reason(self, monkeypatch):
+        monkeypatch.setenv("CXX", '"x')
+        assert cruxy_torch.backends()[3][1:3] == (
+            False,
+            "CXX must be a command, got '\"x': No closing quotation",
+        )
+
     def test_the_last_line_of_the_compiler_is_kept(self, monkeypatch, tmp_path):
         compiler = tmp_path / "cc"
         compiler.write_text("#!/bin/sh\necho one >&2\necho 'fatal: no such thing' >&2\nexit 3\n")
@@ -299,6 +351,12 @@ def test_the_command_prints_the_table():
     assert f"torch {torch.__version__}" in out
     names = [line.split()[0] for line in out.splitlines()[-5:]]
     assert names == ["backend", "native", "foreach", "reference", "compile"]
+
+
+def test_the_command_prints_the_rule_that_the_variable_breaks():
+    out = finished(python("-m", "cruxy_torch.backends", **{VARIABLE: "cuda"}))
+    assert f"{VARIABLE}=cuda: {VARIABLE} must be one of 'auto', 'native'" in out
+    assert out.splitlines()[-1].startswith("compile")
 
 
 @pytest.mark.slow

@@ -62,9 +62,10 @@ def found(*, build: bool) -> Found:
     """
     if build or _library.cache_info().currsize:
         return _library()
-    compiler = _compiler()
-    if not compiler:
-        return Found(why=_NO_COMPILER)
+    try:
+        compiler = _compiler()
+    except LookupError as error:
+        return Found(why=str(error))
     for flags, link in _recipes():
         path = _path(compiler, flags, link)
         if path.exists():
@@ -92,10 +93,11 @@ def call(name: str, arguments: ctypes.Structure) -> None:
 
 @functools.cache
 def _library() -> Found:
-    compiler, result = _compiler(), Found(why=_NO_COMPILER)
-    if not compiler:
-        _log.info("%s; CruxyOptimizer takes its slower path on CPU", _NO_COMPILER)
-        return result
+    try:
+        compiler, result = _compiler(), Found()
+    except LookupError as error:
+        _log.info("%s; CruxyOptimizer takes its slower path on CPU", error)
+        return Found(why=str(error))
     for flags, link in _recipes():
         try:
             result = _opened(_build(compiler, flags, link), flags)
@@ -108,12 +110,20 @@ def _library() -> Found:
 
 
 def _compiler() -> list[str]:
-    """The command of the C compiler; empty where there is none."""
-    names = ("cc", "gcc", "clang")
-    return (
-        shlex.split(os.environ.get("CC", ""))
-        or [found for name in names if (found := shutil.which(name))][:1]
-    )
+    """The command of the C compiler.
+
+    Raises:
+        LookupError: where there is none, or `CC` is no command.
+    """
+    text = os.environ.get("CC", "")
+    try:
+        named = shlex.split(text)
+    except ValueError as error:
+        raise LookupError(f"CC must be a command, got {text!r}: {error}") from error
+    found = named or [path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))][:1]
+    if not found:
+        raise LookupError(_NO_COMPILER)
+    return found
 
 
 def _recipes() -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:

@@ -31,11 +31,12 @@ class DirectedOptimizer(ControlledOptimizer):
 
     @property
     def backend(self) -> BackendUse:
-        """What took the last step: how many tensors each backend, and why the rest not `native`.
+        """What would take a step now: how many tensors each backend, and why the rest not `native`.
 
-        It is found out when it is asked for, from the gradients, parameters and state as they are
-        now, and costs a step nothing. Tensors that have not been stepped yet are not counted; where
-        a gradient is gone its parameter stands in for it. A tensor that is alone of its kind counts
+        It is found out when it is asked for, from the choice, gradients, parameters and state as
+        they are now, and costs a step nothing. It is what took the last step where none of them was
+        changed since: ask inside the block of `use_backend`. Tensors that have not been stepped yet
+        are not counted; where a gradient is gone its parameter stands in for it. A tensor that is alone of its kind counts
         under `foreach`, though it is stepped by itself there.
 
         Examples:

@@ -6,12 +6,13 @@
 import contextlib
 import functools
 import importlib.util
+import itertools
 import os
 import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -23,8 +24,8 @@ CHOICES = ("auto", "native", "foreach", "reference")
 VARIABLE = "CRUXY_TORCH_BACKEND"
 """The environment variable that chooses, where `use_backend` does not."""
 
-_override: str | None = None
-"""What `use_backend` chose last; the environment counts where it was not called."""
+_choices: list["_Choice"] = []
+"""What `use_backend` chose and nothing took back; the last counts, without any the environment."""
 
 
 class Backend(NamedTuple):
@@ -48,11 +49,11 @@ class Backend(NamedTuple):
 
 
 class BackendUse(NamedTuple):
-    """What took the last step of an optimizer, see `CruxyOptimizer.backend`.
+    """What would take the next step of an optimizer, see `CruxyOptimizer.backend`.
 
     Attributes:
-        tensors: how many tensors each backend took, by its name; those of 0 are left out.
-        why: how many did not take `"native"`, by the reason.
+        tensors: how many tensors each backend takes, by its name; those of 0 are left out.
+        why: how many do not take `"native"`, by the reason.
     """
 
     tensors: Mapping[str, int]
@@ -93,7 +94,9 @@ def use_backend(name: str | None) -> contextlib.AbstractContextManager[Any]:
             step, and counts where this function was not called.
 
     Returns:
-        A context manager. The choice holds at once; leaving a `with` block takes it back.
+        A context manager. The choice holds at once; leaving a `with` block takes it back, and what
+        was chosen inside without a block. Blocks may end in any order: those that have not ended
+        hold, the one that began last first.
 
     Raises:
         ValueError: where there is no backend of that name.
@@ -111,18 +114,18 @@ def use_backend(name: str | None) -> contextlib.AbstractContextManager[Any]:
         3.0
         {'reference': 1}
     """
-    choice, before = _checked("backend", name), _override
-    if choice == "native":
+    choice = _Choice(_checked("backend", name))
+    if choice.name == "native":
         _insist()
-    _set(choice)
-    stack = contextlib.ExitStack()
-    stack.callback(_set, before)
-    return stack
+    if len(_choices) > 1 and not (_choices[-1].is_block or _choices[-2].is_block):
+        del _choices[-2]  # the next one took its place for good
+    _choices.append(choice)
+    return choice
 
 
 def chosen() -> str:
     """What steps are to be computed with: one of `CHOICES`."""
-    return _of_environment() if _override is None else _override
+    return _choices[-1].name if _choices else _of_environment()
 
 
 def path(device: torch.device) -> tuple[bool, bool]:
@@ -146,9 +149,23 @@ def path(device: torch.device) -> tuple[bool, bool]:
     return on_cpu and library.available(), not on_cpu
 
 
-def _set(choice: str | None) -> None:
-    global _override
-    _override = choice
+class _Choice(contextlib.AbstractContextManager[Any]):
+    """A word of `CHOICES`, for good, or until its block ends."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.is_block = name, False
+
+    def __enter__(self) -> Self:
+        self.is_block = True
+        if self not in _choices:
+            _choices.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self in _choices:
+            at = _choices.index(self)
+            later = _choices[at + 1 :]
+            _choices[at:] = itertools.dropwhile(lambda choice: not choice.is_block, later)
 
 
 @functools.cache
@@ -183,7 +200,11 @@ def _compile(build: bool) -> Backend:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             return Backend("compile", False, lines[0])
         return Backend("compile", True)
-    named = shlex.split(os.environ.get("CXX", ""))[:1]
+    text = os.environ.get("CXX", "")
+    try:
+        named = shlex.split(text)[:1]
+    except ValueError as error:
+        return Backend("compile", False, f"CXX must be a command, got {text!r}: {error}")
     found = any(map(shutil.which, named or ("c++", "g++", "clang++")))
     if found or (torch.cuda.is_available() and importlib.util.find_spec("triton")):
         return Backend("compile", True)

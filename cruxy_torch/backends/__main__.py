@@ -41,10 +41,14 @@ def main() -> None:
 
 def _machine() -> str:
     cpu = torch.backends.cpu.get_cpu_capability()
+    try:
+        taken = f"{chosen()!r} is taken"
+    except ValueError as error:
+        taken = str(error)
     return (
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}\n"
         f"CPU capability {cpu}, {torch.get_num_threads()} threads, CUDA {torch.version.cuda}\n"
-        f"{VARIABLE}={os.environ.get(VARIABLE, '')}: {chosen()!r} is taken\n"
+        f"{VARIABLE}={os.environ.get(VARIABLE, '')}: {taken}\n"
     )
 
 
