@@ -90,6 +90,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_variable_is_obeyed_and_every_value_gives_equal_parameters(tmp_path):
     finished(python("-c", TRAIN, *OPTIONS, cwd=tmp_path))

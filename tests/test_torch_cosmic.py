@@ -465,6 +465,7 @@ def test_a_step_reads_no_value_on_the_host():
     assert {0, 1, 2} >= set(opt.tiers().values()) >= {1, 2}
 
 
+@pytest.mark.slow
 def test_it_learns_at_every_budget():
     for extra in (0, 2_000, 10**9):
         model = net()

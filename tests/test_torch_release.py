@@ -20,10 +20,17 @@ CHANGES = [
 ]
 """The options of the update; those of the law make no difference while it is off."""
 
+EVERY = [
+    pytest.param(
+        name, path, marks=[pytest.mark.slow] if path == "single" and name != "meta3" else []
+    )
+    for name in CHANGES
+    for path in PATHS
+]
+
 
 class TestControllerOff:
-    @pytest.mark.parametrize("path", PATHS)
-    @pytest.mark.parametrize("name", CHANGES)
+    @pytest.mark.parametrize(("name", "path"), EVERY)
     def test_fifty_released_steps_equal_fifty_ordinary_ones(self, name, path):
         options = {**OPTIONS[name], "law": OFF, **PATHS[path]}
         net, plain = models.model(), models.model()
