@@ -36,8 +36,8 @@ class DirectedOptimizer(ControlledOptimizer):
         It is found out when it is asked for, from the choice, gradients, parameters and state as
         they are now, and costs a step nothing. It is what took the last step where none of them was
         changed since: ask inside the block of `use_backend`. Tensors that have not been stepped yet
-        are not counted; where a gradient is gone its parameter stands in for it. A tensor that is alone of its kind counts
-        under `foreach`, though it is stepped by itself there.
+        are not counted; where a gradient is gone its parameter stands in for it. A tensor that is
+        alone of its kind counts under `foreach`, though it is stepped by itself there.
 
         Examples:
             >>> import torch
