@@ -55,7 +55,7 @@ def parts(
 
 
 _DTYPE, _SHAPE, _IS_CPU = map(operator.attrgetter, ("dtype", "shape", "is_cpu"))
-_IS_CONTIGUOUS = operator.methodcaller("is_contiguous")
+_IS_CONTIGUOUS, _IS_NEG = map(operator.methodcaller, ("is_contiguous", "is_neg"))
 
 
 def _all_fit(whole: Sequence[Sequence[Kept]], moments: Sequence[Sequence[Any]]) -> bool:
@@ -71,7 +71,7 @@ def _all_fit(whole: Sequence[Sequence[Kept]], moments: Sequence[Sequence[Any]]) 
         alike = len(set(map(_DTYPE, column))) <= 1 and list(map(_SHAPE, column)) == shapes
         if not (alike and all(map(_IS_CPU, column)) and all(map(_IS_CONTIGUOUS, column))):
             return False
-        if any(map(Tensor.is_neg, column)):
+        if any(map(_IS_NEG, column)):
             return False
     return {torch.float32}.issuperset(_DTYPE(column[0]) for column in whole if column) and (
         _PLAIN.issuperset(_DTYPE(column[0]) for column in moments if column)
