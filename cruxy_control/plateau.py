@@ -141,6 +141,8 @@ class PlateauGuard:
         """One step of both: the new state, and the controls read from it."""
         inner, controls = self.law.step(state.inner, signals, xp=xp)
         sure = controls.ok & known(signals.loss)
+        if signals.limit_scale is not None:  # the loss of a model that stands still is no plateau
+            sure = sure & (signals.limit_scale > 0.0)
         new = self._advance(state, xp.where(sure, signals.loss, state.loss.value), xp)
         sure = sure & xp.isfinite(new.loss.value)  # a difference of two losses may overflow
         own = zip(new[1:], state[1:], strict=True)

@@ -507,3 +507,12 @@ def test_the_log_has_both(tmp_path):
     options = {"log_metrics": True, "metrics_path": path, "law": GUARD}
     trained(lambda p: cruxy_torch.CruxyOptimizer(p, **options), 3)[1]._log.flush()
     assert '"sign_weight": 1.0, "decay_scale": 1.0' in path.read_text()
+
+
+def test_a_loss_that_stands_still_because_nothing_moves_is_no_plateau():
+    law, one = PlateauGuard(SelfDriving(), patience=5), np.float32(1.0)
+    state = law.init(np.float32(0.0), xp=np)
+    for _ in range(40):  # a rate of 0
+        state, controls = law.step(state, Signals(one, one, one, one, np.float32(0.0)), xp=np)
+    assert state.count == 0
+    assert controls.sign_weight == 1.0

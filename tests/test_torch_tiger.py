@@ -501,3 +501,20 @@ def test_it_is_compiled_like_every_direction():
 
     for ours, theirs in zip(made(compile=True), made(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_generator_in_a_group_is_read_once():
+    net = torch.nn.Linear(3, 4)
+    optimizer = Tiger([{"params": net.parameters()}], preset="auto")
+    assert len(optimizer.param_groups[0]["params"]) == 2
+
+
+@pytest.mark.parametrize("more", [{"factored": True}, {"blend": lambda step: 0.1 + 0.0 * step}])
+def test_a_state_without_a_part_goes_on_with_it(more):
+    x = torch.nn.Parameter(torch.ones(40, 40))
+    x.grad = torch.ones_like(x)
+    before, after = Tiger([x]), Tiger([x], **more)
+    before.step()
+    after.load_state_dict(before.state_dict())
+    after.step()
+    assert torch.isfinite(x).all()

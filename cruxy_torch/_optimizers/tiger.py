@@ -82,7 +82,8 @@ class Tiger(DirectedOptimizer):
             two is given.
         trust_space: where it is measured: `"update"`, or `"precond"` for the momentum before its
             sign.
-        trust_clip: its cap, above 0; 10 where it is not given.
+        trust_clip: its cap, above 0; 10 where it is not given. Without effect beside
+            `use_trust_ratio=False`, with which the original's settings give it.
         trust_decay: of its average in log space, in `[0, 1)`; `None` for no average.
         trust_per: `"tensor"`, `"row"`, or `"slice"` for groups with slices.
         agc_clip: largest norm of a tensor's gradient as a share of the parameter's, above 0; `None`
@@ -183,7 +184,7 @@ class Tiger(DirectedOptimizer):
                 f'update_buffer_dtype must be "fp32", got {update_buffer_dtype!r}: every step is '
                 "computed in float32; state_bits=16 keeps the momentum in bfloat16."
             )
-        params = list(params)
+        params = [_listed(entry) for entry in params]
         self._preset = _chosen(preset, params)
         filled = _PRESETS[self._preset] if self._preset else {}
         given = {
@@ -292,6 +293,16 @@ class Tiger(DirectedOptimizer):
                 'a momentum itself; use trust_space="update", or leave lora_pid out.'
             )
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state; what a part that it lacks keeps starts anew."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param in self.state:
+                    state = self.state[param]
+                    direction = self._direction_of(group, [param])
+                    direction.start(state, param, self._adder(state, param, group))
+
     def _direction_of(self, group: dict[str, Any], moving: Sequence[Tensor] = ()) -> Direction:
         slices, rates = group["slices"], group["slice_rates"]
         rates = None if rates is None else tuple(rates)
@@ -330,6 +341,13 @@ def _one_of(name: str, value: Any, known: dict[str, Any]) -> Any:
     return known[value] or value
 
 
+def _listed(entry: Any) -> Any:
+    """A parameter as it is; a group with its parameters in a list, which may be read twice."""
+    if not isinstance(entry, dict) or isinstance(entry["params"], Tensor):
+        return entry
+    return {**entry, "params": list(entry["params"])}
+
+
 def _chosen(preset: str | None, params: Sequence[Any]) -> str | None:
     """The preset that is meant; prints why where the device decides."""
     if preset is None or preset in _PRESETS:
@@ -340,7 +358,10 @@ def _chosen(preset: str | None, params: Sequence[Any]) -> str | None:
             "as it is given."
         )
     entry: Any = params[0] if params else None
-    first = next(iter(entry["params"]), None) if isinstance(entry, dict) else entry
+    if isinstance(entry, dict):
+        inside = entry["params"]
+        entry = inside if isinstance(inside, Tensor) else next(iter(inside), None)
+    first = entry
     first = first[1] if isinstance(first, tuple) else first
     preset, reason = "modern", "the device is no CUDA device"
     if isinstance(first, Tensor) and first.is_cuda:
