@@ -74,10 +74,8 @@ def tiger(
     $$
 
     What is on by default is what trains best of it, a hard sign and a fifth of the momentum. All
-    else is off, and **what was measured of it made things worse**. On the small GPT, 400 steps, in
-    held-out loss: this is level with `meta_lion` (0.01 worse over four seeds), a soft sign
-    (`temperature=1`) 0.1 worse, a trust ratio 0.1 worse, rates by role 0.03, by slices 0.01. The
-    parts stand in their own right too: `blend_sign`, `scale_by_trust_ratio_ema`,
+    else is off: **nothing of it that was measured made a run better** (`python -m benchmarks
+    components`). The parts stand in their own right too: `blend_sign`, `scale_by_trust_ratio_ema`,
     `clip_by_parameter_norm`, `clip_by_rms`, `scale_by_slices`, `balance_slices`,
     `blend_by_lora_pid`, `scale_by_role`.
 
@@ -101,7 +99,7 @@ def tiger(
     | `preset`, `use_foreach_update`, buckets | nothing: XLA compiles the whole step |
 
     Three of them differ on purpose. Tiger's softsign has an absolute 0.001 where this one has the
-    root mean square, which follows the scale of the gradients (0.16 worse as it was). Its AGC is on
+    root mean square, which follows the scale of the gradients. Its AGC is on
     the direction, and then nothing trains. Its preconditioner multiplies the direction, whose size
     then depends on that of the gradient; here it comes before the momentum, and the blend makes the
     size 1 again.

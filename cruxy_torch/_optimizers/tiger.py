@@ -49,12 +49,11 @@ class Tiger(DirectedOptimizer):
 
     It takes what is written for the package `tiger_optim`: its argument names, and groups from
     `build_tagged_param_groups`. On by default is what trains best of it, a hard sign and a fifth of
-    the momentum. All else is off, and **what was measured of it made things worse**. On the small
-    GPT, 400 steps, in held-out loss: this is level with Lion (0.01 worse over four seeds), a soft
-    sign (`use_sign=False`) 0.1 worse, a trust ratio 0.1 worse, rates by role 0.03, by slices 0.01.
+    the momentum. All else is off: **nothing of it that was measured made a run better** (`python -m
+    benchmarks components`).
 
     Three things differ from Tiger on purpose. Its softsign has an absolute 0.001 where this one has
-    the root mean square, which follows the scale of the gradients (0.16 worse as it was). Its AGC
+    the root mean square, which follows the scale of the gradients. Its AGC
     is on the direction, and then nothing trains; here it is on the gradient. Its preconditioner
     multiplies the direction, whose size then depends on that of the gradient; here it comes before
     the momentum, and the blend makes the size 1 again.
