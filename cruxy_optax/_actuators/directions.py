@@ -84,8 +84,8 @@ def blend_sign(
     $$
 
     $s$ is `Controls.sign_weight`, 1 but under a law that takes the sign away, such as one with a
-    plateau guard; outside `stabilize` it is 1. At $\tau = 0$ and $w = 0.2$ it is level with Lion on
-    the small GPT (0.01 worse over four seeds), at $\tau = 1$ it is 0.1 worse.
+    plateau guard; outside `stabilize` it is 1. What $\tau$ is worth
+    `python -m benchmarks components` measures.
 
     Args:
         weight: $w$, the share of the momentum, in `[0, 1]`, or a schedule of it: a function of the
