@@ -55,10 +55,12 @@ class PlateauGuard:
         sign_weight = level,    decay_scale = 1 - (1 - decay) (1 - level)
 
     A step without a known loss, or one that is skipped, leaves the guard as it is; without losses
-    it never acts. All other orders are those of the wrapped law. `sign_weight` is obeyed by
-    directions that blend a sign with something else, `decay_scale` by the weight decay of every
-    optimizer here. The best is that of the whole run: a loss that has risen for good, as on other
-    data, keeps the guard at work.
+    it never acts. So does a step after one in which nothing moved, at a rate of 0 or at the end of
+    a cooldown: `Signals.limit_scale` is then 0. It is measured only for a law that needs the
+    alignment, as `SelfDriving` does; under all others such a step counts as any. All other orders
+    are those of the wrapped law. `sign_weight` is obeyed by directions that blend a sign with
+    something else, `decay_scale` by the weight decay of every optimizer here. The best is that of
+    the whole run: a loss that has risen for good, as on other data, keeps the guard at work.
 
     Attributes:
         law: the law that is wrapped, with its constants.

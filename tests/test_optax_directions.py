@@ -315,6 +315,17 @@ def test_gradient_is_clipped_to_a_share_of_its_parameter(per):
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("part", [clip_by_rms(1.0, per="row"), clip_by_parameter_norm(per="row")])
+def test_rows_without_elements_stay_as_they_are(part):
+    empty = jnp.ones((4, 0))
+    assert part.update(empty, part.init(empty), empty)[0].shape == (4, 0)
+
+
+def test_slices_without_elements_have_a_dispersion_of_zero():
+    tx, empty = balance_slices(QKV, every=1), {"w": jnp.ones((0, 8))}
+    assert tx.update(empty, tx.init(empty), empty)[1].slice_dispersion == 0.0
+
+
 @pytest.mark.parametrize("space", ["update", "momentum"])
 def test_space_says_where_a_step_is_measured(space):
     inner = {"direction": soften_sign(0.0)} if space == "momentum" else {}

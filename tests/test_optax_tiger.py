@@ -335,6 +335,7 @@ WRONG = [
     ({"trust_cap": 1.0, "trust_space": "momentum", "lora_pid": LoraPid()}, "no place beside"),
     ({"power": 2.0}, r"power must be in \[0, 1\], got 2.0"),
     ({"blend": -0.1}, r"weight must be in \[0, 1\], got -0.1"),
+    ({"min_dim_size_to_factor": 1}, "must be a whole number >= 2, got 1; .* in static_args"),
     ({"agc": 0.0}, r"clip must be in \(0, infinity\), got 0.0"),
 ]
 
@@ -356,6 +357,15 @@ def test_wrong_value(options, message):
 def test_wrong_kind(make, message):
     with pytest.raises(TypeError, match=message):
         make()
+
+
+def test_inject_hyperparams_says_what_has_to_be_static_and_then_adds_nothing():
+    with pytest.raises(ValueError, match="name it, and power, in static_args"):
+        optax.inject_hyperparams(tiger)(RATE).init(tree())
+    static = ("min_dim_size_to_factor", "power")
+    state = optax.inject_hyperparams(tiger, static_args=static)(RATE).init(tree())
+    structures = map(jax.tree.structure, (state.inner_state, tiger(RATE).init(tree())))
+    assert len(set(structures)) == 1
 
 
 def test_loops_of_lora_have_nothing_to_do_without_lora():

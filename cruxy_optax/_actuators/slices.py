@@ -103,8 +103,8 @@ def mean_squares(x: jax.Array, part: Part, axis_names: Sequence[str] = ()) -> ja
     """The mean square of every part of a tensor; float32, in the shape that a state keeps.
 
     `()` for a tensor; one element along the last axis for rows, and for blocks as many as there
-    are; `(slices,)`. Over all shards along those of `axis_names` along which the leaf is split;
-    blocks are those of a shard.
+    are; `(slices,)`; 0 of what is empty. Over all shards along those of `axis_names` along which
+    the leaf is split; blocks are those of a shard.
     """
     if part == "tensor" or not x.ndim or (part == "row" and x.ndim < 2):
         return mean_square(x, axis_names)
@@ -114,11 +114,11 @@ def mean_squares(x: jax.Array, part: Part, axis_names: Sequence[str] = ()) -> ja
         others = tuple(axis for axis in range(x.ndim) if axis != part.axis)
         along = jnp.sum(squares, axis=others)
         total = jnp.where(part.members, along, 0.0).sum(axis=1)
-        count = part.members.sum(axis=1) * (x.size // x.shape[part.axis])
+        count = np.maximum(1, part.members.sum(axis=1) * (x.size // x.shape[part.axis]))
         return mean_over_shards(total * (x.size / count), x, axis_names)
     if part == "row":
         total = jnp.sum(squares, axis=-1, keepdims=True)
-        return mean_over_shards(total * (x.size / x.shape[-1]), x, axis_names)
+        return mean_over_shards(total * (x.size / max(1, x.shape[-1])), x, axis_names)
     blocks = _cut(squares)
     count = np.minimum(BLOCK, x.shape[-1] - BLOCK * np.arange(blocks.shape[-2]))
     return (blocks.sum(axis=-1) / count).astype(jnp.float32)

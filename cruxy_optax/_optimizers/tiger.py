@@ -7,6 +7,7 @@ from typing import Any, Literal
 import chex
 import optax
 
+from cruxy_control.checks import check_count
 from cruxy_control.law import Law
 from cruxy_control.lora_pid import LoraPid
 from cruxy_control.meta3 import Meta3
@@ -111,6 +112,7 @@ def tiger(
         b2: base of the momentum's decay, in `(0, 1)`.
         mu_dtype: dtype of the momentum; `None` is the parameter's, but float32 for float16.
         weight_decay: decoupled weight decay, at least 0, or a schedule; multiplied by the rate.
+            1e-3 by default, as in `optax.lion`; `cruxy_torch.Tiger` has the 0.01 of torch.optim.
         mask: where weight decay applies; see `meta3`. `role_mask` makes one.
         blend: share of the momentum in the direction, in `[0, 1]`, or a schedule of the number of
             good steps.
@@ -118,7 +120,9 @@ def tiger(
         power: of the root of a factored second moment that the gradient is divided by, in
             `[0, 1]`; 0 keeps none. See `axiom`, as the next two.
         decay_rate: the exponent in the decay of the second moment, in `(0, 1]`.
-        min_dim_size_to_factor: from which length on axes are factored.
+        min_dim_size_to_factor: from which length on axes are factored, at least 2. Under
+            `optax.inject_hyperparams` it has to be named in `static_args`, and `power` with it
+            unless it is to be set: one that may change keeps the second moment at 0 too.
         trust_cap: cap of a trust ratio (`scale_by_trust_ratio_ema`), above 0; `None` for none.
         trust_decay: of the average of the ratio, in `[0, 1)`; `None` for none.
         trust_space: `"update"`, or `"momentum"` for a ratio to the preconditioned momentum.
@@ -183,6 +187,10 @@ def tiger(
             "trust_space='momentum' has no place beside lora_pid, which makes the direction of a "
             "momentum itself; use trust_space='update', or leave lora_pid out."
         )
+    remedy = "32 is usual; under optax.inject_hyperparams name it, and power, in static_args"
+    min_dim_size_to_factor = check_count(
+        "min_dim_size_to_factor", min_dim_size_to_factor, 2, remedy=remedy
+    )
     axes: Any = {"axis_names": axis_names}
 
     def momentum(seed: int) -> optax.GradientTransformation:

@@ -91,6 +91,29 @@ class DirectedOptimizer(ControlledOptimizer):
             if reason:
                 why[reason] += 1
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave, into the tensors that are here where there are any.
+
+        Unlike the base class it keeps float32 moments of half-precision parameters in float32 and
+        codes as codes, shares no memory with the dictionary and leaves it as it was. Moments have
+        the bits they were saved with. What a part of a direction keeps and the state lacks, as
+        where a schedule is new, starts anew.
+
+        Args:
+            state_dict: what `state_dict` gave, of an optimizer with the same groups and law.
+
+        Raises:
+            ValueError: where the groups, the law or the format differ, or codes were saved under a
+                sharding whose blocks do not fit.
+        """
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            stepped = [p for p in group["params"] if p in self.state]
+            direction = self._direction_of(group, stepped)
+            for param in stepped:
+                state = self.state[param]
+                direction.start(state, param, self._adder(state, param, group))
+
     def cooldown(self, steps: int) -> None:
         """Begins to end a run: the rate falls from now to 0 over so many good steps.
 

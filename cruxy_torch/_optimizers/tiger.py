@@ -69,7 +69,8 @@ class Tiger(DirectedOptimizer):
         lr: learning rate, at least 0; as large as Lion's, or up to three times that.
         betas: bases of the two decay rates of the momentum, each in `[0, 1)`, which the law moves.
             With both the same $c$ is Tiger's plain average.
-        weight_decay: decoupled weight decay, at least 0; multiplied by the rate.
+        weight_decay: decoupled weight decay, at least 0; multiplied by the rate. 0.01 by default,
+            as in torch.optim; `cruxy_optax.tiger` has the 0.001 of optax.
         use_sign: `True` for the hard sign, `temperature=0`; `False` for the soft one, 1.
         blend: $w$, the share of the momentum, in `[0, 1]`, or a schedule of it; see `SignBlend`.
         temperature: $\tau$, at least 0; 0 where neither it nor `use_sign` is given.
@@ -81,8 +82,9 @@ class Tiger(DirectedOptimizer):
             two is given.
         trust_space: where it is measured: `"update"`, or `"precond"` for the momentum before its
             sign.
-        trust_clip: its cap, above 0; 10 where it is not given. Without effect beside
-            `use_trust_ratio=False`, with which the original's settings give it.
+        trust_clip: its cap, above 0; 10 where it is not given. Without effect, which a
+            warning says, beside `use_trust_ratio=False`, with which the original's settings give
+            it, and so beside `preset="legacy"`.
         trust_decay: of its average in log space, in `[0, 1)`; `None` for no average.
         trust_per: `"tensor"`, `"row"`, or `"slice"` for groups with slices.
         agc_clip: largest norm of a tensor's gradient as a share of the parameter's, above 0; `None`
@@ -199,6 +201,13 @@ class Tiger(DirectedOptimizer):
             bucket_standardize=bucket_standardize,
             bucket_scalarless=bucket_scalarless,
         )
+        if given["use_trust_ratio"] is False and (trust_clip, trust_space) != (None, None):
+            warnings.warn(
+                f"trust_clip={trust_clip!r} and trust_space={trust_space!r} are without effect "
+                'beside use_trust_ratio=False, which preset="legacy" gives; give '
+                "use_trust_ratio=True, or leave them out.",
+                stacklevel=2,
+            )
         trust = cap_of_trust(given["use_trust_ratio"], given["trust_space"], trust_clip)
         self._parts = Parts(
             blend=blend,
@@ -292,16 +301,6 @@ class Tiger(DirectedOptimizer):
                 'a momentum itself; use trust_space="update", or leave lora_pid out.'
             )
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state; what a part that it lacks keeps starts anew."""
-        super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param in self.state:
-                    state = self.state[param]
-                    direction = self._direction_of(group, [param])
-                    direction.start(state, param, self._adder(state, param, group))
-
     def _direction_of(self, group: dict[str, Any], moving: Sequence[Tensor] = ()) -> Direction:
         slices, rates = group["slices"], group["slice_rates"]
         rates = None if rates is None else tuple(rates)
@@ -356,11 +355,10 @@ def _chosen(preset: str | None, params: Sequence[Any]) -> str | None:
             f'preset must be "auto", "modern", "legacy" or None, got {preset!r}; None leaves all '
             "as it is given."
         )
-    entry: Any = params[0] if params else None
-    if isinstance(entry, dict):
-        inside = entry["params"]
-        entry = inside if isinstance(inside, Tensor) else next(iter(inside), None)
-    first = entry
+    first: Any = params[0] if params else None
+    if isinstance(first, dict):
+        inside = first["params"]
+        first = inside if isinstance(inside, Tensor) else next(iter(inside), None)
     first = first[1] if isinstance(first, tuple) else first
     preset, reason = "modern", "the device is no CUDA device"
     if isinstance(first, Tensor) and first.is_cuda:

@@ -22,9 +22,11 @@ _NEVER = sys.maxsize
 """Elements along an axis from which on a second moment is factored, where it never is."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Parts:
     """Which parts are around the blend, with their constants; `None` for what is not.
+
+    Two are never equal, so that any callable may be the blend, one without a hash too.
 
     Attributes:
         blend: see `Tiger`, and so all that are not named here.
