@@ -25,6 +25,7 @@ def add_arguments(
     optimizers: Sequence[str] | None,
     workload: str = "shakespeare-small",
     seeds: int = 3,
+    first_seed: int = 0,
 ) -> None:
     """Adds the options of a benchmark that trains.
 
@@ -34,6 +35,7 @@ def add_arguments(
             depends on other options.
         workload: the default one.
         seeds: how many by default.
+        first_seed: the first of them by default.
     """
     shown = "depends on the other options" if optimizers is None else " ".join(optimizers)
     parser.add_argument("--workload", choices=NAMES, default=workload, help="default: %(default)s")
@@ -59,7 +61,7 @@ def add_arguments(
     parser.add_argument(
         "--first-seed",
         type=lambda text: _whole(text, "--first-seed", least=0),
-        default=0,
+        default=first_seed,
         help="the first of them, for seeds that nothing was chosen on (default: %(default)s)",
     )
     parser.add_argument(

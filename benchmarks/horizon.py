@@ -18,8 +18,7 @@ OPTIMIZERS = (
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    add_arguments(parser, optimizers=OPTIMIZERS)
-    parser.set_defaults(first_seed=3)
+    add_arguments(parser, optimizers=OPTIMIZERS, first_seed=3)
 
 
 PROTOCOL = rate_sensitivity.PROTOCOL._replace(

@@ -26,7 +26,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     found = {}
-    for name, make in room("torch", "roles", "labelling").MODELS.items():
+    for name, make in room("torch", "labelling", "labelling").MODELS.items():
         console.print(f"making {name}, without its weights")
         model, label = make()
         roles, seconds = label(model), []

@@ -15,8 +15,8 @@ OPTIMIZERS = (
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    add_arguments(parser, optimizers=OPTIMIZERS)
-    parser.set_defaults(whole="self_driving", rate=None, optimizer=list(OPTIMIZERS), first_seed=3)
+    add_arguments(parser, optimizers=OPTIMIZERS, first_seed=3)
+    parser.set_defaults(whole="self_driving", rate=None, optimizer=list(OPTIMIZERS))
 
 
 PROTOCOL: Protocol = ablation.PROTOCOL._replace(

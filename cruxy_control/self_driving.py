@@ -221,19 +221,34 @@ def begin_cooldown(state: SelfDrivingState, steps: Any, *, xp: Any) -> SelfDrivi
     return state._replace(cooldown=Cooldown(state.step + 0, steps, height, falling + 0.0))
 
 
-def has_end(law: Any) -> bool:
-    """Whether a law, or the one that it is put around, has been told when the run ends."""
+USUAL_LIMITS = {"adam": 0.1, "lion": 0.01, "muon": 0.2}
+"""The relative limit that suits each direction in a run without an end."""
+
+
+def usual_limit(direction: str, law: Any) -> float:
+    """The relative limit of a direction under a law.
+
+    It is twice that of `USUAL_LIMITS` where the law, or the one that it is put around, knows the
+    end: a rate that is to fall may be one that moves more.
+
+    Args:
+        direction: a key of `USUAL_LIMITS`.
+        law: the law.
+    """
     while hasattr(law, "law"):
         law = law.law
-    return getattr(law, "total_steps", None) is not None
+    known = getattr(law, "total_steps", None) is not None
+    return USUAL_LIMITS[direction] * (2.0 if known else 1.0)
 
 
-def told_the_end(law: Law, total_steps: int) -> Law:
-    """The law that knows how many steps there are, also where it lies in another.
+def told_the_end(law: Law, total_steps: int | None) -> Law:
+    """The law that knows how many steps there are, also where it lies in another; `None` for none.
 
     Raises:
         ValueError: where there is no `SelfDriving` to be told.
     """
+    if total_steps is None:
+        return law
     if isinstance(law, SelfDriving):
         return dataclasses.replace(law, total_steps=total_steps)
     around: Any = law

@@ -110,6 +110,12 @@ def check_bits(name: str, bits: Any) -> None:
         raise ValueError(f"{name} must be 4, 8, 16 or 32, got {bits!r}; 8 loses next to nothing.")
 
 
+def listed(group: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a group with its parameters in a list: a generator can be read only once."""
+    params = group.get("params", [])
+    return {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
+
+
 def check_params(params: Iterable[Any]) -> None:
     """Raises unless what is trained is real and floating-point; frozen ones may be anything."""
     for entry in params:

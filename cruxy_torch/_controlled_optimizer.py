@@ -79,9 +79,7 @@ class ControlledOptimizer(Diagnosed, Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group with options of its own; the one controller sees its gradients too."""
-        param_group = {key: value for key, value in param_group.items() if key != KEY}
-        params = param_group.get("params", [])
-        param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
+        param_group = _checks.listed({k: v for k, v in param_group.items() if k != KEY})
         self._check_group({**self.defaults, **param_group})
         _checks.check_params(param_group["params"])
         super().add_param_group(param_group)

@@ -13,9 +13,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from cruxy_control.tagged import RATES
 from cruxy_torch._native import library
 from cruxy_torch._optimizers.tiger import Tiger
-from cruxy_torch._roles.tagged import RATES, SLICE_RATES, build_tagged_param_groups
+from cruxy_torch._roles.tagged import SLICE_RATES, build_tagged_param_groups
 from cruxy_torch.backends import backends, chosen, use_backend
 
 __all__ = [

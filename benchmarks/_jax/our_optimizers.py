@@ -18,7 +18,7 @@ from benchmarks._jax.optimizers import (
     SOURCES as PEER_SOURCES,
 )
 from benchmarks._rates import STARTS, WEIGHT_DECAY
-from cruxy_control import LoraPid, Meta3, PlateauGuard, SelfDriving
+from cruxy_control import LoraPid, Meta3, PlateauGuard, SelfDriving, tagged
 from cruxy_control.slices import blocks
 from cruxy_optax import (
     averaged_params,
@@ -231,21 +231,9 @@ def _tiger(label: str, **options: Any) -> Optimizer:
 _SLICES = {"*.attention_in.kernel": blocks(64, 64, 64, axis=1)}
 """Where q, k and v lie in the small GPT."""
 
-_SLICE_RATES = {"q": 0.9, "k": 0.8, "v": 1.1}
-_TAGS = {
-    "embedding": 0.5,
-    "position": 0.5,
-    "norm": 0.5,
-    "bias": 0.5,
-    "mlp.up": 1.1,
-    "mlp.down": 0.9,
-    "lora": 0.8,
-}
-"""The rates of the original Tiger."""
-
 COMPONENTS = {
-    "meta3-tiger-rates": _with("rates by role", scale_by_role(_TAGS)),
-    "meta3-slices": _with("rates of slices", scale_by_slices(_SLICES, _SLICE_RATES)),
+    "meta3-tiger-rates": _with("rates by role", scale_by_role(tagged.RATES)),
+    "meta3-slices": _with("rates of slices", scale_by_slices(_SLICES, tagged.SLICE_RATES)),
     "meta3-balanced-slices": _with("balanced slices", balance_slices(_SLICES)),
     "meta3-agc": _with("adaptive gradient clip", before=(clip_by_parameter_norm(0.02),)),
     "meta3-clip-rms": _with("RMS clip", clip_by_rms(1.0)),
@@ -261,9 +249,9 @@ COMPONENTS = {
     ),
     "tiger-half-power": _tiger("power 1/2", power=0.5),
     "tiger-agc": _tiger("adaptive gradient clip", agc=0.02),
-    "tiger-slices": _tiger("rates of slices", slices=_SLICES, slice_rates=_SLICE_RATES),
+    "tiger-slices": _tiger("rates of slices", slices=_SLICES, slice_rates=tagged.SLICE_RATES),
     "tiger-balanced-slices": _tiger("balanced slices", slices=_SLICES, balance_slices=True),
-    "tiger-rates": _tiger("rates by role", role_rates=_TAGS),
+    "tiger-rates": _tiger("rates by role", role_rates=tagged.RATES),
     "tiger-guard": _tiger("plateau guard", law=PlateauGuard(Meta3())),
     "tiger-lora-pid": _tiger("LoRA-PID", lora_pid=LoraPid()),
     "tiger-lora-plus": _tiger("LoRA+", role_rates={"lora.b": 16.0}),

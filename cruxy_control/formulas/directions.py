@@ -7,6 +7,9 @@ change nothing.
 
 from typing import Any
 
+BLEND = 0.2
+"""The share of the momentum in a blend (Tiger)."""
+
 
 def soften_sign(c: Any, temperature: Any, rms: Any, *, xp: Any) -> Any:
     """`u = (1 + t) c / (|c| + t rms(c))`: the sign at `t = 0`, `c / rms(c)` as `t` grows.

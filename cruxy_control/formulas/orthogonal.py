@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from cruxy_control.roles import matching
 from cruxy_control.signals import root
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -56,7 +57,7 @@ def orthogonalize(x: Any, *, xp: Any, steps: int = STEPS) -> Any:
 
 def is_orthogonal(role: str, axes: int) -> bool:
     """Whether Muon makes a parameter of this role, with so many axes, orthogonal."""
-    return axes > 1 and any(role == key or role.startswith(f"{key}.") for key in ROLES)
+    return axes > 1 and matching(dict.fromkeys(ROLES, True), role, False)
 
 
 def orthogonal_scale(rows: int, columns: int) -> float:

@@ -11,6 +11,12 @@ TRUST_CAP = 10.0
 TRUST_FLOOR = 1e-3
 """A tensor's root mean square counts as at least this: zeros, as in LoRA's B, could never move."""
 
+ANY_RATIO = 1e30
+"""A cap that no ratio of sizes reaches."""
+
+RMS_BLOCK = 256
+"""Elements of a block along the last axis, for a limit of each; what is left over is one too."""
+
 AGC_EPS = 1e-3
 """A parameter's norm counts as at least this where a gradient is clipped by it (Brock et al.)."""
 
@@ -82,8 +88,7 @@ def averaged_ratio(average: Any, decays: Any, *, xp: Any) -> Any:
 def agc_scale(grad_norm: Any, param_norm: Any, clip: Any, eps: Any = AGC_EPS, *, xp: Any) -> Any:
     """`min(1, clip max(|p|, eps) / |g|)`: the factor of adaptive gradient clipping.
 
-    On the gradient, never on a direction: of a direction, whose size says nothing of how good a
-    step is, it makes a rate so small that nothing trains.
+    On the gradient, never on a direction, whose size says nothing of how good a step is.
 
     Args:
         grad_norm: Euclidean norm of the gradient, of a tensor or of each row; any shape.

@@ -79,26 +79,24 @@ def orthogonalize_updates(
         del params
         leaves, treedef = jax.tree.flatten(updates)
         known = labelled(updates, model, rules).present
-        stacks: dict[tuple[Any, ...], list[tuple[int, jax.Array]]] = {}
+        stacks: dict[tuple[Any, ...], list[tuple[int, bool, jax.Array]]] = {}
         for index, (leaf, own) in enumerate(zip(leaves, known, strict=True)):
             matrices = _as_matrices(own, stacked) if jnp.size(leaf) else None
             if matrices is None:
                 continue
             whole = leaf.reshape(matrices).astype(accumulator_dtype(leaf))
-            wide = whole if whole.shape[1] <= whole.shape[2] else whole.swapaxes(1, 2)
-            stacks.setdefault((wide.shape[1:], wide.dtype), []).append((index, wide))
+            tall = whole.shape[1] > whole.shape[2]
+            wide = whole.swapaxes(1, 2) if tall else whole
+            stacks.setdefault((wide.shape[1:], wide.dtype), []).append((index, tall, wide))
         for (shape, _), same in stacks.items():
-            together = jnp.concatenate([wide for _, wide in same])
+            together = jnp.concatenate([wide for *_, wide in same])
             together = orthogonal_scale(*shape) * orthogonalize(together, xp=jnp, steps=steps)
             begin = 0
-            for index, wide in same:
+            for index, tall, wide in same:
                 own = together[begin : begin + len(wide)]
                 begin += len(wide)
-                leaf = leaves[index]
-                own = (
-                    own if own.shape == _as_matrices(known[index], stacked) else own.swapaxes(1, 2)
-                )
-                leaves[index] = own.reshape(leaf.shape)
+                own = own.swapaxes(1, 2) if tall else own
+                leaves[index] = own.reshape(leaves[index].shape)
         return treedef.unflatten(leaves), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)

@@ -14,13 +14,11 @@ from jax import lax
 
 from cruxy_control.checks import check_bounds, check_count, check_range
 from cruxy_control.formulas import trust as formulas
+from cruxy_control.formulas.trust import ANY_RATIO, RMS_BLOCK
 from cruxy_control.slices import Slices, check_slices
 from cruxy_optax._distributed.axes import as_axes, mean_over_shards, mean_square, split_axes
 from cruxy_optax._roles import labelled
 from cruxy_optax._tree import accumulator_dtype, as_floating, root
-
-BLOCK = 256
-"""Elements of a block along the last axis; what is left over is one too."""
 
 Layout = Mapping[str, Slices]
 """How tensors are sliced, by dotted path or a shell pattern for it."""
@@ -41,9 +39,6 @@ class Sliced(NamedTuple):
     names: tuple[str, ...]
     members: np.ndarray
 
-
-_ANY_RATIO = 1e30
-"""A cap that no ratio of sizes reaches."""
 
 Part = str | Sliced
 """How one tensor is divided: `"tensor"`, `"row"`, `"block"`, or into slices."""
@@ -120,7 +115,7 @@ def mean_squares(x: jax.Array, part: Part, axis_names: Sequence[str] = ()) -> ja
         total = jnp.sum(squares, axis=-1, keepdims=True)
         return mean_over_shards(total * (x.size / max(1, x.shape[-1])), x, axis_names)
     blocks = _cut(squares)
-    count = np.minimum(BLOCK, x.shape[-1] - BLOCK * np.arange(blocks.shape[-2]))
+    count = np.minimum(RMS_BLOCK, x.shape[-1] - RMS_BLOCK * np.arange(blocks.shape[-2]))
     return (blocks.sum(axis=-1) / count).astype(jnp.float32)
 
 
@@ -137,18 +132,18 @@ def spread(values: jax.Array, x: jax.Array, part: Part) -> jax.Array:
         along = jnp.where(part.members, values[:, None], 0.0).sum(axis=0)
         return along.reshape([-1 if axis == part.axis else 1 for axis in range(x.ndim)])
     if part == "block" and x.ndim:
-        whole = jnp.broadcast_to(values[..., None], (*values.shape, BLOCK))
-        flat = whole.reshape(*values.shape[:-1], values.shape[-1] * BLOCK)
+        whole = jnp.broadcast_to(values[..., None], (*values.shape, RMS_BLOCK))
+        flat = whole.reshape(*values.shape[:-1], values.shape[-1] * RMS_BLOCK)
         return flat[..., : x.shape[-1]]
     return values
 
 
 def _cut(x: jax.Array) -> jax.Array:
     """The last axis in blocks, filled up with zeros."""
-    blocks = -(-x.shape[-1] // BLOCK)
-    rest = blocks * BLOCK - x.shape[-1]
+    blocks = -(-x.shape[-1] // RMS_BLOCK)
+    rest = blocks * RMS_BLOCK - x.shape[-1]
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, rest)])
-    return x.reshape(*x.shape[:-1], blocks, BLOCK)
+    return x.reshape(*x.shape[:-1], blocks, RMS_BLOCK)
 
 
 def scale_by_slices(
@@ -158,8 +153,8 @@ def scale_by_slices(
 
     One float32 vector along the axis of the slices is multiplied in; everything else stays as it
     is, to the bit. Inside `stabilize` it stands before `scale_by_meta_learning_rate`, as
-    `scale_by_role` does. On the small GPT, rates of 0.9, 0.8 and 1.1 for q, k and v (Tiger's) were
-    level with none: 0.008 worse on one seed.
+    `scale_by_role` does. `python -m benchmarks components` measures what Tiger's rates of q, k and
+    v are worth.
 
     Args:
         slices: where q, k and v lie in a tensor, by the tensor's dotted path or a shell pattern for
@@ -315,7 +310,7 @@ def balance_slices(
                 continue
             size = root(mean_squares(jnp.asarray(leaves[i]), part, axes))
             own = root(mean_squares(jnp.asarray(p), part, axes))
-            trust = formulas.trust_ratio(own, size, _ANY_RATIO, formulas.TRUST_FLOOR, xp=jnp)
+            trust = formulas.trust_ratio(own, size, ANY_RATIO, formulas.TRUST_FLOOR, xp=jnp)
             old = multipliers[part.tensor]
             new, dispersion = formulas.balance_slices(old, size, trust, clip, bounds, xp=jnp)
             multipliers[part.tensor] = jnp.where(due, new, old)

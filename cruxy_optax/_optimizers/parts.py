@@ -1,14 +1,16 @@
 """Parts of a chain that one option of an optimizer puts in or leaves out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import optax
 
 from cruxy_control.checks import check_range
 from cruxy_control.law import Law, steers_decay
+from cruxy_control.roles import Rule
 from cruxy_optax._actuators.centralize import centralize_kernels
 from cruxy_optax._actuators.decay import add_controlled_decayed_weights
+from cruxy_optax._roles.rates import scale_by_role
 
 Mask = Any | Callable[[optax.Params], Any] | None
 """Where weight decay applies: a tree of booleans, a function that makes one, or everywhere."""
@@ -30,3 +32,10 @@ def decayed(
     if steers_decay(law):
         return [add_controlled_decayed_weights(weight_decay, mask)]
     return [optax.add_decayed_weights(weight_decay, mask)]
+
+
+def by_role(
+    rates: Mapping[str, Any] | None, rules: Iterable[Rule] = (), model: Any = None
+) -> list[optax.GradientTransformation]:
+    """Rates by role as a part of a chain; none where none are given."""
+    return [scale_by_role(rates, rules=rules, model=model)] if rates else []

@@ -12,15 +12,14 @@ from cruxy_control.checks import check_range
 from cruxy_control.formulas.orthogonal import SET_POINT, SET_POINT_ENDED
 from cruxy_control.law import Law
 from cruxy_control.roles import Rule
-from cruxy_control.self_driving import SelfDriving, has_end, told_the_end
+from cruxy_control.self_driving import SelfDriving, told_the_end, usual_limit
 from cruxy_optax._actuators.average import average_iterates
 from cruxy_optax._actuators.clip import clip_by_predicted_norm
 from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_controlled_lion
 from cruxy_optax._actuators.orthogonal import scale_by_controlled_muon
 from cruxy_optax._actuators.rate import scale_by_meta_learning_rate
 from cruxy_optax._memory.quantize import in_bits
-from cruxy_optax._optimizers.parts import Mask, decayed
-from cruxy_optax._roles.rates import scale_by_role
+from cruxy_optax._optimizers.parts import Mask, by_role, decayed
 from cruxy_optax._stabilize import stabilize
 
 Limit = chex.Numeric | Literal["usual"] | None
@@ -113,10 +112,10 @@ def self_driving(
         mu_dtype,
         lambda mu_dtype: scale_by_controlled_adam(b1, b2, eps, mu_dtype, nesterov=nesterov),
     )
-    law = _ended(law, total_steps)
-    limit, role = _limit(relative_limit, 0.1, law), _by_role(rates)
+    law = told_the_end(law, total_steps)
+    limit, roles = _limit(relative_limit, "adam", law), by_role(rates)
     return _steered(
-        moments, learning_rate, weight_decay, mask, role, limit, averaging, law, axis_names
+        moments, learning_rate, weight_decay, mask, roles, limit, averaging, law, axis_names
     )
 
 
@@ -182,10 +181,10 @@ def self_driving_lion(
     moments = in_bits(
         state_bits, mu_dtype, lambda mu_dtype: scale_by_controlled_lion(b1, b2, mu_dtype)
     )
-    law = _ended(law, total_steps)
-    limit, role = _limit(relative_limit, 0.01, law), _by_role(rates)
+    law = told_the_end(law, total_steps)
+    limit, roles = _limit(relative_limit, "lion", law), by_role(rates)
     return _steered(
-        moments, learning_rate, weight_decay, mask, role, limit, averaging, law, axis_names
+        moments, learning_rate, weight_decay, mask, roles, limit, averaging, law, axis_names
     )
 
 
@@ -288,12 +287,12 @@ def self_driving_muon(
             stacked=stacked,
         ),
     )
-    law = _ended(law, total_steps)
-    limit = _limit(relative_limit, 0.2, law)
+    law = told_the_end(law, total_steps)
+    limit = _limit(relative_limit, "muon", law)
     mask = _matrices if mask is None else mask
-    role = _by_role(rates, rules, model)
+    roles = by_role(rates, rules, model)
     return _steered(
-        moments, learning_rate, weight_decay, mask, role, limit, averaging, law, axis_names
+        moments, learning_rate, weight_decay, mask, roles, limit, averaging, law, axis_names
     )
 
 
@@ -301,20 +300,10 @@ def _matrices(params: optax.Params) -> Any:
     return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
 
 
-def _ended(law: Law, total_steps: int | None) -> Law:
-    return law if total_steps is None else told_the_end(law, total_steps)
-
-
-def _by_role(
-    rates: Mapping[str, Any] | None, rules: Iterable[Rule] = (), model: Any = None
-) -> list[optax.GradientTransformation]:
-    return [] if rates is None else [scale_by_role(rates, rules=rules, model=model)]
-
-
-def _limit(given: Limit, usual: float, law: Law) -> chex.Numeric | None:
-    """The limit of a direction; twice of it where the rate is to fall, if nobody has set one."""
-    if isinstance(given, str):
-        return usual * (2.0 if has_end(law) else 1.0)
+def _limit(given: Limit, direction: str, law: Law) -> chex.Numeric | None:
+    """The limit that was given, or that which is usual for the direction."""
+    if isinstance(given, str) and given == "usual":
+        return usual_limit(direction, law)
     return given
 
 
@@ -323,7 +312,7 @@ def _steered(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: optax.ScalarOrSchedule,
     mask: Mask,
-    by_role: list[optax.GradientTransformation],
+    roles: list[optax.GradientTransformation],
     relative_limit: chex.Numeric | None,
     averaging: float | None,
     law: Law,
@@ -341,7 +330,7 @@ def _steered(
             clip_by_predicted_norm(),
             moments,
             *decayed(weight_decay, mask, law),
-            *by_role,
+            *roles,
             rate,
             *([] if averaging is None else [average_iterates(averaging)]),
         ),

@@ -8,13 +8,14 @@ import chex
 import optax
 
 from cruxy_control.checks import check_count
+from cruxy_control.formulas.directions import BLEND
 from cruxy_control.law import Law
 from cruxy_control.lora_pid import LoraPid
 from cruxy_control.meta3 import Meta3
 from cruxy_control.roles import Rule
 from cruxy_control.slices import Slices
 from cruxy_optax._actuators.clip import clip_by_predicted_norm
-from cruxy_optax._actuators.directions import BLEND, blend_sign
+from cruxy_optax._actuators.directions import blend_sign
 from cruxy_optax._actuators.factored import scale_by_factored_rms
 from cruxy_optax._actuators.lora_pid import blend_by_lora_pid
 from cruxy_optax._actuators.moments import scale_by_controlled_momentum
@@ -27,9 +28,8 @@ from cruxy_optax._actuators.trust import (
     scale_by_trust_ratio_ema,
 )
 from cruxy_optax._memory.quantize import in_bits
-from cruxy_optax._optimizers.parts import Mask, decayed
+from cruxy_optax._optimizers.parts import Mask, by_role, decayed
 from cruxy_optax._roles import role_mask
-from cruxy_optax._roles.rates import scale_by_role
 from cruxy_optax._stabilize import stabilize
 
 
@@ -74,11 +74,10 @@ def tiger(
     \theta_{t+1} = \theta_t - \eta (1 - 0.5 \varphi_t) (u_t + \lambda \theta_t)
     $$
 
-    What is on by default is what trains best of it, a hard sign and a fifth of the momentum. All
-    else is off: **nothing of it that was measured made a run better** (`python -m benchmarks
-    components`). The parts stand in their own right too: `blend_sign`, `scale_by_trust_ratio_ema`,
-    `clip_by_parameter_norm`, `clip_by_rms`, `scale_by_slices`, `balance_slices`,
-    `blend_by_lora_pid`, `scale_by_role`.
+    On by default are a hard sign and a fifth of the momentum; all else is off. `python -m
+    benchmarks components` measures what each part is worth. The parts stand in their own right too:
+    `blend_sign`, `scale_by_trust_ratio_ema`, `clip_by_parameter_norm`, `clip_by_rms`,
+    `scale_by_slices`, `balance_slices`, `blend_by_lora_pid`, `scale_by_role`.
 
     Which of Tiger's arguments an argument stands for:
 
@@ -100,10 +99,10 @@ def tiger(
     | `preset`, `use_foreach_update`, buckets | nothing: XLA compiles the whole step |
 
     Three of them differ on purpose. Tiger's softsign has an absolute 0.001 where this one has the
-    root mean square, which follows the scale of the gradients. Its AGC is on
-    the direction, and then nothing trains. Its preconditioner multiplies the direction, whose size
-    then depends on that of the gradient; here it comes before the momentum, and the blend makes the
-    size 1 again.
+    root mean square, which follows the scale of the gradients. Its AGC is on the direction, whose
+    length says nothing of how good a step is. Its preconditioner multiplies the direction, whose
+    size then depends on that of the gradient; here it comes before the momentum, and the blend
+    makes the size 1 again.
 
     Args:
         learning_rate: a constant of at least 0, or a schedule of the number of good steps; as
@@ -235,7 +234,7 @@ def tiger(
             *([scale_by_slices(slices, slice_rates)] if slices and slice_rates else []),
             *([balanced_slices(slices, **axes)] if slices and balance_slices else []),
             *decayed(weight_decay, mask, law),
-            *([scale_by_role(role_rates, rules=rules, model=model)] if role_rates else []),
+            *by_role(role_rates, rules, model),
             throttle_by_phase(),
             scale_by_meta_learning_rate(learning_rate, bounds=bounds),
         ),

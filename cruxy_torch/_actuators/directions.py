@@ -8,16 +8,13 @@ import torch
 from torch import Tensor
 
 from cruxy_control.checks import check_range
-from cruxy_control.formulas.directions import blend_sign, momentum_share
+from cruxy_control.formulas.directions import BLEND, blend_sign, momentum_share
 from cruxy_control.signals import root
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.stepped import SteppedTensor
 from cruxy_torch._columns import Columns
 from cruxy_torch._kept import assign
 from cruxy_torch._orders import Orders
-
-BLEND = 0.2
-"""The share of the momentum in a blend (Tiger's)."""
 
 
 class Wrapped(Direction):
@@ -154,8 +151,7 @@ class SignBlend(Wrapped):
     as `PlateauGuard`. A tensor is passed over twice: of one that comes in several blocks the whole
     $c$ is held meanwhile.
 
-    On the small GPT a blend of 0.2 was worse than Lion by 0.016 in the held-out loss, the soft sign
-    alone by 0.05 (one seed).
+    `python -m benchmarks components` measures what a blend and a temperature are worth.
 
     Attributes:
         inner: the direction $c$.

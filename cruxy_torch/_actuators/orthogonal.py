@@ -10,12 +10,13 @@ from torch import Tensor
 
 from cruxy_control.formulas.orthogonal import STEPS, orthogonal_scale, orthogonalize
 from cruxy_torch._actuators.direction import Direction
+from cruxy_torch._actuators.directions import Momentum, Wrapped, held
 from cruxy_torch._actuators.stepped import SteppedTensor
 from cruxy_torch._orders import Orders
 
 
 @dataclasses.dataclass(frozen=True)
-class Orthogonal(Direction):
+class Orthogonal(Wrapped):
     r"""Muon's direction of a matrix, for `CruxyOptimizer(direction=)` and groups of matrices alone.
 
     $$
@@ -29,6 +30,7 @@ class Orthogonal(Direction):
     one at a time, for as long as its direction is computed.
 
     Attributes:
+        inner: the momentum $c$.
         steps: of the Newton-Schulz iteration, at least 1.
         stacked: whether the first axis of a tensor of three or more counts matrices, as that of
             experts does.
@@ -37,23 +39,16 @@ class Orthogonal(Direction):
         Jordan et al., [Muon](https://kellerjordan.github.io/posts/muon/), 2024.
     """
 
+    inner: Direction = dataclasses.field(default_factory=Momentum)
     steps: int = STEPS
     stacked: bool = False
-
-    is_finite = True
-    moments = ("exp_avg",)
 
     def blocks(
         self, tensor: SteppedTensor, factors: Any, orders: Orders
     ) -> Callable[[int], Tensor]:
         """The direction, computed at once and handed out in blocks."""
-        numerators = []
-        for number in range(tensor.blocks):
-            x, m = tensor.gradient(number), tensor.read("exp_avg", number)
-            numerators.append(orders.beta1 * m + (1.0 - orders.beta1) * x)
-            tensor.write("exp_avg", number, orders.beta2 * m + (1.0 - orders.beta2) * x)
-        own = numerators[0] if tensor.blocks == 1 else torch.cat(numerators)
-        whole = tensor.gather(own)
+        own = held(self.inner, tensor, factors[0], orders)
+        whole = tensor.gather(own[0] if len(own) == 1 else torch.cat(own))
         stacked = self.stacked and whole.ndim > 2
         if whole.ndim < 2:
             raise ValueError(

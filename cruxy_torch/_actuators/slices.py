@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cruxy_control.checks import check_bounds, check_count, check_range
 from cruxy_control.formulas import trust as formulas
+from cruxy_control.formulas.trust import ANY_RATIO, RMS_BLOCK
 from cruxy_control.signals import root
 from cruxy_control.slices import Slices, check_slices
 from cruxy_torch._actuators.direction import Direction
@@ -20,12 +21,6 @@ from cruxy_torch._columns import Columns
 from cruxy_torch._distributed.shards import local, shard_begin
 from cruxy_torch._kept import assign
 from cruxy_torch._orders import Orders
-
-BLOCK = 256
-"""Elements of a block along the last axis; what is left over is one too."""
-
-_ANY_RATIO = 1e30
-"""A cap that no ratio of sizes reaches."""
 
 
 class Part(NamedTuple):
@@ -113,8 +108,8 @@ def _members(slices: Slices, device: torch.device) -> Tensor:
 
 
 def _block_means(square: Tensor) -> Tensor:
-    """The mean of every `BLOCK` elements along the last axis, and of those that are left over."""
-    parts = square.split(BLOCK, dim=-1)
+    """The mean of each block along the last axis, and of what is left over."""
+    parts = square.split(RMS_BLOCK, dim=-1)
     return torch.stack([part.mean(-1) for part in parts], dim=-1) if parts else square
 
 
@@ -141,7 +136,7 @@ def spread(values: Tensor, tensor: SteppedTensor, number: int, x: Tensor, part: 
         return own.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
     own = values[place]
     if part.per == "block":
-        return own.repeat_interleave(BLOCK, dim=-1)[..., : x.shape[-1]]
+        return own.repeat_interleave(RMS_BLOCK, dim=-1)[..., : x.shape[-1]]
     return own
 
 
@@ -149,8 +144,7 @@ def spread(values: Tensor, tensor: SteppedTensor, number: int, x: Tensor, part: 
 class ScaleSlices(Wrapped):
     """Multiplies the slices of fused tensors by rates of their own: those of q, k and v.
 
-    On the small GPT rates of 0.9, 0.8 and 1.1 (Tiger's) were level with none: 0.008 worse on one
-    seed.
+    `python -m benchmarks components` measures what Tiger's rates of q, k and v are worth.
 
     Attributes:
         inner: the direction.
@@ -304,7 +298,7 @@ class BalanceSlices(Wrapped):
         u = held(self.inner, tensor, factors, orders)
         values = map(tensor.value, range(tensor.blocks))
         size, own = (root(mean_squares(x, tensor, part), xp=torch) for x in (u, values))
-        trust = formulas.trust_ratio(own, size, _ANY_RATIO, formulas.TRUST_FLOOR, xp=torch)
+        trust = formulas.trust_ratio(own, size, ANY_RATIO, formulas.TRUST_FLOOR, xp=torch)
         kept = tensor.state["slice_rates"]
         new, _ = formulas.balance_slices(kept, size, trust, self.clip, self.bounds, xp=torch)
         kept.copy_(torch.where(due, new, kept))

@@ -13,7 +13,7 @@ from torch import Tensor
 from cruxy_control import Law, Meta3, SelfDriving, StabilityV1, StabilityV2
 from cruxy_control.checks import check_count, check_range
 from cruxy_control.law import needs_alignment
-from cruxy_control.self_driving import has_end, told_the_end
+from cruxy_control.self_driving import told_the_end, usual_limit
 from cruxy_torch import _checks, _step
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.moments import Adam, Lion
@@ -213,8 +213,7 @@ class CruxyOptimizer(DirectedOptimizer):
             law = _law_of(mode, gamma_norm, meta_lr_eta, meta_lr_beta2, meta_interval)
             if is_muon:
                 law = muon.steered(law, ends=total_steps is not None)
-        if total_steps is not None:
-            law = told_the_end(law, total_steps)
+        law = told_the_end(law, total_steps)
         _checks.check_choices(
             momentum_dtype, state_bits, select, foreach, fused, compile, differentiable
         )
@@ -223,8 +222,8 @@ class CruxyOptimizer(DirectedOptimizer):
         if betas is None:
             betas = (0.9, (0.95 if use_lion else 0.99) if driving else 0.999)
         if relative_limit == "mode":
-            usual = 0.01 if use_lion else 0.2 if is_muon else 0.1
-            relative_limit = usual * (2 if has_end(law) else 1) if driving else None
+            taken = "lion" if use_lion else "muon" if is_muon else "adam"
+            relative_limit = usual_limit(taken, law) if driving else None
         if averaging == "mode":
             averaging = 16.0 if driving else None
         self._momentum_dtype, self._direction = momentum_dtype, direction

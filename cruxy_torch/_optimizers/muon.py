@@ -3,10 +3,9 @@
 import dataclasses
 from typing import Any
 
-from torch import Tensor
-
 from cruxy_control import Law, SelfDriving
 from cruxy_control.formulas import orthogonal
+from cruxy_torch._checks import listed
 
 
 def steered(law: Law, *, ends: bool) -> Law:
@@ -19,8 +18,7 @@ def steered(law: Law, *, ends: bool) -> Law:
 
 def with_betas(group: dict[str, Any], nesterov: bool) -> dict[str, Any]:
     """A new group, its parameters listed; one of matrices gets the betas of Muon's momentum."""
-    params = group.get("params", [])
-    group = {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
+    group = listed(group)
     if not is_orthogonal(group):
         return group
     plain = (orthogonal.BETAS[1],) * 2

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from cruxy_control import Law
 from cruxy_control.checks import check_count, check_range
+from cruxy_control.formulas.directions import BLEND
 from cruxy_control.lora_pid import LoraPid
 from cruxy_control.meta3 import Meta3
 from cruxy_control.plateau import PlateauGuard
 from cruxy_control.slices import Slices, check_slices
 from cruxy_torch import _checks
 from cruxy_torch._actuators.direction import Direction
-from cruxy_torch._actuators.directions import BLEND
 from cruxy_torch._distributed.shards import is_first_rank
 from cruxy_torch._optimizers.directed import DirectedOptimizer
 from cruxy_torch._optimizers.tiger_parts import (
@@ -48,13 +48,12 @@ class Tiger(DirectedOptimizer):
     $$
 
     It takes what is written for the package `tiger_optim`: its argument names, and groups from
-    `build_tagged_param_groups`. On by default is what trains best of it, a hard sign and a fifth of
-    the momentum. All else is off: **nothing of it that was measured made a run better** (`python -m
-    benchmarks components`).
+    `build_tagged_param_groups`. On by default are a hard sign and a fifth of the momentum; all else
+    is off. `python -m benchmarks components` measures what each part is worth.
 
     Three things differ from Tiger on purpose. Its softsign has an absolute 0.001 where this one has
-    the root mean square, which follows the scale of the gradients. Its AGC
-    is on the direction, and then nothing trains; here it is on the gradient. Its preconditioner
+    the root mean square, which follows the scale of the gradients. Its AGC is on the direction,
+    whose length says nothing of how good a step is; here it is on the gradient. Its preconditioner
     multiplies the direction, whose size then depends on that of the gradient; here it comes before
     the momentum, and the blend makes the size 1 again.
 
@@ -185,7 +184,7 @@ class Tiger(DirectedOptimizer):
                 f'update_buffer_dtype must be "fp32", got {update_buffer_dtype!r}: every step is '
                 "computed in float32; state_bits=16 keeps the momentum in bfloat16."
             )
-        params = [_listed(entry) for entry in params]
+        params = [_checks.listed(p) if isinstance(p, dict) else p for p in params]
         self._preset = _chosen(preset, params)
         filled = _PRESETS[self._preset] if self._preset else {}
         given = {
@@ -339,13 +338,6 @@ def _one_of(name: str, value: Any, known: dict[str, Any]) -> Any:
     return known[value] or value
 
 
-def _listed(entry: Any) -> Any:
-    """A parameter as it is; a group with its parameters in a list, which may be read twice."""
-    if not isinstance(entry, dict) or isinstance(entry["params"], Tensor):
-        return entry
-    return {**entry, "params": list(entry["params"])}
-
-
 def _chosen(preset: str | None, params: Sequence[Any]) -> str | None:
     """The preset that is meant; prints why where the device decides."""
     if preset is None or preset in _PRESETS:
@@ -357,8 +349,7 @@ def _chosen(preset: str | None, params: Sequence[Any]) -> str | None:
         )
     first: Any = params[0] if params else None
     if isinstance(first, dict):
-        inside = first["params"]
-        first = inside if isinstance(inside, Tensor) else next(iter(inside), None)
+        first = next(iter(first["params"]), None)
     first = first[1] if isinstance(first, tuple) else first
     preset, reason = "modern", "the device is no CUDA device"
     if isinstance(first, Tensor) and first.is_cuda:
