@@ -16,6 +16,7 @@ MODULES = {
     "ablation": "ablation",
     "horizon": "horizon",
     "roles": "roles",
+    "yielding": "yielding",
     "components": "components",
     "labelling": "labelling",
     "step-time": "step_time",

@@ -6,7 +6,8 @@ A law is a frozen config with `init(like, *, xp) -> state` and
 white paper, known through the constants of the Apache-2.0 package `cruxy` 2.1.0.
 """
 
-from cruxy_control.controls import Controls, betas, meta_learning_rate
+from cruxy_control.controls import RUN_PHASES, Controls, betas, meta_learning_rate
+from cruxy_control.explanation import explain
 from cruxy_control.law import Law
 from cruxy_control.lora_pid import LoraPid, LoraPidState, large_share
 from cruxy_control.meta3 import Meta3, Meta3State
@@ -18,6 +19,7 @@ from cruxy_control.stability_v1 import StabilityV1, StabilityV1State
 from cruxy_control.stability_v2 import StabilityV2, StabilityV2State
 
 __all__ = [
+    "RUN_PHASES",
     "Controls",
     "Law",
     "LoraPid",
@@ -36,6 +38,7 @@ __all__ = [
     "StabilityV2State",
     "V2Sensors",
     "betas",
+    "explain",
     "large_share",
     "meta_learning_rate",
 ]

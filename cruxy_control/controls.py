@@ -35,6 +35,13 @@ class Controls(NamedTuple):
             something else; at 0 nothing of the sign is left. A law that moves this or the next has
             a true `steers_decay`.
         decay_scale: factor on the weight decay, at least 0.
+        limit_factor: factor in `(0, 1]` on the relative limits. A law that says this or one of the
+            next has a true `needs_alignment`.
+        run_phase: where a run is, an index into `RUN_PHASES`; telemetry.
+        schedule_scale: the share of the highest rate so far that a schedule has left; telemetry.
+        limit_scale: the share of the rate that the relative limit left any tensor; telemetry.
+        limited_steps: for how many steps in a row that has been below 1; telemetry.
+        momentum_ratio: `|m| / |g|`, large where gradients agree; telemetry.
     """
 
     meta_scale: Any
@@ -56,6 +63,28 @@ class Controls(NamedTuple):
     alignment: Any
     sign_weight: Any = 1.0
     decay_scale: Any = 1.0
+    limit_factor: Any = 1.0
+    run_phase: Any = 0.0
+    schedule_scale: Any = 1.0
+    limit_scale: Any = 1.0
+    limited_steps: Any = 0.0
+    momentum_ratio: Any = 0.0
+
+
+RUN_PHASES = ("search", "trunk", "cooldown", "end")
+"""Where a run under `SelfDriving` is, by `Controls.run_phase`.
+
+In the search the rate may still move by more than a tenth in one step, or the known first part of
+the run lasts; in the trunk it follows what is sensed; in the cooldown it falls; at the end it is 0.
+"""
+
+STEERED = ("sign_weight", "decay_scale")
+"""What only a law with a true `steers_decay` orders."""
+
+DRIVEN = (
+    "limit_factor", "run_phase", "schedule_scale", "limit_scale", "limited_steps", "momentum_ratio",
+)  # fmt: skip
+"""What only a law with a true `needs_alignment` says."""
 
 
 def neutral(ok: Any, *, xp: Any) -> Controls:
@@ -92,6 +121,12 @@ def neutral(ok: Any, *, xp: Any) -> Controls:
         alignment=zero,
         sign_weight=one,
         decay_scale=one,
+        limit_factor=one,
+        run_phase=zero,
+        schedule_scale=one,
+        limit_scale=one,
+        limited_steps=zero,
+        momentum_ratio=zero,
     )
 
 

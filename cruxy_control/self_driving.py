@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 from cruxy_control import filters
 from cruxy_control.checks import check_bounds, check_count, check_range
-from cruxy_control.controls import Controls
-from cruxy_control.law import Law
+from cruxy_control.controls import DRIVEN, RUN_PHASES, Controls
 from cruxy_control.sensing import SENSED, SensorState, V2Sensors
-from cruxy_control.signals import Signals, known
+from cruxy_control.signals import NOT_KNOWN, Signals, known
 
 
 class Cooldown(NamedTuple):
@@ -27,6 +26,22 @@ class Cooldown(NamedTuple):
     falling: Any
 
 
+class Hold(NamedTuple):
+    """What has kept the rate from where the law alone would have it.
+
+    Attributes:
+        peak: the highest rate that was set so far; float32, `()`.
+        limited_steps: for how many good steps in a row every rate was above the relative limit;
+            int32, `()`.
+        resisted: how often that was so though the alignment was positive, a count that fades;
+            float32, `()`.
+    """
+
+    peak: Any
+    limited_steps: Any
+    resisted: Any
+
+
 class SelfDrivingState(NamedTuple):
     """What `SelfDriving` remembers.
 
@@ -36,15 +51,17 @@ class SelfDrivingState(NamedTuple):
         step: good steps so far that came after one that moved something; int32, `()`.
         scale: the factor on the learning rate that was found; float32, `()`.
         cooldown: a fall of the rate that was begun on the way.
+        hold: what has kept the rate from where the law alone would have it.
     """
 
     sensors: SensorState
     alignment: filters.Ema
     step: Any
     scale: Any
-    cooldown: "Cooldown"
+    cooldown: Cooldown
+    hold: Hold
 
-    telemetry = (*SENSED, "alignment")
+    telemetry = (*SENSED, "alignment", *DRIVEN)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +95,16 @@ class SelfDriving(V2Sensors):
     of `total_steps`. The end is the law's and not the state's: a run that is resumed under another
     `total_steps` ends there.
 
+    A schedule is obeyed where it lowers the rate: below `schedule_share` of the highest that was
+    set so far (`Signals.base_rate`) the scale is held, since the sensor would ask for what the
+    schedule has just taken. A rise, as of a warm-up, only moves the place of the search.
+
+    With `limit_yield` the relative limit gives way where nothing opposes the steps, as on a policy
+    that improves or a net that has fitted its data. Of the steps in which the limit holds every
+    tensor while `a_bar > 0` it keeps a count that fades,
+
+        n <- n + 1 there,  0.95 n elsewhere;    limit_factor = (1 + n / limit_yield)^(-1/2).
+
     Clipping, guard and telemetry are those of `Meta3`; the decay rates stay as they are set.
 
     Attributes:
@@ -89,6 +116,10 @@ class SelfDriving(V2Sensors):
         total_steps: steps of the run, where they are known; `None` for a run without an end.
         search_share: share of them in which the rate is found, in `(0, 1)`.
         cooldown_peak: multiple of the rate that was found at which the fall begins, above 0.
+        schedule_share: share of the highest rate that was set below which a schedule teaches
+            nothing, in `[0, 1]`; 0 lets the law work against every schedule.
+        limit_yield: number of such steps after which the limit is down to 0.71 of itself, above 0;
+            `None` for a limit that does not give way.
 
     Examples:
         >>> import numpy as np
@@ -113,6 +144,8 @@ class SelfDriving(V2Sensors):
     total_steps: int | None = None
     search_share: float = 0.2
     cooldown_peak: float = 2.0
+    schedule_share: float = 0.8
+    limit_yield: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,6 +163,10 @@ class SelfDriving(V2Sensors):
             check_count("total_steps", self.total_steps, 2, remedy="None is for a run without end")
         check_range("search_share", self.search_share, 0.0, 1.0, **ends, remedy="use 0.2")
         check_range("cooldown_peak", self.cooldown_peak, 0.0, lower_open=True, remedy="use 2")
+        check_range("schedule_share", self.schedule_share, 0.0, 1.0, remedy="use 0.8")
+        if self.limit_yield is not None:
+            remedy = "use 20, or None for a limit that holds"
+            check_range("limit_yield", self.limit_yield, 0.0, lower_open=True, remedy=remedy)
 
     @property
     def needs_alignment(self) -> bool:
@@ -150,6 +187,7 @@ class SelfDriving(V2Sensors):
                 height=zero + self.cooldown_peak,
                 falling=zero + 0.0,
             ),
+            hold=Hold(zero + 0.0, filters.zero_count(like, xp=xp), zero + 0.0),
         )
 
     def _fall(self, state: SelfDrivingState, xp: Any) -> tuple[Any, Any]:
@@ -179,8 +217,33 @@ class SelfDriving(V2Sensors):
         new = self._advance(state, signals, falls, multiple, xp)
         state = filters.select(ok, new, state, xp=xp)
         controls = self.sensed_controls(state.sensors, signals, ok, xp=xp)
-        scale, alignment = state.scale * xp.where(falls, multiple, 1.0), state.alignment.value
-        return state, controls._replace(meta_scale=scale, alignment=alignment)
+        scale = state.scale * xp.where(falls, multiple, 1.0)
+        return state, controls._replace(
+            meta_scale=scale,
+            alignment=state.alignment.value,
+            limit_factor=self._limit_factor(state, xp),
+            run_phase=self._phase(state, falls, multiple, xp),
+            schedule_scale=_share(_of(signals.base_rate, 0.0, state), state.hold.peak, xp),
+            limit_scale=_of(signals.limit_scale, 1.0, state),
+            limited_steps=state.hold.limited_steps * xp.ones_like(scale),
+            momentum_ratio=_of(signals.momentum_ratio, NOT_KNOWN, state),
+        )
+
+    def _limit_factor(self, state: SelfDrivingState, xp: Any) -> Any:
+        if self.limit_yield is None:
+            return xp.ones_like(state.scale)
+        return 1.0 / xp.sqrt(1.0 + state.hold.resisted / self.limit_yield)
+
+    def _phase(self, state: SelfDrivingState, falls: Any, multiple: Any, xp: Any) -> Any:
+        search, trunk, cooldown, end = map(float, range(len(RUN_PHASES)))
+        young = self._gain(state.step) > 0.1
+        if self.total_steps is not None:  # the whole of the first part
+            young = state.cooldown.start == filters.MAX_COUNT
+        falling = xp.where(multiple > 0.0, cooldown, end)
+        return xp.where(falls, falling, xp.where(young, search, trunk)) * xp.ones_like(state.scale)
+
+    def _gain(self, step: Any) -> Any:
+        return self.gain * self.gain_time / (self.gain_time + step + 1.0)
 
     def _advance(
         self, state: SelfDrivingState, signals: Signals, held: Any, multiple: Any, xp: Any
@@ -188,13 +251,16 @@ class SelfDriving(V2Sensors):
         # A gradient that nothing has moved since the last one agrees with it, at any rate.
         moved = signals.limit_scale > 0.0
         # A rate that falls tells nothing of the one that was found.
-        sure = known(signals.alignment) & moved & ~held
+        base = _of(signals.base_rate, 0.0, state)
+        peak = xp.maximum(state.hold.peak, base)
+        free = moved & ~held & (_share(base, peak, xp) >= self.schedule_share)
+        sure = known(signals.alignment) & free
         sensed = xp.where(sure, signals.alignment, 0.0)
         alignment = filters.ema(state.alignment, sensed, self.alignment_decay, debias=True)
         alignment = filters.select(sure, alignment, state.alignment, xp=xp)
-        gain = self.gain * self.gain_time / (self.gain_time + state.step + 1.0)
+        gain = self._gain(state.step)
         error = xp.clip(alignment.value - self.set_point, -1.0, 1.0)
-        scale = state.scale * xp.where(moved & ~held, signals.limit_scale, 1.0)
+        scale = state.scale * xp.where(free, signals.limit_scale, 1.0)
         scale = scale * xp.where(sure, xp.exp(gain * error), 1.0)
         return SelfDrivingState(
             sensors=self.sense(state.sensors, signals, xp=xp),
@@ -202,7 +268,31 @@ class SelfDriving(V2Sensors):
             step=xp.where(moved, filters.next_count(state.step, xp=xp), state.step),
             scale=xp.clip(scale, *self.scale_bounds),
             cooldown=state.cooldown._replace(falling=xp.where(held, multiple, 0.0)),
+            hold=self._hold(state, signals.limit_scale, alignment.value, peak, xp),
         )
+
+    def _hold(
+        self, state: SelfDrivingState, limit_scale: Any, alignment: Any, peak: Any, xp: Any
+    ) -> Hold:
+        count, resisted = state.hold.limited_steps, state.hold.resisted
+        limited = (limit_scale > 0.0) & (limit_scale < 1.0)
+        more = xp.where(limited & (alignment > 0.0), resisted + 1.0, 0.95 * resisted)
+        return Hold(
+            peak=peak,
+            limited_steps=xp.where(limited, filters.next_count(count, xp=xp), 0),
+            resisted=xp.where(limit_scale > 0.0, xp.clip(more, 0.0, 1e9), resisted),
+        )
+
+
+def _of(signal: Any, missing: float, state: SelfDrivingState) -> Any:
+    """A signal that who steps the law may leave out."""
+    return state.scale * 0.0 + missing if signal is None else signal
+
+
+def _share(base: Any, peak: Any, xp: Any) -> Any:
+    """The share that a schedule has left of its highest rate; 1 before there is one."""
+    some = peak > 0.0
+    return xp.where(some, base / xp.where(some, peak, 1.0), 1.0)
 
 
 def begin_cooldown(state: SelfDrivingState, steps: Any, *, xp: Any) -> SelfDrivingState:
@@ -219,42 +309,3 @@ def begin_cooldown(state: SelfDrivingState, steps: Any, *, xp: Any) -> SelfDrivi
     height = xp.where(falling > 0.0, falling, height)
     # Sums, for arrays of their own: who donates the state gives each once.
     return state._replace(cooldown=Cooldown(state.step + 0, steps, height, falling + 0.0))
-
-
-USUAL_LIMITS = {"adam": 0.1, "lion": 0.01, "muon": 0.2}
-"""The relative limit that suits each direction in a run without an end."""
-
-
-def usual_limit(direction: str, law: Any) -> float:
-    """The relative limit of a direction under a law.
-
-    It is twice that of `USUAL_LIMITS` where the law, or the one that it is put around, knows the
-    end: a rate that is to fall may be one that moves more.
-
-    Args:
-        direction: a key of `USUAL_LIMITS`.
-        law: the law.
-    """
-    while hasattr(law, "law"):
-        law = law.law
-    known = getattr(law, "total_steps", None) is not None
-    return USUAL_LIMITS[direction] * (2.0 if known else 1.0)
-
-
-def told_the_end(law: Law, total_steps: int | None) -> Law:
-    """The law that knows how many steps there are, also where it lies in another; `None` for none.
-
-    Raises:
-        ValueError: where there is no `SelfDriving` to be told.
-    """
-    if total_steps is None:
-        return law
-    if isinstance(law, SelfDriving):
-        return dataclasses.replace(law, total_steps=total_steps)
-    around: Any = law
-    if not hasattr(around, "law"):
-        raise ValueError(
-            f"total_steps needs a law that finds the rate, SelfDriving, got {law!r}; leave it out, "
-            "and give a schedule in place of the learning rate."
-        )
-    return dataclasses.replace(around, law=told_the_end(around.law, total_steps))

@@ -35,6 +35,10 @@ class Signals(NamedTuple):
         limit_scale: the largest share of the rate that a relative limit left any tensor in the
             step before; float32, shape `()`; 1 where nothing was limited, 0 where nothing moved
             because every rate was 0.
+        base_rate: the learning rate that was set in the step before, ahead of every factor of a
+            law; the largest there was; float32, shape `()`; 0 before the first step.
+        momentum_ratio: `|m| / |g|` of the two that the alignment is taken of; float32, shape `()`;
+            `NOT_KNOWN` or NaN where it is not known.
     """
 
     grad_norm: Any
@@ -42,6 +46,22 @@ class Signals(NamedTuple):
     loss: Any
     alignment: Any = None
     limit_scale: Any = None
+    base_rate: Any = None
+    momentum_ratio: Any = None
+
+
+def momentum_ratio(moment_square: Any, grad_norm: Any, *, xp: Any) -> Any:
+    """`|m| / |g|`; `NOT_KNOWN` where that is no finite number above 0.
+
+    Args:
+        moment_square: `sum m^2`.
+        grad_norm: the root of `sum g^2`.
+        xp: the array namespace.
+    """
+    length = root(moment_square, xp=xp)
+    sure = (grad_norm > 0.0) & (length > 0.0) & xp.isfinite(grad_norm) & xp.isfinite(length)
+    ratio = xp.where(sure, length, 1.0) / xp.where(sure, grad_norm, 1.0)
+    return xp.where(sure, xp.clip(ratio, 0.0, NOT_KNOWN), NOT_KNOWN)
 
 
 def alignment(along: Any, grad_norm: Any, moment_square: Any, *, xp: Any) -> Any:

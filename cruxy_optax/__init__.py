@@ -65,7 +65,7 @@ from cruxy_optax._sensors.observers import (
     track_gamma_norm,
 )
 from cruxy_optax._stabilize import StabilizeState, stabilize
-from cruxy_optax._telemetry import telemetry
+from cruxy_optax._telemetry import explain, telemetry
 from cruxy_optax._telemetry_log import ScalarWriter, TelemetryLog
 
 __all__ = [
@@ -115,6 +115,7 @@ __all__ = [
     "cosmic",
     "diagnose",
     "estimate_memory",
+    "explain",
     "label_roles",
     "limit_relative_step",
     "meta3",

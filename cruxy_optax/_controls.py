@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cruxy_control.controls import Controls
-from cruxy_control.law import Law, steers_decay
+from cruxy_control.controls import DRIVEN, STEERED, Controls
+from cruxy_control.law import Law, needs_alignment, steers_decay
 from cruxy_control.signals import NOT_KNOWN
 from cruxy_optax._tree import find
 
@@ -48,10 +48,12 @@ def materialize_controls(controls: Controls) -> Controls:
 def storable(controls: Controls, law: Law) -> Controls:
     """The controls as a state keeps them: `NOT_KNOWN` for the infinite threshold of no clipping.
 
-    `sign_weight` and `decay_scale` are `None` for a law that does not move them.
+    What only another kind of law has something to say of is `None`.
     """
     kept = controls._replace(clip_threshold=jnp.minimum(controls.clip_threshold, NOT_KNOWN))
-    return kept if steers_decay(law) else kept._replace(sign_weight=None, decay_scale=None)
+    unsaid = () if steers_decay(law) else STEERED
+    unsaid += () if needs_alignment(law) else DRIVEN
+    return kept._replace(**dict.fromkeys(unsaid))
 
 
 def any_step_taken(state: Any) -> jax.Array | bool:

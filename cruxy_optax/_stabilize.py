@@ -17,7 +17,14 @@ from cruxy_optax._distributed.axes import as_axes
 from cruxy_optax._low_bit import as_built as decodable
 from cruxy_optax._low_bit import is_low_bit, where
 from cruxy_optax._sensors.measure import alignment, measure
-from cruxy_optax._states import as_built, first_moments, limit_scale, says, states_that_say
+from cruxy_optax._states import (
+    as_built,
+    base_rate,
+    first_moments,
+    limit_scale,
+    says,
+    states_that_say,
+)
 from cruxy_optax._tree import as_arrays, as_floating, check_real, find, unshared
 
 
@@ -131,7 +138,12 @@ class Loop(NamedTuple):
         signals = Signals(zero, zero, not_known)
         if needs_alignment(self.law):
             first_moments(params, inner_state)  # there have to be some
-            signals = signals._replace(alignment=not_known, limit_scale=zero + 1.0)
+            signals = signals._replace(
+                alignment=not_known,
+                limit_scale=zero + 1.0,
+                base_rate=zero,
+                momentum_ratio=not_known,
+            )
         _, controls = self.law.step(law_state, signals, xp=jnp)
         controls = storable(controls, self.law)
         state = StabilizeState(law_state, signals, controls, count, count, count, inner_state)
@@ -154,9 +166,13 @@ class Loop(NamedTuple):
         signals = measure(updates, value, self.law.gamma, self.axis_names)
         if needs_alignment(self.law):
             moments = first_moments(updates, state.inner_state)
+            norm = signals.grad_norm
+            cosine, ratio = alignment(updates, moments, norm, self.axis_names)
             signals = signals._replace(
-                alignment=alignment(updates, moments, signals.grad_norm, self.axis_names),
+                alignment=cosine,
                 limit_scale=limit_scale(state.inner_state),
+                base_rate=base_rate(state.inner_state),
+                momentum_ratio=ratio,
             )
         law_state, controls = self.law.step(state.law_state, signals, xp=jnp)
         controls = materialize_controls(controls)

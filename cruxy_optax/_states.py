@@ -14,6 +14,11 @@ a property; what it does not have is not said.
   where the rate was 0. Such a law takes the rest of its rate back, and learns nothing of a step in
   which nothing moved: neither of all tensors where it is 0 in every state that says it, nor of
   those whose first moment stands in the same chain as a 0.
+- `direction_kind`: `"lion"` where what comes out are signs, `"muon"` where matrices are made
+  orthogonal; without it a direction counts as `"adam"`, whose elements have size 1 or less and
+  shrink. `self_driving(direction=)` takes the limits, set point and decay that go with it.
+- `base_rate`: the learning rate that was set, before every factor of the law, a scalar. Of several
+  the largest counts. Such a law obeys a schedule by it.
 - `casts_updates = True`: updates come out in the dtype in which they are to be added. Without it
   `stabilize` casts them to that of the parameters.
 - `telemetry`: the names of the scalars in the state that `telemetry` shows, such as `("beta1",)`.
@@ -22,8 +27,8 @@ a property; what it does not have is not said.
 - `rate_factor`: a factor on the update beside the learning rate of the same chain, a scalar, which
   `telemetry` counts into `learning_rate`.
 
-The states of optax say nothing of the kind. Of them the first moments of Adam, Lion, `trace` and
-`ema` are known.
+The states of optax say nothing of the kind. Of them the first moments of Adam, Lion, Muon, `trace`
+and `ema` are known.
 """
 
 from typing import Any, NamedTuple
@@ -32,15 +37,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cruxy_optax._tree import nodes_with_paths
+from cruxy_optax._tree import find, nodes_with_paths
 
 _MOMENTS_OF_OPTAX: dict[type, str] = {
     optax.EmaState: "ema",
     optax.ScaleByAdamState: "mu",
     optax.ScaleByLionState: "mu",
     optax.TraceState: "trace",
+    optax.contrib.MuonState: "mu",
 }
 """optax's own states that hold a first moment, and what they call it."""
+
+_KINDS_OF_OPTAX = {optax.ScaleByLionState: "lion", optax.contrib.MuonState: "muon"}
 
 
 def says(node: Any, name: str) -> bool:
@@ -118,6 +126,19 @@ def limit_scale(state: optax.OptState) -> jax.Array:
     """The largest share of its rate that a tensor got in the step before; 0 if all were 0."""
     scales = [node.limit_scale for _, node in states_that_say(state, "limit_scale")]
     return jnp.stack(scales).max() if scales else jnp.ones((), jnp.float32)
+
+
+def base_rate(state: optax.OptState) -> jax.Array:
+    """The largest rate that was set in the step before; 0 where no state says it."""
+    rates = [node.base_rate for _, node in states_that_say(state, "base_rate")]
+    return jnp.stack(rates).max() if rates else jnp.zeros((), jnp.float32)
+
+
+def direction_kind(state: optax.OptState) -> str:
+    """`"muon"` where a state says so, else `"lion"` where one does, else `"adam"`."""
+    said = [node.direction_kind for _, node in states_that_say(state, "direction_kind")]
+    said += [kind for cls, kind in _KINDS_OF_OPTAX.items() if find(state, cls)]
+    return next((kind for kind in ("muon", "lion") if kind in said), "adam")
 
 
 def _has_first_moment(node: Any) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cruxy_control.explanation import explain as sentences
 from cruxy_control.signals import NOT_KNOWN
 from cruxy_optax._stabilize import StabilizeState
 from cruxy_optax._states import states_that_say
@@ -35,6 +36,11 @@ def telemetry(opt_state: Any) -> dict[str, Any]:
         - `clip_threshold`, `clip_scale`: the predicted norm and the factor on the gradient
         - `phase`, `curvature`, `warning`: `phi`, `c_bar`, `W`; `alignment`: the smoothed one that
           `SelfDriving` steers by
+        - `run_phase`: an index into `cruxy_control.RUN_PHASES` (search, trunk, cooldown, end);
+          `limit_scale`: the share of the rate that the relative limit leaves any tensor, and
+          `limited_steps`: for how many steps in a row below 1; `limit_factor` on that limit;
+          `schedule_scale`: the share of its highest rate that a schedule has left;
+          `momentum_ratio`: `|m| / |g|`. All of `SelfDriving`; `explain` says them in words
         - `sign_weight`, `decay_scale`: what `PlateauGuard` moves
         - `learning_rate`: what the update was multiplied by; 0 on a skipped step. A throttle is
           counted in where it stands in the same chain or in one around it
@@ -70,6 +76,35 @@ def telemetry(opt_state: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): _read(node) for path, node in found}
 
 
+def explain(opt_state: Any) -> str:
+    """Says in sentences what the controller does: phase of the run, what sets the rate, and why.
+
+    Reads the values on the host, and so waits for the step. Inside `jax.jit` use `telemetry`.
+
+    Args:
+        opt_state: see `telemetry`.
+
+    Returns:
+        A few sentences; with several controllers a line each, its path in front.
+
+    Raises:
+        ValueError: where there is no controller in it.
+
+    Examples:
+        >>> import jax.numpy as jnp, cruxy_optax
+        >>> tx = cruxy_optax.self_driving(100.0)
+        >>> params, state = jnp.ones(3), tx.init(jnp.ones(3))
+        >>> for _ in range(3):
+        ...     _, state = tx.update(params, state, params)
+        >>> for sentence in cruxy_optax.explain(state).split(". "):
+        ...     print(sentence)
+    """
+    shown = jax.device_get(telemetry(opt_state))
+    if "ok" in shown:
+        return sentences(shown)
+    return "\n".join(f"{path}: {sentences(own)}" for path, own in shown.items())
+
+
 def _read(state: StabilizeState) -> dict[str, Any]:
     # Replicated over devices every scalar has an axis in front; released layers have one more.
     axes = getattr(_scalar(state.step), "ndim", 0)
@@ -77,6 +112,8 @@ def _read(state: StabilizeState) -> dict[str, Any]:
     values = {name: _mean_over_layers(value, axes) for name, value in applied.items()}
     for name in getattr(state.law_state, "telemetry", _CONTROLS):
         values[name] = _scalar(getattr(state.controls, name))
+    if "momentum_ratio" in values:
+        values["momentum_ratio"] = _scalar(state.controls.momentum_ratio, none=jnp.nan)
     if "clip_threshold" in values:
         values["clip_threshold"] = _scalar(state.controls.clip_threshold, none=jnp.inf)
     for name in ("grad_norm", "gamma_norm"):

@@ -21,6 +21,7 @@ from cruxy_control.diagnosis import (
     pooled,
     report,
 )
+from cruxy_control.explanation import explain
 from cruxy_control.formulas.limits import RELATIVE_FLOOR, relative_limit
 from cruxy_control.roles import Rule, check_rules
 from cruxy_control.signals import NOT_KNOWN
@@ -116,7 +117,21 @@ class DebugCheck:
 
 
 class Diagnosed:
-    """An optimizer that can be asked how it is: see `debug_check`."""
+    """An optimizer that can be asked how it is: see `explain` and `debug_check`."""
+
+    def explain(self: Any) -> str:
+        """Says in sentences what the controller does: where the run is, what sets the rate, why.
+
+        Waits for the device once, as `telemetry`, of whose values it speaks.
+
+        Examples:
+            >>> import torch
+            >>> from cruxy_torch import CruxyOptimizer
+            >>> x = torch.nn.Parameter(torch.ones(3))
+            >>> CruxyOptimizer([x], mode="self_driving").explain()
+            'No step was taken yet.'
+        """
+        return explain(self.telemetry())
 
     def debug_check(
         self: Any, model: nn.Module | None = None, *, rules: Iterable[Rule] = ()

@@ -62,9 +62,11 @@ def state_from_optax(
     ordered = controller.controls
     kept = _law_state.CONTROLS[: len(law_state["controls"])]
     values["controls"] = np.stack([np.asarray(getattr(ordered, name)) for name in kept])
-    values |= {name: law_state[name] for name in ("report", "format")}
+    values |= {
+        name: law_state[name] for name in ("report", "driven", "format") if name in law_state
+    }
     for rate in _found(opt_state, ("ScaleByMetaLearningRateState",)):
-        values["limit_scale"] = rate.limit_scale
+        values |= {name: getattr(rate, name) for name in _law_state.APPLIED}
     saved["param_groups"][0]["controller"] = {k: _tensor(values[k]) for k in law_state}
 
     columns = {"exp_avg": leaves(_decoded(moments.mu))}
@@ -145,10 +147,8 @@ def state_to_optax(
         if kind in _MOMENTS:
             return node._replace(**changed)
         if kind == "ScaleByMetaLearningRateState":
-            node = node._replace(count=count)
-            if "limit_scale" in law_state:
-                node = node._replace(limit_scale=law_state["limit_scale"])
-            return node
+            applied = {n: law_state[n] for n in _law_state.APPLIED if n in law_state}
+            return node._replace(count=count, **applied)
         if kind == "AverageIteratesState":
             averages = [_array(s.get("average", p)) for p, s in zip(params, states, strict=True)]
             return node._replace(average=_coded(node.average, tree(averages)), count=count)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cruxy_control import Controls, Signals
-from cruxy_control.controls import neutral
+from cruxy_control.controls import DRIVEN, STEERED, neutral
 from cruxy_control.filters import MAX_COUNT
 from cruxy_control.law import needs_alignment, steers_decay
 from cruxy_control.signals import NOT_KNOWN
@@ -33,12 +33,12 @@ REPORT = (
 )  # fmt: skip
 """What the last step measured and decided: the order of the vector `law_state["report"]`."""
 
-STEERED = ("sign_weight", "decay_scale")
-"""What only a law with a true `steers_decay` orders."""
-
-CONTROLS = (*(n for n in Controls._fields if n not in ("ok", *STEERED)), *STEERED)
+CONTROLS = (*(n for n in Controls._fields if n not in ("ok", *STEERED, *DRIVEN)), *STEERED)
 """What the law ordered on the last good step: the order of `law_state["controls"]`, which ends
-before `STEERED` where the law orders none of it."""
+before `STEERED` where the law orders none of it. What is in `DRIVEN` orders no later step."""
+
+APPLIED = ("limit_scale", "base_rate")
+"""What became of the rate in the step before, for a law with a true `needs_alignment`."""
 
 COUNTERS = ("step", "skipped_total", "skipped_in_a_row")
 """Good steps, and skipped ones in all and running: int32 scalars."""
@@ -80,6 +80,10 @@ def start(law: Any, device: torch.device) -> dict[str, Tensor]:
         law_state[name] = torch.zeros((), dtype=torch.int32, device=device)
     if needs_alignment(law):
         law_state["limit_scale"] = torch.ones((), dtype=torch.float32, device=device)
+        law_state["base_rate"] = torch.zeros((), dtype=torch.float32, device=device)
+        law_state["driven"] = torch.full(
+            (len(DRIVEN),), NOT_KNOWN, dtype=torch.float32, device=device
+        )
     first = neutral(torch.ones_like(like, dtype=torch.bool), xp=torch)
     kept = CONTROLS if steers_decay(law) else CONTROLS[: -len(STEERED)]
     ordered = torch.stack([getattr(first, name) for name in kept])

@@ -137,7 +137,7 @@ def run(
         foreach=foreach,
     )
     if momenta is not None:
-        signals = signals._replace(limit_scale=law_state["limit_scale"])
+        signals = signals._replace(**{name: law_state[name] for name in _law_state.APPLIED})
     key = random_key(law_state) if any(group.rounds for group in groups) else 0
     xp = _law_state.namespace(law_state)
     still: Any = False
@@ -153,14 +153,17 @@ def run(
     whole = whole_mean_square([size for size in sizes if size is not None])
     shares = []
     for group, orders, size in zip(groups, ordered, sizes, strict=True):
-        orders = with_limits(group, orders, count - 1, size, whole, xp=xp)
+        orders = with_limits(group, orders, count - 1, size, whole, controls.limit_factor, xp=xp)
         if momenta is not None and group.grads:
             shares.append(_share(orders, device))
         group.update(orders, native=native, foreach=foreach)
     if momenta is not None:
         share = torch.stack(shares).max() if shares else torch.zeros_like(one)
         ok = torch.as_tensor(controls.ok, device=device)
-        law_state["limit_scale"].copy_(torch.where(ok, share, law_state["limit_scale"]))
+        base = [torch.as_tensor(g.lr, dtype=torch.float32, device=device) for g in groups]
+        now = (share, torch.stack(base).max())
+        for name, value in zip(_law_state.APPLIED, now, strict=True):
+            law_state[name].copy_(torch.where(ok, value, law_state[name]))
 
 
 def orders_of(
@@ -199,6 +202,7 @@ def with_limits(
     count: Any,
     sizes: Sizes | None,
     whole: Tensor | None,
+    factor: Any = 1.0,
     *,
     xp: Any,
 ) -> Orders:
@@ -210,6 +214,7 @@ def with_limits(
         count: good steps before this one.
         sizes: of the group's tensors.
         whole: the mean square of all tensors under a limit; `None` where there is none.
+        factor: the law's on the limit.
         xp: the controller's namespace.
     """
     weight, limits = orders.average_weight, None
@@ -219,7 +224,8 @@ def with_limits(
         weight = xp.where(orders.ok, weight, 0.0)
     if sizes is not None and whole is not None:
         squares, limit = sizes.mean_squares, group.relative_limit
-        whole = whole.to(squares.device)
+        factor = factor.to(squares.device) if isinstance(factor, Tensor) else float(factor)
+        limit, whole = limit * factor, whole.to(squares.device)
         limits = relative_limit(squares, limit, RELATIVE_FLOOR, xp=torch, whole=whole)
     return orders._replace(limits=limits, average_weight=weight)
 
@@ -264,7 +270,7 @@ def record(
     """Keeps the telemetry; rate and betas are the first group's."""
     xp = _law_state.namespace(law_state)
     (loss,) = _law_state.as_scalars([signals.loss], xp)
-    values = {**signals._asdict(), **controls._asdict()}
+    values = signals._asdict() | controls._asdict()
     # A state without a loss or a threshold is not to look damaged.
     values["loss"] = xp.where(xp.isfinite(loss), loss, NOT_KNOWN)
     values["clip_threshold"] = xp.clip(controls.clip_threshold, 0.0, NOT_KNOWN)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import golden_jax as golden
+from cruxy_control.controls import DRIVEN
 from cruxy_control.signals import NOT_KNOWN
 from cruxy_optax import StabilizeState
 from golden_runs import SAVED, STEPS, digest
@@ -17,8 +18,11 @@ SAME = {k: str(KEPT[f"basis/{k}"]) for k in golden.basis()} == golden.basis()
 
 
 def added_since(path):
-    """What a state had not then: when the rate of self-driving ends."""
-    return ".cooldown." in path
+    """What a state had not then: when a rate ends, what holds it, what was set."""
+    names = (".cooldown.", ".hold.", ".base_rate", ".momentum_ratio")
+    return any(name in path for name in names) or path.endswith(
+        tuple(f".controls.{n}" for n in DRIVEN)
+    )
 
 
 def saved_half_way(name, params, state):

@@ -47,9 +47,10 @@ def test_a_run_gives_the_bits_it_gave(name):
 
 
 def completed(state, optimizer):
-    """The saved state with what a law did not have then: when the rate of self-driving ends."""
+    """The saved state with what a law did not have then: when a rate ends, what holds it."""
     groups, today = state["param_groups"], optimizer.param_groups[0]["controller"]
-    added = {name: value for name, value in today.items() if ".cooldown." in name}
+    new = (".cooldown.", ".hold.", "base_rate", "driven")
+    added = {k: v for k, v in today.items() if any(name in k for name in new)}
     first = groups[0] | {"controller": groups[0]["controller"] | added}
     return state | {"param_groups": [first, *groups[1:]]}
 

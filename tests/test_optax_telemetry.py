@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from cruxy_control import Meta3, SelfDriving
+from cruxy_control.controls import DRIVEN
 from cruxy_optax import (
     TelemetryLog,
     axiom,
@@ -66,10 +67,10 @@ class LawOfItsOwn:
     [
         (stability_v1(0.1), [*RATE, *BETAS, "meta_scale", "phase_scale", "phase"]),
         (stability_v2(0.1), [*RATE, *BETAS, *SENSED]),
-        (self_driving(), [*RATE, *BETAS, *SENSED, "alignment"]),
+        (self_driving(), [*RATE, *BETAS, *SENSED, "alignment", *DRIVEN]),
         (axiom(0.1), [*RATE, *SENSED]),
         (axiom(0.1, b1=0.9), [*RATE, *SENSED]),
-        (axiom(0.1, b1=0.9, law=SelfDriving()), [*RATE, *SENSED, "alignment"]),
+        (axiom(0.1, b1=0.9, law=SelfDriving()), [*RATE, *SENSED, "alignment", *DRIVEN]),
         (cosmic(0.1, "10KB"), [*RATE, *BETAS, *SENSED]),
         (cosmic(0.1, "1KB", tiers=dict.fromkeys(["['b']", "['w']"], 0)), [*RATE, *SENSED]),
         (stabilize(optax.adam(0.1)), SENSED),

@@ -203,6 +203,12 @@ VARIED = {
 }
 """Self-driving with one part removed or one constant changed each."""
 
+YIELDING = {
+    "self_driving-yield-20": _varied("limit that yields, 20", law={"limit_yield": 20.0}),
+    "self_driving-yield-50": _varied("limit that yields, 50", law={"limit_yield": 50.0}),
+}
+"""Self-driving with a relative limit that gives way where nothing opposes the steps."""
+
 
 def _with(label: str, *parts: Any, before: tuple[Any, ...] = (), **options: Any) -> Optimizer:
     """Meta3's chain with parts behind the direction, or before it."""
@@ -292,6 +298,7 @@ OPTIMIZERS: dict[str, Optimizer] = (
     | COMPONENTS
     | ABLATION
     | VARIED
+    | YIELDING
     | PUBLISHED
 )
 """Every optimizer by name."""

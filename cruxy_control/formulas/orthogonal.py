@@ -22,10 +22,6 @@ BETAS = (0.9025, 0.95)
 """Nesterov's momentum of 0.95 as Lion writes its own: `b m_t + (1 - b) g_t` is `b^2 m_{t-1} +
 (1 - b^2) g_t`."""
 
-SET_POINT, SET_POINT_ENDED = -0.15, -0.2
-"""Where `SelfDriving` steers the alignment of orthogonal directions to: for a run without an end,
-and for one whose end is known."""
-
 SIZE = 0.1
 """Root mean square of a direction, in units of a matrix whose singular values are all 1."""
 

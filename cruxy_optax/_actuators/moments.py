@@ -144,6 +144,7 @@ class ScaleByControlledLionState(NamedTuple):
 
     held_by_controls = True
     telemetry = ("beta1", "beta2")
+    direction_kind = "lion"
 
     @property
     def first_moment(self) -> optax.Updates:

@@ -3,7 +3,7 @@
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -22,6 +22,12 @@ from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_co
 from cruxy_optax._roles import labelled
 from cruxy_optax._roles.parameters import Leaf
 from cruxy_optax._tree import accumulator_dtype
+
+
+class OrthogonalizeUpdatesState(NamedTuple):
+    """Nothing but what kind of direction comes out."""
+
+    direction_kind = "muon"
 
 
 def orthogonalize_updates(
@@ -99,7 +105,7 @@ def orthogonalize_updates(
                 leaves[index] = own.reshape(leaves[index].shape)
         return treedef.unflatten(leaves), state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)
+    return optax.GradientTransformation(lambda params: OrthogonalizeUpdatesState(), update_fn)
 
 
 def scale_by_controlled_muon(

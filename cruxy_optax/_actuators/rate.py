@@ -67,6 +67,7 @@ class ScaleByMetaLearningRateState(NamedTuple):
     count: jax.Array  # good steps so far; shape=(), dtype=int32
     applied_rate: jax.Array  # 0 on a skipped step; shape=(), dtype=float32
     limit_scale: jax.Array  # largest share of it that a tensor got, 0 of 0; shape=(), float32
+    base_rate: jax.Array  # the user's, before the law's factor; shape=(), dtype=float32
 
     held_by_controls = True
     telemetry = ("learning_rate",)
@@ -132,9 +133,11 @@ def scale_by_meta_learning_rate(
     def init_fn(params: optax.Params) -> ScaleByMetaLearningRateState:
         del params
         zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
-        return ScaleByMetaLearningRateState(jnp.zeros((), jnp.int32), zero, one)
+        return ScaleByMetaLearningRateState(jnp.zeros((), jnp.int32), zero, one, zero)
 
-    def limited(rate: jax.Array, params: optax.Params | None) -> optax.Params:
+    def limited(
+        rate: jax.Array, factor: chex.Numeric | None, params: optax.Params | None
+    ) -> optax.Params:
         """The rate of every leaf."""
         if params is None:
             raise ValueError(
@@ -145,9 +148,10 @@ def scale_by_meta_learning_rate(
         leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
         squares = [mean_square(p, axis_names) for p in leaves]
         whole = whole_mean_square(squares, leaves, axis_names)
+        share = relative_limit * factor
 
         def one(square: jax.Array) -> jax.Array:
-            limit = limit_of(square, relative_limit, relative_floor, xp=jnp, whole=whole)
+            limit = limit_of(square, share, relative_floor, xp=jnp, whole=whole)
             return jnp.minimum(rate, limit)
 
         return treedef.unflatten([one(square) for square in squares])
@@ -163,17 +167,19 @@ def scale_by_meta_learning_rate(
         del extra_args
         controls = require_controls(controls, "scale_by_meta_learning_rate")
         base = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        rate = meta_learning_rate(controls, jnp.asarray(base, jnp.float32), bounds, xp=jnp)
+        base = jnp.asarray(base, jnp.float32)
+        rate = meta_learning_rate(controls, base, bounds, xp=jnp)
         counted = jnp.where(controls.ok, optax.safe_increment(state.count), state.count)
         largest = None
         if relative_limit is None:
             scaled = jax.tree.map(lambda u: -rate * u, updates)
         else:
-            rates = limited(rate, params)
+            rates = limited(rate, controls.limit_factor, params)
             largest = jnp.stack([jnp.zeros_like(rate), *jax.tree.leaves(rates)]).max()
             scaled = jax.tree.map(lambda u, r: -r * u, updates, rates)
         share = rate_share(largest, rate, xp=jnp)
         share = jnp.where(controls.ok, share, state.limit_scale)
-        return scaled, ScaleByMetaLearningRateState(counted, rate, share)
+        base = jnp.where(controls.ok, base, state.base_rate)
+        return scaled, ScaleByMetaLearningRateState(counted, rate, share, base)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

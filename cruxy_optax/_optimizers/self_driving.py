@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from cruxy_control.checks import check_range
-from cruxy_control.formulas.orthogonal import SET_POINT, SET_POINT_ENDED
 from cruxy_control.law import Law
 from cruxy_control.roles import Rule
-from cruxy_control.self_driving import SelfDriving, told_the_end, usual_limit
+from cruxy_control.self_driving import SelfDriving
+from cruxy_control.usual import USUAL, told_the_end, usual_law, usual_limit
 from cruxy_optax._actuators.average import average_iterates
 from cruxy_optax._actuators.clip import clip_by_predicted_norm
 from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_controlled_lion
@@ -21,6 +21,7 @@ from cruxy_optax._actuators.rate import scale_by_meta_learning_rate
 from cruxy_optax._memory.quantize import in_bits
 from cruxy_optax._optimizers.parts import Mask, by_role, decayed
 from cruxy_optax._stabilize import stabilize
+from cruxy_optax._states import direction_kind
 
 Limit = chex.Numeric | Literal["usual"] | None
 """A relative limit, that which is usual for the direction, or none."""
@@ -32,15 +33,16 @@ def self_driving(
     b2: chex.Numeric = 0.99,
     eps: chex.Numeric = 1e-8,
     mu_dtype: Any | None = None,
-    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    weight_decay: optax.ScalarOrSchedule | Literal["usual"] = "usual",
     mask: Mask = None,
     *,
+    direction: optax.GradientTransformation | None = None,
     nesterov: bool = True,
     relative_limit: Limit = "usual",
     averaging: float | None = 16.0,
     total_steps: int | None = None,
     rates: Mapping[str, Any] | None = None,
-    law: Law = SelfDriving(),
+    law: Law | None = None,
     axis_names: str | Sequence[str] = (),
     state_bits: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -58,16 +60,24 @@ def self_driving(
 
     Args:
         learning_rate: where the search starts; above 0. Leave it out. A schedule multiplies
-            what is found; where it is 0 everything stands still, what was found included.
+            what is found and is obeyed where it falls: below four fifths of its highest value the
+            law learns nothing, and where it is 0 everything stands still.
         b1: decay rate of the first moment, in `[0, 1)`; the sensor needs one above 0.
         b2: decay rate of the second moment, in `[0, 1)`.
         eps: added to the root of the second moment.
         mu_dtype: dtype of the first moment.
-        weight_decay: decoupled weight decay, multiplied by the rate that is found.
+        weight_decay: decoupled weight decay, multiplied by the rate that is found; 1e-4, or what
+            goes with `direction`.
         mask: where weight decay applies; see `meta3`.
+        direction: any optax transformation that keeps a first moment, in the place of Adam's:
+            `optax.scale_by_adam()`, `optax.scale_by_lion()`, a chain that ends in
+            `orthogonalize_updates()`, an `optax.partition` of several, one of your own. What comes
+            out has to be of about size 1. Its kind (`direction_kind` in "Write a direction of your
+            own") says which limit, set point and decay go with it. `b1`, `b2`, `eps`, `nesterov`,
+            `mu_dtype` and `state_bits` are Adam's and are left out.
         nesterov: looks one step ahead.
         relative_limit: see `scale_by_meta_learning_rate`; 0.1, and 0.2 where the end of the run is
-            known. `None` for no limit, and then a start
+            known, or what goes with `direction`. `None` for no limit, and then a start
             far above the best rate is not recovered from.
         averaging: the power of `average_iterates`; `None` keeps no average and saves its buffer:
             then the parameters themselves are what there is to evaluate, as noisy as the rate.
@@ -75,7 +85,8 @@ def self_driving(
             of them and then falls to 0 from twice of it (`SelfDriving.total_steps`). `None` for a
             run without an end.
         rates: factors on the rate by role, such as `{"embedding": 1 / 3}`; see `scale_by_role`.
-        law: the controller with its constants.
+        law: the controller with its constants; `None` for `SelfDriving` with the set point that
+            goes with the direction.
         axis_names: axes of an enclosing `jax.shard_map` or `jax.pmap`; see `stabilize`.
         state_bits: bits an element of the moments, 32, 16, 8 or 4; see `meta3`.
 
@@ -84,9 +95,10 @@ def self_driving(
         12 bytes a float32 parameter, plus under 1 KB; 8 without the average.
 
     Raises:
-        ValueError: where an argument is outside its range, or both `state_bits` and `mu_dtype` are
-            given; from `update` without `params`.
-        TypeError: where a parameter is complex or `law` is none.
+        ValueError: where an argument is outside its range, both `state_bits` and `mu_dtype` are
+            given, or either beside `direction`; from `init` where `direction` keeps no first
+            moment; from `update` without `params`.
+        TypeError: where a parameter is complex, `law` is none or `direction` no transformation.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, cruxy_optax
@@ -101,19 +113,34 @@ def self_driving(
         >>> print(cruxy_optax.averaged_params(opt_state, params).round(1))
         [5. 5. 5.]
 
+        Around another direction:
+
+        >>> tx = cruxy_optax.self_driving(direction=optax.scale_by_lion())
+
     References:
         Shamir and Zhang, [Stochastic Gradient Descent for Non-smooth
         Optimization](https://arxiv.org/abs/1212.1824), 2013; Shazeer and Stern,
         [Adafactor](https://arxiv.org/abs/1804.04235), 2018; Loshchilov and Hutter, [Decoupled
         Weight Decay Regularization](https://arxiv.org/abs/1711.05101), 2019.
     """
-    moments = in_bits(
-        state_bits,
-        mu_dtype,
-        lambda mu_dtype: scale_by_controlled_adam(b1, b2, eps, mu_dtype, nesterov=nesterov),
-    )
+    kind = "adam"
+    if direction is None:
+        moments = in_bits(
+            state_bits,
+            mu_dtype,
+            lambda mu_dtype: scale_by_controlled_adam(b1, b2, eps, mu_dtype, nesterov=nesterov),
+        )
+    else:
+        adams = {"state_bits": state_bits, "mu_dtype": mu_dtype}
+        moments, kind = direction, _kind_of(direction, adams)
+    if law is None:
+        law = usual_law(kind, ends=total_steps is not None)
     law = told_the_end(law, total_steps)
-    limit, roles = _limit(relative_limit, "adam", law), by_role(rates)
+    if isinstance(weight_decay, str) and weight_decay == "usual":
+        weight_decay = USUAL[kind].weight_decay
+    if kind == "muon" and mask is None:
+        mask = _matrices
+    limit, roles = _limit(relative_limit, kind, law), by_role(rates)
     return _steered(
         moments, learning_rate, weight_decay, mask, roles, limit, averaging, law, axis_names
     )
@@ -271,7 +298,7 @@ def self_driving_muon(
     """
     rules = tuple(rules)
     if law is None:
-        law = SelfDriving(set_point=SET_POINT if total_steps is None else SET_POINT_ENDED)
+        law = usual_law("muon", ends=total_steps is not None)
     moments = in_bits(
         state_bits,
         mu_dtype,
@@ -294,6 +321,31 @@ def self_driving_muon(
     return _steered(
         moments, learning_rate, weight_decay, mask, roles, limit, averaging, law, axis_names
     )
+
+
+def _kind_of(direction: Any, adams: Mapping[str, Any]) -> str:
+    """The kind of a direction, by the state that it has for a small matrix.
+
+    Raises:
+        TypeError: where it is no gradient transformation.
+        ValueError: where an argument of Adam's comes with it.
+    """
+    if not isinstance(direction, optax.GradientTransformation):
+        raise TypeError(
+            f"direction must be a gradient transformation, got {direction!r}; give one such as "
+            "optax.scale_by_lion()."
+        )
+    given = [name for name, value in adams.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"{given[0]} is an argument of Adam's direction, got it beside direction=; give it to "
+            "the direction, or put quantize_state() around that."
+        )
+    try:
+        like = {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+        return direction_kind(jax.eval_shape(direction.init, like))
+    except (TypeError, ValueError, KeyError, AttributeError):  # it is for trees of its own form
+        return "adam"
 
 
 def _matrices(params: optax.Params) -> Any:

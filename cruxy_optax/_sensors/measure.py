@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cruxy_control.signals import NOT_KNOWN, Signals
+from cruxy_control.signals import NOT_KNOWN, Signals, momentum_ratio
 from cruxy_control.signals import alignment as cosine_of
 from cruxy_optax._distributed.axes import mean_over_axes, sum_over_shards
 from cruxy_optax._low_bit import is_low_bit
@@ -69,8 +69,8 @@ def alignment(
     momenta: Sequence[Moment | None],
     norm: jax.Array,
     axis_names: Sequence[str] = (),
-) -> jax.Array:
-    """The cosine between gradients and first moments, over all leaves that have one and moved.
+) -> tuple[jax.Array, jax.Array]:
+    """How gradients and first moments agree, over all leaves that have one and moved.
 
     Args:
         updates: the raw gradients.
@@ -79,7 +79,8 @@ def alignment(
         axis_names: see `measure`.
 
     Returns:
-        A float32 scalar, `NOT_KNOWN` where one side is zero or something is not finite.
+        Their cosine, and the ratio of their lengths: float32 scalars, `NOT_KNOWN` where one side is
+        zero or something is not finite.
     """
     pairs = [
         (_if_moved(jnp.asarray(g), m.moved), _if_moved(_decoded(m.value), m.moved))
@@ -96,7 +97,8 @@ def alignment(
 
     along = sum_over_shards([product(g, m) for g, m in pairs], grads, axis_names)
     length = sum_over_shards([product(m, m) for _, m in pairs], grads, axis_names)
-    return cosine_of(along, norm, length, xp=jnp).astype(jnp.float32)
+    both = cosine_of(along, norm, length, xp=jnp), momentum_ratio(length, norm, xp=jnp)
+    return both[0].astype(jnp.float32), both[1].astype(jnp.float32)
 
 
 def _gamma_root(powers: jax.Array, gamma: float) -> jax.Array:

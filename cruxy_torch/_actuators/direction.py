@@ -33,6 +33,9 @@ class Direction:
             all decay rates so far.
         is_finite: whether the direction is finite on a skipped step too, whose gradient is zero and
             whose moments may be; what is not costs another pass over the parameters.
+        kind: `"adam"` where elements have size 1 or less and shrink, `"lion"` where they are signs,
+            `"muon"` where matrices are made orthogonal: under self-driving the relative limit and
+            the set point that go with it are taken (`cruxy_control.usual`).
 
     Examples:
         >>> import torch
@@ -55,6 +58,7 @@ class Direction:
     moments: tuple[str, ...] = ()
     clocks: tuple[str, ...] = ()
     is_finite: bool = False
+    kind: str = "adam"
 
     foreach: Any = None
     """`foreach(bucket, factors, orders)`, the same for many tensors at once by torch's foreach

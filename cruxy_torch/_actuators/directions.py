@@ -41,6 +41,11 @@ class Wrapped(Direction):
         """As `inner`: what is done here divides by no zero."""
         return self.inner.is_finite
 
+    @property
+    def kind(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As `inner`."""
+        return self.inner.kind
+
     def start(self, state: dict[str, Any], param: Tensor, add: Callable[[str], None]) -> None:
         """Adds what `inner` keeps."""
         self.inner.start(state, param, add)
@@ -184,6 +189,8 @@ class SignBlend(Wrapped):
     inner: Direction = Momentum()
     temperature: float = 1.0
     weight: float | Callable[[Tensor], Any] = BLEND
+
+    kind = "lion"
 
     def __post_init__(self) -> None:
         remedy = "0 is the sign, 1 is soft below the root mean square"

@@ -68,6 +68,8 @@ class BlendByLoraPid(Wrapped):
     temperature: float = 1.0
     eps: float = AGC_EPS
 
+    kind = "lion"
+
     def __post_init__(self) -> None:
         if not isinstance(self.pid, LoraPid):
             raise TypeError(

@@ -117,6 +117,7 @@ class Lion(Direction):
     """Lion's direction (WP 11, 12): a sign, of one moment."""
 
     is_finite = True
+    kind = "lion"
     moments = ("exp_avg",)
 
     def formula(

@@ -43,6 +43,8 @@ class Orthogonal(Wrapped):
     steps: int = STEPS
     stacked: bool = False
 
+    kind = "muon"
+
     def blocks(
         self, tensor: SteppedTensor, factors: Any, orders: Orders
     ) -> Callable[[int], Tensor]:

@@ -1,5 +1,6 @@
 """`CruxyOptimizer`: the control law around Adam, Lion and other directions, called like AdamW."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 from cruxy_control import Law, Meta3, SelfDriving, StabilityV1, StabilityV2
 from cruxy_control.checks import check_count, check_range
 from cruxy_control.law import needs_alignment
-from cruxy_control.self_driving import told_the_end, usual_limit
+from cruxy_control.usual import USUAL, told_the_end, usual_law, usual_limit
 from cruxy_torch import _checks, _step
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.moments import Adam, Lion
@@ -209,10 +210,12 @@ class CruxyOptimizer(DirectedOptimizer):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         is_muon = direction == "muon"
+        kind = "muon" if is_muon else "lion" if use_lion else getattr(direction, "kind", "adam")
         if law is None:
             law = _law_of(mode, gamma_norm, meta_lr_eta, meta_lr_beta2, meta_interval)
-            if is_muon:
-                law = muon.steered(law, ends=total_steps is not None)
+            if isinstance(law, SelfDriving) and kind in USUAL:
+                set_point = usual_law(kind, ends=total_steps is not None).set_point
+                law = dataclasses.replace(law, set_point=set_point)
         law = told_the_end(law, total_steps)
         _checks.check_choices(
             momentum_dtype, state_bits, select, foreach, fused, compile, differentiable
@@ -222,8 +225,7 @@ class CruxyOptimizer(DirectedOptimizer):
         if betas is None:
             betas = (0.9, (0.95 if use_lion else 0.99) if driving else 0.999)
         if relative_limit == "mode":
-            taken = "lion" if use_lion else "muon" if is_muon else "adam"
-            relative_limit = usual_limit(taken, law) if driving else None
+            relative_limit = usual_limit(kind, law) if driving else None
         if averaging == "mode":
             averaging = 16.0 if driving else None
         self._momentum_dtype, self._direction = momentum_dtype, direction
@@ -359,6 +361,11 @@ def _check_direction(direction: Any, law: Law, *, use_lion: bool) -> None:
         raise TypeError(
             f"direction must be 'muon' or an instance of cruxy_torch.Direction, got {direction!r}; "
             "derive from that class, and give an instance."
+        )
+    if own and direction.kind not in USUAL:
+        raise ValueError(
+            f"kind of {type(direction).__name__} must be one of {', '.join(USUAL)}, got "
+            f"{direction.kind!r}; it says which limits suit it."
         )
     if use_lion:
         raise ValueError(

@@ -1,19 +1,9 @@
-"""Muon in `CruxyOptimizer`: which groups are of matrices, their betas, and the law around them."""
+"""Muon in `CruxyOptimizer`: which groups are of matrices, and their betas."""
 
-import dataclasses
 from typing import Any
 
-from cruxy_control import Law, SelfDriving
 from cruxy_control.formulas import orthogonal
 from cruxy_torch._checks import listed
-
-
-def steered(law: Law, *, ends: bool) -> Law:
-    """The law of a mode, steered to the alignment that suits orthogonal directions."""
-    if not isinstance(law, SelfDriving):
-        return law
-    set_point = orthogonal.SET_POINT_ENDED if ends else orthogonal.SET_POINT
-    return dataclasses.replace(law, set_point=set_point)
 
 
 def with_betas(group: dict[str, Any], nesterov: bool) -> dict[str, Any]:

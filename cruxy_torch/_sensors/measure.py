@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cruxy_control import Signals
-from cruxy_control.signals import alignment
+from cruxy_control.signals import alignment, momentum_ratio
 from cruxy_torch._blocks import blocks, buckets
 from cruxy_torch._distributed.shards import by_mesh, local, over_mesh
 from cruxy_torch._kept import Kept, compute_dtype, plain, read
@@ -224,8 +224,10 @@ def signals(total: Tensor, loss: Tensor, gamma: float) -> Signals:
     norms = {"grad_norm": total[0].sqrt(), "gamma_norm": total[1] ** (1.0 / gamma)}
     if len(total) == 2:
         return Signals(**norms, loss=loss)
-    cosine = alignment(total[2], total[4].sqrt(), total[3], xp=torch)
-    return Signals(**norms, loss=loss, alignment=cosine)
+    norm = total[4].sqrt()
+    cosine = alignment(total[2], norm, total[3], xp=torch)
+    ratio = momentum_ratio(total[3], norm, xp=torch)
+    return Signals(**norms, loss=loss, alignment=cosine, momentum_ratio=ratio)
 
 
 def _counted(loss: Tensor) -> Tensor:
