@@ -1,6 +1,10 @@
 """The Cruxy Stability Engine for JAX: optimizers and composable gradient transformations."""
 
+import cruxy_optax._extra  # noqa: F401
+
+# isort: split
 from cruxy_control import Meta3, PlateauGuard, SelfDriving, StabilityV1, StabilityV2
+from cruxy_control.extras import version
 from cruxy_control.role_table import RoleRow, RoleTable
 from cruxy_optax._actuators.average import AverageIteratesState, average_iterates, averaged_params
 from cruxy_optax._actuators.centralize import centralize_kernels
@@ -67,6 +71,8 @@ from cruxy_optax._sensors.observers import (
 from cruxy_optax._stabilize import StabilizeState, stabilize
 from cruxy_optax._telemetry import explain, telemetry
 from cruxy_optax._telemetry_log import ScalarWriter, TelemetryLog
+
+__version__ = version()
 
 __all__ = [
     "AverageIteratesState",

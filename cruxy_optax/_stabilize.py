@@ -159,6 +159,11 @@ class Loop(NamedTuple):
         **extra_args: Any,
     ) -> tuple[optax.Updates, StabilizeState]:
         """Measures, steps the law, and has the actuators do what it orders."""
+        if value is None and "loss" in extra_args:
+            raise TypeError(
+                "update takes the loss as value=, as optax has it, got loss=; write "
+                "tx.update(grads, state, params, value=loss)."
+            )
         updates, params = as_arrays(updates), as_arrays(params)
         inner_state = as_built(state.inner_state, updates)
         like = updates if params is None else params

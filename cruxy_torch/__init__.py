@@ -1,5 +1,9 @@
 """PyTorch: `CruxyOptimizer` and its relatives, the control law on `torch.optim`."""
 
+import cruxy_torch._extra  # noqa: F401
+
+# isort: split
+from cruxy_control.extras import version
 from cruxy_control.role_table import RoleRow, RoleTable
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.directions import Momentum, SignBlend
@@ -20,6 +24,8 @@ from cruxy_torch._roles.layouts import qkv_slices
 from cruxy_torch._roles.table import role_table
 from cruxy_torch._roles.tagged import build_tagged_param_groups
 from cruxy_torch.backends import Backend, BackendUse, backends, use_backend
+
+__version__ = version()
 
 __all__ = [
     "AXIOM",

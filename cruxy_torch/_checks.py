@@ -1,5 +1,6 @@
 """The checks at the door: what a user may give our optimizers."""
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any, cast
@@ -108,6 +109,27 @@ def check_bits(name: str, bits: Any) -> None:
     """Raises unless moments can be kept in that many bits."""
     if bits not in BITS:
         raise ValueError(f"{name} must be 4, 8, 16 or 32, got {bits!r}; 8 loses next to nothing.")
+
+
+def one_loss(first: Any, second: Any) -> Any:
+    """The loss that came in the place of a closure; raises where there is another."""
+    if second is not None:
+        raise TypeError(
+            f"closure must be callable, got {first!r} and loss={second!r}; give one loss."
+        )
+    return first
+
+
+def short(law: Any) -> str:
+    """A law with those of its constants that are not the usual ones."""
+    if not dataclasses.is_dataclass(law) or isinstance(law, type):
+        return repr(law)
+    own = [
+        f"{field.name}={short(value)}"
+        for field in dataclasses.fields(law)
+        if (value := getattr(law, field.name)) != field.default
+    ]
+    return f"{type(law).__name__}({', '.join(own)})"
 
 
 def listed(group: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from cruxy_torch._distributed.shards import is_sharded
 from cruxy_torch._law_state import KEY
 from cruxy_torch._loading import load
 from cruxy_torch._release import Release
+from cruxy_torch._sensors.clipped import ClippedCheck
 from cruxy_torch._sensors.loss import mean_loss, scalar_loss
 from cruxy_torch._telemetry_log import TelemetryLog
 from cruxy_torch.backends import path
@@ -75,7 +76,7 @@ class ControlledOptimizer(Diagnosed, Optimizer):
         self._release: Release | None = None
         self._averaged = False
         self._numbers: dict[Tensor, int] = {}
-        self._replicas = ReplicaCheck()
+        self._replicas, self._clipped = ReplicaCheck(), ClippedCheck()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group with options of its own; the one controller sees its gradients too."""
@@ -95,7 +96,7 @@ class ControlledOptimizer(Diagnosed, Optimizer):
     @torch.no_grad()
     def step(
         self,
-        closure: Callable[[], Any] | None = None,
+        closure: Callable[[], Any] | float | Tensor | None = None,
         loss: float | Tensor | None = None,
     ) -> Any:
         """Measures, asks the law, and updates every parameter that has a gradient.
@@ -105,7 +106,8 @@ class ControlledOptimizer(Diagnosed, Optimizer):
         scaler found an infinity is skipped.
 
         Args:
-            closure: clears gradients, computes the loss, calls `backward` and returns the loss.
+            closure: clears gradients, computes the loss, calls `backward` and returns the loss; or
+                the loss itself.
             loss: this step's loss: a tensor of one element, which is not waited for, or a number.
                 Without it what `observe` was given counts, else what the closure returned, else
                 the curvature is held. A loss that is not finite counts as none.
@@ -122,6 +124,8 @@ class ControlledOptimizer(Diagnosed, Optimizer):
                 "step() must not be called inside averaged(), whose end would undo it; leave the "
                 "block first."
             )
+        if closure is not None and not callable(closure):
+            closure, loss = None, _checks.one_loss(closure, loss)
         result = loss
         if closure is not None:
             with torch.enable_grad():
@@ -158,6 +162,7 @@ class ControlledOptimizer(Diagnosed, Optimizer):
         )
         if losses and self._process_group is None and grad is not None and not is_sharded(grad):
             self._replicas.look(law_state["report"])
+        self._clipped.look(law_state["report"])
         self._mark_still(fresh=fresh)
         return True
 
@@ -378,7 +383,8 @@ class ControlledOptimizer(Diagnosed, Optimizer):
     def __repr__(self) -> str:
         law_state = self.param_groups[0].pop(KEY)
         try:
-            return super().__repr__()
+            name, _, rest = super().__repr__().partition(" (")
+            return f"{name} under {_checks.short(self._settings.law)} ({rest}"
         finally:
             self.param_groups[0][KEY] = law_state
 

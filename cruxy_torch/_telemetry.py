@@ -45,8 +45,8 @@ def everything(law_state: dict[str, Tensor]) -> Tensor:
     steered = law_state["controls"][len(CONTROLS) - len(STEERED) :]
     parts = [law_state["report"], counters]
     for own, names in ((steered, STEERED), (law_state.get("driven"), DRIVEN)):
-        none = own is None or not len(own)
-        parts.append(torch.full_like(parts[0][: len(names)], NOT_KNOWN) if none else own)
+        none = torch.full_like(parts[0][: len(names)], NOT_KNOWN)
+        parts.append(none if own is None or not len(own) else own)
     return torch.cat([part.to(torch.float64) for part in parts])
 
 

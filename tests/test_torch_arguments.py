@@ -20,7 +20,7 @@ WRONG = {
     "betas_pair": ({"betas": (0.9,)}, "betas must be a pair"),
     "eps": ({"eps": -1.0}, "eps must be in"),
     "weight_decay": ({"weight_decay": -0.1}, "weight_decay must be in"),
-    "mode": ({"mode": "meta4"}, "mode must be 'meta3', .* got 'meta4'"),
+    "mode": ({"mode": "meta4"}, "mode must be one of 'meta3', .* got 'meta4'"),
     "law": ({"law": Meta3}, "law must be an instance"),
     "interval": ({"meta_interval": 0}, "meta_interval must be a whole number >= 1, got 0"),
     "gamma": ({"gamma_norm": 0.5}, "gamma_norm must be in"),

@@ -135,10 +135,8 @@ def scale_by_meta_learning_rate(
         zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
         return ScaleByMetaLearningRateState(jnp.zeros((), jnp.int32), zero, one, zero)
 
-    def limited(
-        rate: jax.Array, factor: chex.Numeric | None, params: optax.Params | None
-    ) -> optax.Params:
-        """The rate of every leaf."""
+    def limited(rate: jax.Array, share: chex.Numeric, params: optax.Params | None) -> optax.Params:
+        """The rate of every leaf, below this share of its size."""
         if params is None:
             raise ValueError(
                 "a relative limit measures the parameters, but got params=None; call "
@@ -148,7 +146,6 @@ def scale_by_meta_learning_rate(
         leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
         squares = [mean_square(p, axis_names) for p in leaves]
         whole = whole_mean_square(squares, leaves, axis_names)
-        share = relative_limit * factor
 
         def one(square: jax.Array) -> jax.Array:
             limit = limit_of(square, share, relative_floor, xp=jnp, whole=whole)
@@ -174,7 +171,7 @@ def scale_by_meta_learning_rate(
         if relative_limit is None:
             scaled = jax.tree.map(lambda u: -rate * u, updates)
         else:
-            rates = limited(rate, controls.limit_factor, params)
+            rates = limited(rate, relative_limit * controls.limit_factor, params)
             largest = jnp.stack([jnp.zeros_like(rate), *jax.tree.leaves(rates)]).max()
             scaled = jax.tree.map(lambda u, r: -r * u, updates, rates)
         share = rate_share(largest, rate, xp=jnp)

@@ -136,14 +136,11 @@ def self_driving(
     if law is None:
         law = usual_law(kind, ends=total_steps is not None)
     law = told_the_end(law, total_steps)
-    if isinstance(weight_decay, str) and weight_decay == "usual":
-        weight_decay = USUAL[kind].weight_decay
+    decay = USUAL[kind].weight_decay if isinstance(weight_decay, str) else weight_decay
     if kind == "muon" and mask is None:
         mask = _matrices
     limit, roles = _limit(relative_limit, kind, law), by_role(rates)
-    return _steered(
-        moments, learning_rate, weight_decay, mask, roles, limit, averaging, law, axis_names
-    )
+    return _steered(moments, learning_rate, decay, mask, roles, limit, averaging, law, axis_names)
 
 
 def self_driving_lion(

@@ -190,7 +190,7 @@ class SignBlend(Wrapped):
     temperature: float = 1.0
     weight: float | Callable[[Tensor], Any] = BLEND
 
-    kind = "lion"
+    kind = "lion"  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self) -> None:
         remedy = "0 is the sign, 1 is soft below the root mean square"

@@ -68,7 +68,7 @@ class BlendByLoraPid(Wrapped):
     temperature: float = 1.0
     eps: float = AGC_EPS
 
-    kind = "lion"
+    kind = "lion"  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self) -> None:
         if not isinstance(self.pid, LoraPid):

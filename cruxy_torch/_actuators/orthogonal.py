@@ -43,7 +43,7 @@ class Orthogonal(Wrapped):
     steps: int = STEPS
     stacked: bool = False
 
-    kind = "muon"
+    kind = "muon"  # pyright: ignore[reportAssignmentType]
 
     def blocks(
         self, tensor: SteppedTensor, factors: Any, orders: Orders

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cruxy_control import Law, Meta3, SelfDriving, StabilityV1, StabilityV2
-from cruxy_control.checks import check_count, check_range
+from cruxy_control import Law, SelfDriving
 from cruxy_control.law import needs_alignment
 from cruxy_control.usual import USUAL, told_the_end, usual_law, usual_limit
 from cruxy_torch import _checks, _step
@@ -23,8 +21,7 @@ from cruxy_torch._actuators.stepped import Frame
 from cruxy_torch._native import library
 from cruxy_torch._optimizers import muon
 from cruxy_torch._optimizers.directed import DirectedOptimizer
-
-Mode = Literal["meta3", "self_driving", "stability_v2", "stability_v1"]
+from cruxy_torch._optimizers.modes import LIONS, Mode, law_of, refuse_of_adamw
 
 
 class CruxyOptimizer(DirectedOptimizer):
@@ -71,7 +68,6 @@ class CruxyOptimizer(DirectedOptimizer):
         params: parameters, or parameter groups, as for every `torch.optim` optimizer.
         lr: learning rate, at least 0; a number or a tensor of one element. About 1e-3 for Adam and
             1e-4 for Lion. Under `mode="self_driving"` above 0, the start of the search.
-        mode: `"meta3"`, `"self_driving"`, `"stability_v2"` or `"stability_v1"`.
         betas: bases of the two decay rates, each in `[0, 1)`, which the controller moves; under
             `direction="muon"` those of what is no matrix (a group of matrices may set its own). The
             default is (0.9, 0.999), that of `cruxy` 2.1.0, with `use_lion` too; Lion's authors use
@@ -79,6 +75,9 @@ class CruxyOptimizer(DirectedOptimizer):
             with `use_lion` (0.9, 0.95).
         eps: added to the root of the second moment, at least 0.
         weight_decay: its coefficient, at least 0.
+        amsgrad: must be false.
+        mode: `"meta3"`, `"self_driving"`, `"stability_v2"` or `"stability_v1"`; `"meta_lion"` and
+            `"self_driving_lion"` are the first two with `use_lion=True`.
         decoupled_weight_decay: decays as AdamW does; otherwise the decay is added to the clipped
             gradient (L2). Lion always decouples.
         use_nesterov: looks one step ahead. Adam only.
@@ -176,10 +175,12 @@ class CruxyOptimizer(DirectedOptimizer):
         self,
         params: Iterable[Any],
         lr: float | Tensor = 1e-3,
-        mode: Mode = "meta3",
         betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        amsgrad: bool = False,
+        *,
+        mode: Mode = "meta3",
         decoupled_weight_decay: bool = True,
         use_nesterov: bool = True,
         use_lion: bool = False,
@@ -191,7 +192,6 @@ class CruxyOptimizer(DirectedOptimizer):
         log_metrics: bool = False,
         metrics_path: str | Path = "./cruxy_metrics.jsonl",
         compile: bool = False,
-        *,
         law: Law | None = None,
         lr_bounds: tuple[float, float] | None = None,
         momentum_dtype: torch.dtype | None = None,
@@ -209,10 +209,12 @@ class CruxyOptimizer(DirectedOptimizer):
         averaging: float | Literal["mode"] | None = "mode",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        refuse_of_adamw(betas, amsgrad)
+        named, use_lion = LIONS.get(mode, mode), use_lion or mode in LIONS
         is_muon = direction == "muon"
         kind = "muon" if is_muon else "lion" if use_lion else getattr(direction, "kind", "adam")
         if law is None:
-            law = _law_of(mode, gamma_norm, meta_lr_eta, meta_lr_beta2, meta_interval)
+            law = law_of(named, gamma_norm, meta_lr_eta, meta_lr_beta2, meta_interval)
             if isinstance(law, SelfDriving) and kind in USUAL:
                 set_point = usual_law(kind, ends=total_steps is not None).set_point
                 law = dataclasses.replace(law, set_point=set_point)
@@ -326,30 +328,6 @@ class CruxyOptimizer(DirectedOptimizer):
 @functools.cache
 def _compiled_run() -> Callable[..., None]:
     return torch.compile(_step.run, dynamic=False)
-
-
-def _law_of(mode: str, gamma: float, rate_gain: float, beta2_gain: float, interval: int) -> Law:
-    """The law that `mode` names, with the four constants that are arguments of their own."""
-    remedy = "1.5 is the paper's, 2 the Euclidean norm"
-    check_range("gamma_norm", gamma, 1.0, math.inf, upper_open=True, remedy=remedy)
-    check_range("meta_lr_eta", rate_gain, 0.0, remedy="0.05 is the paper's, 0 switches it off")
-    remedy = "0.03 is the paper's, 0 switches it off"
-    check_range("meta_lr_beta2", beta2_gain, 0.0, 1.0, upper_open=True, remedy=remedy)
-    check_count("meta_interval", interval, 1, remedy="10 is the paper's")
-    laws = {
-        "meta3": lambda: Meta3(
-            gamma=gamma, rate_gain=rate_gain, beta2_gain=beta2_gain, meta_interval=interval
-        ),
-        "self_driving": lambda: SelfDriving(gamma=gamma),
-        "stability_v2": lambda: StabilityV2(gamma=gamma),
-        "stability_v1": StabilityV1,
-    }
-    if mode not in laws:
-        raise ValueError(
-            f"mode must be 'meta3', 'self_driving', 'stability_v2' or 'stability_v1', got {mode!r};"
-            " give law= for a law with constants of your own."
-        )
-    return laws[mode]()
 
 
 def _check_direction(direction: Any, law: Law, *, use_lion: bool) -> None:
