@@ -15,8 +15,10 @@ from cruxy_control.formulas.factored import (
     snr_factor,
     streak_factor,
 )
+from cruxy_control.formulas.trust import rms_clip_scale
+from cruxy_optax._distributed.axes import after, mean_square, together
 from cruxy_optax._memory.quantize import check_bits, in_bits
-from cruxy_optax._tree import accumulator_dtype
+from cruxy_optax._tree import accumulator_dtype, root
 
 
 def scale_by_factored_rms(
@@ -54,11 +56,14 @@ def scale_by_factored_rms(
         del params  # of which only shapes would be read
         grads = jax.tree.map(lambda g: g.astype(accumulator_dtype(g)), updates)
         directions, state = factored.update(grads, state, grads)
-        if isinstance(power, float) and power == 1.0:
-            return directions, state
         moments: Any = state
-        partly = jax.tree.map(divided, grads, moments.v_row, moments.v_col, moments.v)
-        return partly, state
+        if not (isinstance(power, float) and power == 1.0):
+            directions = jax.tree.map(divided, grads, moments.v_row, moments.v_col, moments.v)
+        means = [jnp.mean(v) for v in jax.tree.leaves((moments.v_row, moments.v_col)) if v.size > 1]
+        one = after(means, jax.tree.leaves(grads))
+        if one is not None:
+            directions = jax.tree.map(lambda u: u * one.astype(u.dtype), directions)
+        return directions, state
 
     def divided(g: jax.Array, row: jax.Array, column: jax.Array, whole: jax.Array) -> jax.Array:
         """The gradient over as much of the root as `power` says."""
@@ -90,11 +95,18 @@ def limited_rms(clip_rms: float | None) -> list[optax.GradientTransformation]:
     if clip_rms is None:
         return []
     remedy = "1 is Adafactor's, None switches it off"
-    return [
-        optax.clip_by_block_rms(
-            check_range("clip_rms", clip_rms, 0.0, lower_open=True, remedy=remedy)
-        )
-    ]
+    limit = check_range("clip_rms", clip_rms, 0.0, lower_open=True, remedy=remedy)
+
+    def update_fn(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        leaves, treedef = jax.tree.flatten(updates)
+        sizes = [root(mean_square(u)) for u in leaves]
+        scales = together([rms_clip_scale(rms, limit, xp=jnp) for rms in sizes], leaves)
+        return treedef.unflatten([u * s for u, s in zip(leaves, scales, strict=True)]), state
+
+    return [optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)]
 
 
 def momentum_of_directions(
