@@ -1,6 +1,6 @@
 """AXIOM's direction: a gradient over the root of its factored second moment, and its average."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from cruxy_control.formulas.factored import (
     streak_factor,
 )
 from cruxy_control.formulas.trust import rms_clip_scale
-from cruxy_optax._distributed.axes import after, mean_square, together
+from cruxy_optax._distributed.axes import after, is_spread, mean_square, together
 from cruxy_optax._memory.quantize import check_bits, in_bits
 from cruxy_optax._tree import accumulator_dtype, root
 
@@ -56,28 +56,63 @@ def scale_by_factored_rms(
         del params  # of which only shapes would be read
         grads = jax.tree.map(lambda g: g.astype(accumulator_dtype(g)), updates)
         directions, state = factored.update(grads, state, grads)
+        leaves, treedef = jax.tree.flatten(grads)
+        plain = isinstance(power, float) and power == 1.0
+        if plain and not any(map(is_spread, leaves)):
+            return directions, state
         moments: Any = state
-        if not (isinstance(power, float) and power == 1.0):
-            directions = jax.tree.map(divided, grads, moments.v_row, moments.v_col, moments.v)
-        means = [jnp.mean(v) for v in jax.tree.leaves((moments.v_row, moments.v_col)) if v.size > 1]
-        one = after(means, jax.tree.leaves(grads))
-        if one is not None:
-            directions = jax.tree.map(lambda u: u * one.astype(u.dtype), directions)
-        return directions, state
+        fields = (moments.v_row, moments.v_col, moments.v)
+        factors = [
+            Factors.of(g, *own, min_dim)
+            for g, *own in zip(leaves, *map(treedef.flatten_up_to, fields), strict=True)
+        ]
+        one = after([size for own in factors for size in own.sizes], leaves)
+        return treedef.unflatten(
+            [divided(g, own, one) for g, own in zip(leaves, factors, strict=True)]
+        ), state
 
-    def divided(g: jax.Array, row: jax.Array, column: jax.Array, whole: jax.Array) -> jax.Array:
+    def inverse(v: jax.Array) -> jax.Array:
+        # XLA's own root is the nearest to optax's.
+        plain = isinstance(power, float) and power == 1.0
+        return v**-0.5 if plain else inverse_power(v, power, xp=jnp)
+
+    def divided(g: jax.Array, own: "Factors", one: jax.Array | None) -> jax.Array:
         """The gradient over as much of the root as `power` says."""
+        if own.means is None:
+            return g * inverse(own.rows)
+        # Each by itself: the derivative of a quotient squares the smallest of means.
+        rows, means, columns = map(inverse, (own.rows, own.means, own.columns))
+        rows = rows / means
+        return g * (rows if one is None else rows * one.astype(rows.dtype)) * columns
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+class Factors(NamedTuple):
+    """What a gradient is divided by: two means and the mean of the first, or a whole moment.
+
+    Attributes:
+        rows: over the largest axis, which has one element; or the whole second moment.
+        columns: over the second largest axis; `None` where the moment is whole.
+        means: of `rows` over the second largest axis.
+        sizes: scalars of which each waits for one of the two means.
+    """
+
+    rows: jax.Array
+    columns: Any = None
+    means: Any = None
+    sizes: tuple[jax.Array, ...] = ()
+
+    @classmethod
+    def of(cls, g: jax.Array, row: Any, column: Any, whole: Any, min_dim: int) -> "Factors":
+        """Those of a gradient, from what optax keeps for it."""
         axes = factored_axes(g.shape, min_dim)
         if axes is None:
-            return g * inverse_power(whole, power, xp=jnp)
+            return cls(whole)
         second, first = axes
         rows, columns = jnp.expand_dims(row, first), jnp.expand_dims(column, second)
         means = jnp.mean(rows, axis=second, keepdims=True)
-        # Each by itself: the derivative of a quotient squares the smallest of means.
-        rows, means, columns = (inverse_power(v, power, xp=jnp) for v in (rows, means, columns))
-        return g * (rows / means) * columns
-
-    return optax.GradientTransformation(init_fn, update_fn)
+        return cls(rows, columns, means, (jnp.sum(means), jnp.sum(columns)))
 
 
 def _accumulator_like(p: Any) -> Any:
