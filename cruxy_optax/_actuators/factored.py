@@ -144,6 +144,29 @@ def limited_rms(clip_rms: float | None) -> list[optax.GradientTransformation]:
     return [optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)]
 
 
+def scale_by_size(smallest: float = 1e-3) -> optax.GradientTransformation:
+    """`optax.scale_by_param_block_rms` whose sums over shards are all packed.
+
+    Args:
+        smallest: the root mean square of a tensor counts as at least this.
+    """
+
+    def update_fn(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        if params is None:
+            raise ValueError(
+                "relative_step measures the parameters, but got params=None; call "
+                "update(grads, state, params)."
+            )
+        leaves, treedef = jax.tree.flatten(updates)
+        weights = list(map(jnp.asarray, treedef.flatten_up_to(params)))
+        sizes = together([jnp.maximum(root(mean_square(p)), smallest) for p in weights], weights)
+        return treedef.unflatten([u * s for u, s in zip(leaves, sizes, strict=True)]), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)
+
+
 def momentum_of_directions(
     b1: float | None, bits: int, streak_boost: float, snr_floor: float
 ) -> list[optax.GradientTransformation]:

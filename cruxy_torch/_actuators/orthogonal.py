@@ -10,7 +10,8 @@ from torch import Tensor
 
 from cruxy_control.formulas.orthogonal import STEPS, orthogonal_scale, orthogonalize
 from cruxy_torch._actuators.direction import Direction
-from cruxy_torch._actuators.directions import Momentum, Wrapped, held
+from cruxy_torch._actuators.directions import Momentum, Wrapped
+from cruxy_torch._actuators.staged import Stages, held
 from cruxy_torch._actuators.stepped import SteppedTensor
 from cruxy_torch._orders import Orders
 
@@ -43,11 +44,11 @@ class Orthogonal(Wrapped):
     steps: int = STEPS
     stacked: bool = False
 
-    def blocks(
+    def stages(
         self, tensor: SteppedTensor, factors: Any, orders: Orders
-    ) -> Callable[[int], Tensor]:
+    ) -> Stages[Callable[[int], Tensor]]:
         """The direction, computed at once and handed out in blocks."""
-        own = held(self.inner, tensor, factors[0], orders)
+        own = yield from held(self.inner, tensor, factors[0], orders)
         whole = tensor.gather(own[0] if len(own) == 1 else torch.cat(own))
         stacked = self.stacked and whole.ndim > 2
         if whole.ndim < 2:
