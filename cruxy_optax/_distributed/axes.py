@@ -6,11 +6,13 @@ sharded, which would gather it, and `together` makes a stage of what belongs to 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.shard_alike import shard_alike
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from cruxy_optax._tree import accumulator_dtype
 
@@ -124,3 +126,59 @@ def whole_mean_square(
     total = max(1, sum(counts))
     shares = [square * (n / total) for square, n in zip(squares, counts, strict=True)]
     return sum(shares, jnp.zeros((), jnp.float32))
+
+
+def whatever_the_axes(
+    f: Callable[[list[jax.Array]], list[jax.Array]], leaves: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """`f` of the leaves with explicit axes of their mesh as automatic ones; sharded as before."""
+    arrays = list(map(jnp.asarray, leaves))
+    if not any(any(explicit_spec(leaf)) for leaf in arrays):
+        return f(arrays)
+    out = [jax.typeof(leaf).sharding for leaf in arrays]
+    return jax.sharding.auto_axes(f, out_sharding=out)(arrays)
+
+
+def map_over_devices(
+    f: Callable[[jax.Array], jax.Array], stack: jax.Array, leaves: Sequence[jax.Array]
+) -> jax.Array:
+    """`f` of a stack, one of its elements whole on each device at a time.
+
+    Each device gathers the parts of one element from all the others, and gives them back. Without
+    several devices it is `f` of the whole stack.
+
+    Args:
+        f: takes and gives a stack of any length, element by element.
+        stack: of whatever sharding, which is kept.
+        leaves: what it was made of, some of which know their mesh.
+    """
+    mesh = next((jax.typeof(x).sharding.mesh for x in (stack, *leaves) if is_spread(x)), None)
+    if mesh is None:
+        return f(stack)
+    names = [name for name, size in mesh.shape.items() if size > 1]
+    devices = math.prod(mesh.shape[name] for name in names)
+    length = len(stack)
+    rounds = -(-length // devices)
+    stack = jnp.pad(stack, [(0, rounds * devices - length)] + [(0, 0)] * (stack.ndim - 1))
+    one_each = PartitionSpec(tuple(names), *[None] * (stack.ndim - 1))
+    own = jax.shard_map(f, mesh=mesh, in_specs=one_each, out_specs=one_each)
+
+    def one_round(each: jax.Array) -> jax.Array:
+        # An axis of the mesh at a time: of more than one XLA makes a gather of everything.
+        steps = [_led_by(mesh, names[:count], each.ndim) for count in range(1, len(names))]
+        found = each
+        for step in steps:
+            found = lax.with_sharding_constraint(found, step)
+        found = own(found)
+        for step in reversed(steps):
+            found = lax.with_sharding_constraint(found, step)
+        return shard_alike(found, each)[0]
+
+    found = lax.map(one_round, stack.reshape(rounds, devices, *stack.shape[1:]))
+    return found.reshape(stack.shape)[:length]
+
+
+def _led_by(mesh: AbstractMesh, names: Sequence[str], axes: int) -> NamedSharding:
+    """The first of several axes split along these axes of a mesh, the others as they come."""
+    free = [PartitionSpec.UNCONSTRAINED] * (axes - 1)
+    return NamedSharding(mesh, PartitionSpec(tuple(names), *free))
