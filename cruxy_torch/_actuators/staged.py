@@ -15,12 +15,14 @@ from cruxy_control.signals import root
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.stepped import SteppedTensor
 from cruxy_torch._distributed.shards import add_over_ranks, shard_elements
+from cruxy_torch._distributed.whole import each_on_one_rank
 from cruxy_torch._orders import Orders
 
 T = TypeVar("T")
 
-Wanted = tuple[Tensor, int | None]
-"""A sum over this rank's part of a tensor, and the axis that was summed over; `None` for all."""
+Wanted = tuple[Tensor, int | None | Callable[[Tensor], Tensor]]
+"""A sum over this rank's part of a tensor, and the axis that was summed over, `None` for all; or
+this rank's part of a tensor, and a function of the whole, of whose result its part is wanted."""
 
 Stages = Generator[list[Wanted], list[Tensor], T]
 """Asks for sums, gets them over all ranks, and ends with something."""
@@ -52,7 +54,7 @@ class Staged(Direction):
         try:
             wanted = next(stages)
             while True:
-                wanted = stages.send([tensor.total(part, axis) for part, axis in wanted])
+                wanted = stages.send([_alone(tensor, *one) for one in wanted])
         except StopIteration as end:
             return end.value
 
@@ -95,6 +97,12 @@ def mean_square(blocks: Iterable[Tensor], tensor: SteppedTensor) -> Stages[Tenso
 def root_mean_square(blocks: Iterable[Tensor], tensor: SteppedTensor) -> Stages[Tensor]:
     """The root of that."""
     return root((yield from mean_square(blocks, tensor)), xp=torch)
+
+
+def of_the_whole(f: Callable[[Tensor], Tensor], part: Tensor) -> Stages[Tensor]:
+    """This rank's part of a function of a whole tensor, which one rank computes."""
+    (own,) = yield [(part, f)]
+    return own
 
 
 def side_by_side(*each: Stages[Any]) -> Stages[list[Any]]:
@@ -141,6 +149,13 @@ def in_step(
         yield from zip(places, blocks, strict=True)
 
 
+def _alone(tensor: SteppedTensor, part: Tensor, how: Any) -> Tensor:
+    """What one tensor gets of what it wants, whatever the others want."""
+    if callable(how):
+        return tensor.scatter(how(tensor.gather(part)))
+    return tensor.total(part, how)
+
+
 def _labelled(stages: Stages[T], tensor: SteppedTensor) -> Generator[Any, list[Tensor], T]:
     """The same, each sum with the tensor that it is of."""
     try:
@@ -156,8 +171,12 @@ def _answered(stages: Generator[Any, list[Tensor], T]) -> T:
     try:
         wanted = next(stages)
         while True:
-            parts, axes, wholes = ([one[i] for one in wanted] for i in range(3))
-            wanted = stages.send(add_over_ranks(parts, wholes, axes))
+            answers: dict[int, Tensor] = {}
+            for answer, asks in ((add_over_ranks, False), (each_on_one_rank, True)):
+                chosen = [i for i, one in enumerate(wanted) if callable(one[1]) is asks]
+                parts, how, wholes = ([wanted[i][k] for i in chosen] for k in range(3))
+                answers |= zip(chosen, answer(parts, wholes, how), strict=True)
+            wanted = stages.send([answers[i] for i in range(len(wanted))])
     except StopIteration as end:
         return end.value
 
