@@ -11,7 +11,7 @@ import optax
 from cruxy_control.checks import check_range
 from cruxy_control.controls import Controls
 from cruxy_control.formulas import directions as formulas
-from cruxy_optax._distributed.axes import as_axes, mean_square
+from cruxy_optax._distributed.axes import as_axes, mean_square, together
 from cruxy_optax._tree import accumulator_dtype, root
 
 
@@ -55,11 +55,17 @@ def soften_sign(
     """
     temperature, axes = checked_temperature(temperature), as_axes(axis_names)
 
-    def softened(update: Any, _: Any) -> jax.Array:
-        c, rms = sized(update, axes)
-        return formulas.soften_sign(c, temperature, rms, xp=jnp)
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del params, extra_args
+        leaves, treedef = jax.tree.flatten(updates)
+        softened = [
+            formulas.soften_sign(c, temperature, rms, xp=jnp) for c, rms in sized(leaves, axes)
+        ]
+        return treedef.unflatten(softened), state
 
-    return optax.with_extra_args_support(optax.stateless_with_tree_map(softened))
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
 
 
 class BlendSignState(NamedTuple):
@@ -127,8 +133,9 @@ def blend_sign(
             share = weight(state.count)
             state = BlendSignState(jnp.asarray(optax.safe_increment(state.count)))
         share = steered(share, controls)
-        blended = jax.tree.map(lambda c: blend(c, share, temperature, axes), updates)
-        return blended, state
+        leaves, treedef = jax.tree.flatten(updates)
+        blended = blend(leaves, [share] * len(leaves), temperature, axes)
+        return treedef.unflatten(blended), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -140,16 +147,23 @@ def steered(weight: Any, controls: Controls | None) -> Any:
     return formulas.momentum_share(weight, controls.sign_weight)
 
 
-def blend(c: Any, weight: Any, temperature: Any, axis_names: tuple[str, ...]) -> jax.Array:
-    """`blend_sign` of one tensor."""
-    c, rms = sized(c, axis_names)
-    return formulas.blend_sign(c, weight, temperature, rms, xp=jnp)
+def blend(
+    tensors: Sequence[Any], weights: Sequence[Any], temperature: Any, axis_names: tuple[str, ...]
+) -> list[jax.Array]:
+    """`blend_sign` of tensors, each with a weight of its own."""
+    return [
+        formulas.blend_sign(c, weight, temperature, rms, xp=jnp)
+        for (c, rms), weight in zip(sized(tensors, axis_names), weights, strict=True)
+    ]
 
 
-def sized(c: Any, axis_names: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
-    """A tensor, float32 at least, and its root mean square."""
-    c = jnp.asarray(c)
-    return c.astype(accumulator_dtype(c)), root(mean_square(c, axis_names))
+def sized(
+    tensors: Sequence[Any], axis_names: tuple[str, ...]
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Each tensor, float32 at least, and its root mean square."""
+    arrays = list(map(jnp.asarray, tensors))
+    rms = together([root(mean_square(c, axis_names)) for c in arrays], arrays, axis_names)
+    return [(c.astype(accumulator_dtype(c)), size) for c, size in zip(arrays, rms, strict=True)]
 
 
 def checked_temperature(temperature: chex.Numeric) -> Any:

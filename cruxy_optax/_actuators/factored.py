@@ -1,6 +1,6 @@
 """AXIOM's direction: a gradient over the root of its factored second moment, and its average."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,10 @@ from cruxy_control.formulas.factored import (
     snr_factor,
     streak_factor,
 )
+from cruxy_control.formulas.trust import rms_clip_scale
+from cruxy_optax._distributed.axes import after, is_spread, mean_square, together
 from cruxy_optax._memory.quantize import check_bits, in_bits
-from cruxy_optax._tree import accumulator_dtype
+from cruxy_optax._tree import accumulator_dtype, root
 
 
 def scale_by_factored_rms(
@@ -54,25 +56,63 @@ def scale_by_factored_rms(
         del params  # of which only shapes would be read
         grads = jax.tree.map(lambda g: g.astype(accumulator_dtype(g)), updates)
         directions, state = factored.update(grads, state, grads)
-        if isinstance(power, float) and power == 1.0:
+        leaves, treedef = jax.tree.flatten(grads)
+        plain = isinstance(power, float) and power == 1.0
+        if plain and not any(map(is_spread, leaves)):
             return directions, state
         moments: Any = state
-        partly = jax.tree.map(divided, grads, moments.v_row, moments.v_col, moments.v)
-        return partly, state
+        fields = (moments.v_row, moments.v_col, moments.v)
+        factors = [
+            Factors.of(g, *own, min_dim)
+            for g, *own in zip(leaves, *map(treedef.flatten_up_to, fields), strict=True)
+        ]
+        one = after([size for own in factors for size in own.sizes], leaves)
+        return treedef.unflatten(
+            [divided(g, own, one) for g, own in zip(leaves, factors, strict=True)]
+        ), state
 
-    def divided(g: jax.Array, row: jax.Array, column: jax.Array, whole: jax.Array) -> jax.Array:
+    def inverse(v: jax.Array) -> jax.Array:
+        # XLA's own root is the nearest to optax's.
+        plain = isinstance(power, float) and power == 1.0
+        return v**-0.5 if plain else inverse_power(v, power, xp=jnp)
+
+    def divided(g: jax.Array, own: "Factors", one: jax.Array | None) -> jax.Array:
         """The gradient over as much of the root as `power` says."""
+        if own.means is None:
+            return g * inverse(own.rows)
+        # Each by itself: the derivative of a quotient squares the smallest of means.
+        rows, means, columns = map(inverse, (own.rows, own.means, own.columns))
+        rows = rows / means
+        return g * (rows if one is None else rows * one.astype(rows.dtype)) * columns
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+class Factors(NamedTuple):
+    """What a gradient is divided by: two means and the mean of the first, or a whole moment.
+
+    Attributes:
+        rows: over the largest axis, which has one element; or the whole second moment.
+        columns: over the second largest axis; `None` where the moment is whole.
+        means: of `rows` over the second largest axis.
+        sizes: scalars of which each waits for one of the two means.
+    """
+
+    rows: jax.Array
+    columns: Any = None
+    means: Any = None
+    sizes: tuple[jax.Array, ...] = ()
+
+    @classmethod
+    def of(cls, g: jax.Array, row: Any, column: Any, whole: Any, min_dim: int) -> "Factors":
+        """Those of a gradient, from what optax keeps for it."""
         axes = factored_axes(g.shape, min_dim)
         if axes is None:
-            return g * inverse_power(whole, power, xp=jnp)
+            return cls(whole)
         second, first = axes
         rows, columns = jnp.expand_dims(row, first), jnp.expand_dims(column, second)
         means = jnp.mean(rows, axis=second, keepdims=True)
-        # Each by itself: the derivative of a quotient squares the smallest of means.
-        rows, means, columns = (inverse_power(v, power, xp=jnp) for v in (rows, means, columns))
-        return g * (rows / means) * columns
-
-    return optax.GradientTransformation(init_fn, update_fn)
+        return cls(rows, columns, means, (jnp.sum(means), jnp.sum(columns)))
 
 
 def _accumulator_like(p: Any) -> Any:
@@ -90,11 +130,41 @@ def limited_rms(clip_rms: float | None) -> list[optax.GradientTransformation]:
     if clip_rms is None:
         return []
     remedy = "1 is Adafactor's, None switches it off"
-    return [
-        optax.clip_by_block_rms(
-            check_range("clip_rms", clip_rms, 0.0, lower_open=True, remedy=remedy)
-        )
-    ]
+    limit = check_range("clip_rms", clip_rms, 0.0, lower_open=True, remedy=remedy)
+
+    def update_fn(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        leaves, treedef = jax.tree.flatten(updates)
+        sizes = [root(mean_square(u)) for u in leaves]
+        scales = together([rms_clip_scale(rms, limit, xp=jnp) for rms in sizes], leaves)
+        return treedef.unflatten([u * s for u, s in zip(leaves, scales, strict=True)]), state
+
+    return [optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)]
+
+
+def scale_by_size(smallest: float = 1e-3) -> optax.GradientTransformation:
+    """`optax.scale_by_param_block_rms` whose sums over shards are all packed.
+
+    Args:
+        smallest: the root mean square of a tensor counts as at least this.
+    """
+
+    def update_fn(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        if params is None:
+            raise ValueError(
+                "relative_step measures the parameters, but got params=None; call "
+                "update(grads, state, params)."
+            )
+        leaves, treedef = jax.tree.flatten(updates)
+        weights = list(map(jnp.asarray, treedef.flatten_up_to(params)))
+        sizes = together([jnp.maximum(root(mean_square(p)), smallest) for p in weights], weights)
+        return treedef.unflatten([u * s for u, s in zip(leaves, sizes, strict=True)]), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)
 
 
 def momentum_of_directions(

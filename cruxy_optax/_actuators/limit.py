@@ -10,7 +10,7 @@ import optax
 
 from cruxy_control.checks import check_range
 from cruxy_control.formulas.limits import RELATIVE_FLOOR, limit_scale, relative_limit
-from cruxy_optax._distributed.axes import as_axes, mean_square
+from cruxy_optax._distributed.axes import as_axes, mean_square, together
 from cruxy_optax._tree import root
 
 
@@ -66,15 +66,24 @@ def limit_relative_step(
     floor = check_range("floor", floor, 0.0, lower_open=True, remedy="keep the default")
     axes = as_axes(axis_names)
 
-    def limited(u: Any, p: Any) -> jax.Array:
-        u = jnp.asarray(u)
-        if p is None:
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del extra_args
+        if params is None:
             raise ValueError(
                 "limit_relative_step() measures the parameters, but got params=None; call "
                 "update(grads, state, params)."
             )
-        largest = relative_limit(mean_square(jnp.asarray(p), axes), limit, floor, xp=jnp)
-        size = root(mean_square(u, axes))
-        return (u * limit_scale(largest, size, xp=jnp)).astype(u.dtype)
+        leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, updates))
+        weights = treedef.flatten_up_to(params)
+        scales = [scale_of(u, jnp.asarray(p)) for u, p in zip(leaves, weights, strict=True)]
+        scales = together(scales, leaves, axes)
+        limited = [(u * s).astype(u.dtype) for u, s in zip(leaves, scales, strict=True)]
+        return treedef.unflatten(limited), state
 
-    return optax.with_extra_args_support(optax.stateless_with_tree_map(limited))
+    def scale_of(u: jax.Array, p: jax.Array) -> jax.Array:
+        largest = relative_limit(mean_square(p, axes), limit, floor, xp=jnp)
+        return limit_scale(largest, root(mean_square(u, axes)), xp=jnp)
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)

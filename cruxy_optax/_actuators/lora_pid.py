@@ -13,7 +13,7 @@ from cruxy_control.formulas.trust import AGC_EPS
 from cruxy_control.lora_pid import LoraPid, LoraPidState, large_share
 from cruxy_optax._actuators.directions import blend, checked_temperature, sized, steered
 from cruxy_optax._actuators.trust import clipped, required
-from cruxy_optax._distributed.axes import as_axes, mean_over_shards
+from cruxy_optax._distributed.axes import as_axes, mean_over_shards, together
 
 
 class BlendByLoraPidState(NamedTuple):
@@ -96,22 +96,21 @@ def blend_by_lora_pid(
             clipped(g, p, "tensor", held.agc[i], AGC_EPS, axes)
             for i, (g, p) in enumerate(zip(grads, weights, strict=True))
         ]
+        scales = together(scales, list(map(jnp.asarray, grads)), axes)
         shortened = treedef.unflatten([g * s for g, s in zip(grads, scales, strict=True)])
         averages, inner_state = inner.update(
             shortened, state.inner_state, params, controls=controls, **extra_args
         )
-        directions = [
-            blend(c, steered(held.blend[i], controls), temperature, axes)
-            for i, c in enumerate(treedef.flatten_up_to(averages))
-        ]
+        momenta = treedef.flatten_up_to(averages)
+        weighed = [steered(held.blend[i], controls) for i in range(len(momenta))]
+        directions = blend(momenta, weighed, temperature, axes)
         ok = jnp.ones((), jnp.bool_) if controls is None else controls.ok
-        shares = [share(u) for u in directions]
+        shares = [
+            mean_over_shards(large_share(u, rms, xp=jnp) * u.size, u, axes)
+            for u, rms in sized(directions, axes)
+        ]
         seen = jnp.stack(shares) if shares else jnp.zeros_like(held.rho)
         new, _ = pid.step(held, seen, ok, xp=jnp)
         return treedef.unflatten(directions), BlendByLoraPidState(new, inner_state)
-
-    def share(direction: jax.Array) -> jax.Array:
-        u, rms = sized(direction, axes)
-        return mean_over_shards(large_share(u, rms, xp=jnp) * u.size, u, axes)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

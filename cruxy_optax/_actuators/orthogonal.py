@@ -19,6 +19,7 @@ from cruxy_control.formulas.orthogonal import (
 )
 from cruxy_control.roles import Rule
 from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_controlled_momentum
+from cruxy_optax._distributed.axes import map_over_devices, whatever_the_axes
 from cruxy_optax._roles import labelled
 from cruxy_optax._roles.parameters import Leaf
 from cruxy_optax._tree import accumulator_dtype
@@ -46,6 +47,10 @@ def orthogonalize_updates(
     `NS` are `steps` Newton-Schulz steps, after which all singular values of the matrix are about
     1; the factor makes the root mean square of the direction about 0.1. Matrices of one shape are
     computed together. What has fewer than two axes passes through.
+
+    Under `jax.jit` with sharded arrays each device gathers one matrix at a time, computes it, and
+    hands its parts back: as many matrices go at once as there are devices, and nobody computes what
+    another one does. "At scale" in the documentation counts what is sent.
 
     A kernel is `(inputs, outputs)`; a convolution's has several axes of inputs. Linen's queries,
     keys and values have two or three of outputs, heads and their width among them. Of experts the
@@ -85,9 +90,17 @@ def orthogonalize_updates(
         del params
         leaves, treedef = jax.tree.flatten(updates)
         known = labelled(updates, model, rules).present
+        shapes = [
+            _as_matrices(own, stacked) if jnp.size(leaf) else None
+            for leaf, own in zip(leaves, known, strict=True)
+        ]
+        directions = whatever_the_axes(lambda xs: orthogonal_all(xs, shapes), leaves)
+        return treedef.unflatten(directions), state
+
+    def orthogonal_all(leaves: list[jax.Array], shapes: list[Any]) -> list[jax.Array]:
+        leaves = list(leaves)
         stacks: dict[tuple[Any, ...], list[tuple[int, bool, jax.Array]]] = {}
-        for index, (leaf, own) in enumerate(zip(leaves, known, strict=True)):
-            matrices = _as_matrices(own, stacked) if jnp.size(leaf) else None
+        for index, (leaf, matrices) in enumerate(zip(leaves, shapes, strict=True)):
             if matrices is None:
                 continue
             whole = leaf.reshape(matrices).astype(accumulator_dtype(leaf))
@@ -96,14 +109,17 @@ def orthogonalize_updates(
             stacks.setdefault((wide.shape[1:], wide.dtype), []).append((index, tall, wide))
         for (shape, _), same in stacks.items():
             together = jnp.concatenate([wide for *_, wide in same])
-            together = orthogonal_scale(*shape) * orthogonalize(together, xp=jnp, steps=steps)
+            found = map_over_devices(
+                lambda each: orthogonalize(each, xp=jnp, steps=steps), together, leaves
+            )
+            together = orthogonal_scale(*shape) * found
             begin = 0
             for index, tall, wide in same:
                 own = together[begin : begin + len(wide)]
                 begin += len(wide)
                 own = own.swapaxes(1, 2) if tall else own
                 leaves[index] = own.reshape(leaves[index].shape)
-        return treedef.unflatten(leaves), state
+        return leaves
 
     return optax.GradientTransformation(lambda params: OrthogonalizeUpdatesState(), update_fn)
 

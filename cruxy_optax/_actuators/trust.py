@@ -12,7 +12,7 @@ import optax
 from cruxy_control.checks import check_range
 from cruxy_control.formulas import trust as formulas
 from cruxy_optax._actuators.slices import Layout, Part, mean_squares, norms, parts_of, spread
-from cruxy_optax._distributed.axes import as_axes
+from cruxy_optax._distributed.axes import as_axes, together
 from cruxy_optax._tree import as_floating, root
 
 
@@ -127,6 +127,7 @@ def scale_by_trust_ratio_ema(
         weights = required(params, "scale_by_trust_ratio_ema")
         before, treedef = jax.tree.flatten(updates)
         ratios = [ratio(p, u, part) for p, u, part in zip(weights, before, parts, strict=True)]
+        ratios = together(ratios, list(map(jnp.asarray, before)), axes)
         average, decays = state.average, state.decays
         if decay is not None:
             decays = decays * decay
@@ -197,8 +198,9 @@ def clip_by_parameter_norm(
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del extra_args
         weights = required(params, "clip_by_parameter_norm")
-        leaves = jax.tree.leaves(updates)
+        leaves = [jnp.asarray(u) for u in jax.tree.leaves(updates)]
         scales = [clipped(g, p, per, clip, eps, axes) for g, p in zip(leaves, weights, strict=True)]
+        scales = together(scales, leaves, axes)
         return _times(updates, scales, [per] * len(leaves)), state
 
     return optax.GradientTransformationExtraArgs(_no_state, update_fn)
@@ -263,6 +265,7 @@ def clip_by_rms(
         leaves = [jnp.asarray(u) for u in jax.tree.leaves(updates)]
         sizes = [root(mean_squares(u, per, axes)) for u in leaves]
         scales = [formulas.rms_clip_scale(rms, limit, xp=jnp) for rms in sizes]
+        scales = together(scales, leaves, axes)
         return _times(updates, scales, [per] * len(leaves)), state
 
     return optax.GradientTransformationExtraArgs(_no_state, update_fn)

@@ -1,11 +1,18 @@
-"""Sums over shards: all that knows along which axes of a mesh a tensor is split."""
+"""Sums over shards: all that knows along which axes of a mesh a tensor is split.
+
+A sum over a sharded array becomes a sum on each device and an all-reduce. XLA packs those that it
+meets into one, up to the first that depends on one of them. So nothing here flattens what may be
+sharded, which would gather it, and `together` makes a stage of what belongs to one.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.shard_alike import shard_alike
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from cruxy_optax._tree import accumulator_dtype
 
@@ -28,6 +35,47 @@ def explicit_spec(leaf: jax.Array) -> tuple[str | tuple[str, ...] | None, ...]:
     return tuple(jax.typeof(leaf).sharding.spec)
 
 
+def is_spread(leaf: jax.Array) -> bool:
+    """Whether the leaf lies on several devices that `jax.jit` divides it over."""
+    mesh = jax.typeof(leaf).sharding.mesh
+    manual = set(getattr(mesh, "manual_axes", ()))
+    return any(size > 1 for name, size in mesh.shape.items() if name not in manual)
+
+
+def inner_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The sum of all products of two arrays of one shape; nothing that is spread is flattened."""
+    # On one device of a CPU a product of vectors is faster than a sum.
+    return jnp.sum(a * b) if is_spread(a) or is_spread(b) else jnp.vdot(a, b)
+
+
+def together(
+    numbers: Sequence[jax.Array], leaves: Sequence[jax.Array], axis_names: Sequence[str] = ()
+) -> list[jax.Array]:
+    """The same numbers, none of which is there before all scalars among them are; see `after`."""
+    one = after(numbers, leaves, axis_names)
+    return list(numbers) if one is None else [n * one.astype(n.dtype) for n in numbers]
+
+
+def after(
+    numbers: Sequence[jax.Array], leaves: Sequence[jax.Array], axis_names: Sequence[str] = ()
+) -> jax.Array | None:
+    """A 1 that is not there before all of these numbers are; `None` where nothing waits for sums.
+
+    What is multiplied by it comes after the sums of all tensors, and not between them: so XLA packs
+    the sums. It keeps no barrier that long.
+
+    Args:
+        numbers: at least 0, from sums over shards; what is no scalar does not count.
+        leaves: arrays of which one is spread if any is.
+        axis_names: axes of an enclosing `jax.shard_map` or `jax.pmap`.
+    """
+    scalars = [n.astype(jnp.float32) for n in numbers if not n.ndim]
+    if len(scalars) < 2 or not (axis_names or any(map(is_spread, leaves))):
+        return None
+    # No number is below 0, which XLA cannot know.
+    return jnp.where(lax.stop_gradient(sum(scalars)) < 0.0, 0.0, 1.0)
+
+
 def mean_over_axes(x: jax.Array, axis_names: Sequence[str]) -> jax.Array:
     """The mean of what every device along these axes has."""
     return lax.pmean(x, tuple(axis_names)) if axis_names else x
@@ -45,21 +93,17 @@ def sum_over_shards(
     """
     total = jnp.zeros((), jnp.float32)
     for partial, leaf in zip(sums, leaves, strict=True):
-        split = split_axes(leaf)
-        for axis in axis_names:
-            # A leaf that varies along the axis is a shard of a parameter; one that does not is a
-            # copy, and the mean of equal copies is that copy.
-            partial = lax.psum(partial, axis) if axis in split else lax.pmean(partial, axis)
-        total = total + partial
-    return total
+        # A leaf that varies along an axis is a shard of a parameter; one that does not is a copy,
+        # and the mean of equal copies is that copy.
+        copies = math.prod(lax.psum(1, a) for a in axis_names if a not in split_axes(leaf))
+        total = total + partial / copies
+    return lax.psum(total, tuple(axis_names)) if axis_names else total
 
 
 def mean_square(leaf: jax.Array, axis_names: Sequence[str] = ()) -> jax.Array:
     """The mean of the squares of a leaf, over all its shards; float32, 0 of an empty leaf."""
     wide = leaf.astype(accumulator_dtype(leaf))
-    # On an explicit mesh JAX asks where a product over split axes lies, but not a sum.
-    total = jnp.sum(wide * wide) if any(explicit_spec(leaf)) else jnp.vdot(wide, wide)
-    return mean_over_shards(total, leaf, axis_names)
+    return mean_over_shards(inner_product(wide, wide), leaf, axis_names)
 
 
 def mean_over_shards(
@@ -82,3 +126,59 @@ def whole_mean_square(
     total = max(1, sum(counts))
     shares = [square * (n / total) for square, n in zip(squares, counts, strict=True)]
     return sum(shares, jnp.zeros((), jnp.float32))
+
+
+def whatever_the_axes(
+    f: Callable[[list[jax.Array]], list[jax.Array]], leaves: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """`f` of the leaves with explicit axes of their mesh as automatic ones; sharded as before."""
+    arrays = list(map(jnp.asarray, leaves))
+    if not any(any(explicit_spec(leaf)) for leaf in arrays):
+        return f(arrays)
+    out = [jax.typeof(leaf).sharding for leaf in arrays]
+    return jax.sharding.auto_axes(f, out_sharding=out)(arrays)
+
+
+def map_over_devices(
+    f: Callable[[jax.Array], jax.Array], stack: jax.Array, leaves: Sequence[jax.Array]
+) -> jax.Array:
+    """`f` of a stack, one of its elements whole on each device at a time.
+
+    Each device gathers the parts of one element from all the others, and gives them back. Without
+    several devices it is `f` of the whole stack.
+
+    Args:
+        f: takes and gives a stack of any length, element by element.
+        stack: of whatever sharding, which is kept.
+        leaves: what it was made of, some of which know their mesh.
+    """
+    mesh = next((jax.typeof(x).sharding.mesh for x in (stack, *leaves) if is_spread(x)), None)
+    if mesh is None:
+        return f(stack)
+    names = [name for name, size in mesh.shape.items() if size > 1]
+    devices = math.prod(mesh.shape[name] for name in names)
+    length = len(stack)
+    rounds = -(-length // devices)
+    stack = jnp.pad(stack, [(0, rounds * devices - length)] + [(0, 0)] * (stack.ndim - 1))
+    one_each = PartitionSpec(tuple(names), *[None] * (stack.ndim - 1))
+    own = jax.shard_map(f, mesh=mesh, in_specs=one_each, out_specs=one_each)
+
+    def one_round(each: jax.Array) -> jax.Array:
+        # An axis of the mesh at a time: of more than one XLA makes a gather of everything.
+        steps = [_led_by(mesh, names[:count], each.ndim) for count in range(1, len(names))]
+        found = each
+        for step in steps:
+            found = lax.with_sharding_constraint(found, step)
+        found = own(found)
+        for step in reversed(steps):
+            found = lax.with_sharding_constraint(found, step)
+        return shard_alike(found, each)[0]
+
+    found = lax.map(one_round, stack.reshape(rounds, devices, *stack.shape[1:]))
+    return found.reshape(stack.shape)[:length]
+
+
+def _led_by(mesh: AbstractMesh, names: Sequence[str], axes: int) -> NamedSharding:
+    """The first of several axes split along these axes of a mesh, the others as they come."""
+    free = [PartitionSpec.UNCONSTRAINED] * (axes - 1)
+    return NamedSharding(mesh, PartitionSpec(tuple(names), *free))

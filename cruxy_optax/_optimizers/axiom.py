@@ -12,6 +12,7 @@ from cruxy_optax._actuators.factored import (
     limited_rms,
     momentum_of_directions,
     scale_by_factored_rms,
+    scale_by_size,
 )
 from cruxy_optax._actuators.rate import scale_by_meta_learning_rate, throttle_by_phase
 from cruxy_optax._optimizers.parts import Mask, decayed
@@ -115,7 +116,7 @@ def axiom(
             scale_by_factored_rms(decay_rate, min_dim_size_to_factor, power),
             *limited_rms(clip_rms),
             *momentum_of_directions(b1, momentum_bits, streak_boost, snr_floor),
-            *([optax.scale_by_param_block_rms()] if relative_step else []),
+            *([scale_by_size()] if relative_step else []),
             *decayed(weight_decay, mask, law),
             throttle_by_phase(),
             scale_by_meta_learning_rate(learning_rate, bounds=bounds),

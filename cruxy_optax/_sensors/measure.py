@@ -9,7 +9,7 @@ import optax
 
 from cruxy_control.signals import NOT_KNOWN, Signals, momentum_ratio
 from cruxy_control.signals import alignment as cosine_of
-from cruxy_optax._distributed.axes import mean_over_axes, sum_over_shards
+from cruxy_optax._distributed.axes import inner_product, mean_over_axes, sum_over_shards
 from cruxy_optax._low_bit import is_low_bit
 from cruxy_optax._sensors.power_sums import power_sums
 from cruxy_optax._states import Moment
@@ -93,7 +93,7 @@ def alignment(
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         dtype = accumulator_dtype(a)
-        return jnp.vdot(a.astype(dtype), b.astype(dtype))
+        return inner_product(a.astype(dtype), b.astype(dtype))
 
     along = sum_over_shards([product(g, m) for g, m in pairs], grads, axis_names)
     length = sum_over_shards([product(m, m) for _, m in pairs], grads, axis_names)

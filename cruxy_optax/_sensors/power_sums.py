@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cruxy_optax._distributed.axes import explicit_spec
+from cruxy_optax._distributed.axes import is_spread
 from cruxy_optax._tree import accumulator_dtype, root
 
 _BLOCK = 16
@@ -43,8 +43,8 @@ def power_sums(leaf: jax.Array, gamma: float) -> tuple[jax.Array, jax.Array]:
 
 
 def _fits_one_pass(leaf: jax.Array) -> bool:
-    if any(axis is not None for axis in explicit_spec(leaf)):
-        return False  # on an explicit mesh a split axis may not be reshaped
+    if is_spread(leaf):
+        return False  # XLA gathers a reduction of pairs that is split over devices
     return leaf.size <= _SMALL or (leaf.ndim >= 2 and leaf.shape[-2] % _BLOCK == 0)
 
 
@@ -61,11 +61,7 @@ def _two_sums(x: jax.Array, gamma: float) -> tuple[jax.Array, jax.Array]:
 
 
 def _one_pass(x: jax.Array, gamma: float) -> tuple[jax.Array, jax.Array]:
-    """Both sums out of one loop: a reduction of pairs, over few rows at a time.
-
-    Splitting the last but one axis keeps every element on its device where shards are whole blocks
-    of rows; flattening the leaf would always gather it.
-    """
+    """Both sums out of one loop: a reduction of pairs, over few rows at a time."""
     if x.size <= _SMALL:
         return _sum_pairs(x, gamma, tuple(range(x.ndim)))
     *leading, rows, columns = x.shape

@@ -1,7 +1,7 @@
 """The one frame of an update: gradient in, direction, decay, limit, write, average."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor
 from cruxy_torch._actuators.average import average
 from cruxy_torch._actuators.centralize import check_centralizable
 from cruxy_torch._actuators.direction import Direction
+from cruxy_torch._actuators.staged import Staged, in_step
 from cruxy_torch._actuators.stepped import Bucket, Frame, SteppedTensor
 from cruxy_torch._blocks import buckets, by_device
 from cruxy_torch._columns import Columns
-from cruxy_torch._distributed.shards import local
+from cruxy_torch._distributed.shards import any_sharded, local
 from cruxy_torch._kept import Coded, Kept, Rounded
 from cruxy_torch._memory.state import as_stepped
 from cruxy_torch._native import passes
@@ -138,11 +139,22 @@ def _single(
     factors: Sequence[Any],
 ) -> None:
     """One step, tensor by tensor: the readable version that the others are held to."""
-    for index, rate in enumerate(_rates(columns, orders)):
+    rates = _rates(columns, orders)
+    if isinstance(direction, Staged) and any_sharded(columns.wholes):
+        tensors = [SteppedTensor(columns, i, frame, orders) for i in range(len(rates))]
+        for index, block in in_step(direction, tensors, factors, orders):
+            _move(tensors[index], block, rates[index], direction)
+        return
+    for index, rate in enumerate(rates):
         tensor = SteppedTensor(columns, index, frame, orders)
-        block = direction.blocks(tensor, factors[index], orders)
-        for number in range(tensor.blocks):
-            tensor.move(number, block(number), rate, finite=direction.is_finite)
+        _move(tensor, direction.blocks(tensor, factors[index], orders), rate, direction)
+
+
+def _move(
+    tensor: SteppedTensor, block: Callable[[int], Tensor], rate: Tensor, direction: Direction
+) -> None:
+    for number in range(tensor.blocks):
+        tensor.move(number, block(number), rate, finite=direction.is_finite)
 
 
 def _foreach(

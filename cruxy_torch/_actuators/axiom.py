@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cruxy_control.formulas.factored import second_moment_decay, snr_factor, streak_factor
 from cruxy_torch._actuators import factored
-from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.moments import advanced, seen
+from cruxy_torch._actuators.staged import Staged, Stages, total
 from cruxy_torch._actuators.stepped import SteppedTensor
 from cruxy_torch._columns import Columns
 from cruxy_torch._kept import assign
@@ -21,7 +21,7 @@ SMALLEST_RMS = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class FactoredDirection(Direction):
+class FactoredDirection(Staged):
     """What `AXIOM` documents.
 
     Attributes:
@@ -45,6 +45,11 @@ class FactoredDirection(Direction):
     power: float = 1.0
 
     is_finite = True
+
+    @property
+    def holds(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The average, where its rows are summed over ranks."""
+        return self.snr_floor > 0.0
 
     @property
     def moments(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -78,28 +83,45 @@ class FactoredDirection(Direction):
         gains = 1.0 / seen(advanced(products, self._beta(orders)))
         return list(zip(decays, gains.unbind(), strict=True))
 
-    def blocks(
+    def stages(
         self, tensor: SteppedTensor, factors: Any, orders: Orders
-    ) -> Callable[[int], Tensor]:
+    ) -> Stages[Callable[[int], Tensor]]:
         """The normalised gradient, its size limited, averaged, and in units of the tensor's."""
         decay, gain = factors
-        u = factored.normalise(tensor, decay, orders.ok, self.power)
+        u = yield from factored.normalise(tensor, decay, orders.ok, self.power)
         squares = [u.squares]
         if self.relative_step:
             each = [tensor.value(i).square().sum() for i in range(tensor.blocks)]
             squares.append(torch.stack(each).sum())
-        sizes = (tensor.total(torch.stack(squares)) / max(1, tensor.numel)).sqrt().unbind()
+        squares = yield from total(torch.stack(squares))
+        sizes = (squares / max(1, tensor.numel)).sqrt().unbind()
         clip = 1.0 if self.clip_rms is None else 1.0 / (sizes[0] / self.clip_rms).clip(min=1.0)
 
-        def block(number: int) -> Tensor:
+        def averaged(number: int) -> Tensor:
             direction = u.block(number) * clip
+            return self._averaged(tensor, number, direction, gain, orders) if gain is not None else direction
+
+        average, noise = averaged, None
+        if self.snr_floor and tensor.shape and not tensor.keeps:
+            average = [averaged(i) for i in range(tensor.blocks)].__getitem__
+            noise = yield from self._noise(tensor, average)
+
+        def block(number: int) -> Tensor:
+            direction = average(number)
             if gain is not None:
-                direction = self._averaged(tensor, number, direction, gain, orders)
+                known = None if noise is None else noise[tensor.place(number)]
+                direction = self._weighed(direction, known)
             if self.relative_step:
                 direction = direction * sizes[1].clip(min=SMALLEST_RMS)
             return direction
 
         return block
+
+    def _noise(self, tensor: SteppedTensor, average: Callable[[int], Tensor]) -> Stages[Tensor]:
+        """The signal-to-noise ratio of every row, over all ranks."""
+        rows = [average(i).square().sum(-1, keepdim=True) for i in range(tensor.blocks)]
+        whole = yield from total(torch.cat(rows), len(tensor.shape) - 1)
+        return whole / tensor.shape[-1]
 
     def _beta(self, orders: Orders) -> Tensor:
         """The decay rate of the average, which is not the law's to move; 1 on a skipped step."""
@@ -108,21 +130,26 @@ class FactoredDirection(Direction):
     def _averaged(
         self, tensor: SteppedTensor, number: int, u: Tensor, gain: Tensor, orders: Orders
     ) -> Tensor:
-        """The average of `u`, bias-corrected, louder where signs persist, softer where none do.
-
-        As `u` has size 1, the average's square is the signal-to-noise ratio.
-        """
+        """The average of `u`, bias-corrected."""
         beta = self._beta(orders)
         average = beta * tensor.read("exp_avg", number) + (1.0 - beta) * u
         tensor.write("exp_avg", number, average)
-        m_hat = average * gain
+        return average * gain
+
+    def _weighed(self, m_hat: Tensor, ratio: Tensor | None) -> Tensor:
+        """The average, louder where signs persist, softer in rows that are mostly noise.
+
+        Args:
+            m_hat: a block of the average. As `u` has size 1, its square is the signal-to-noise
+                ratio of a coordinate.
+            ratio: of every row; `None` where all of a row is in the block.
+        """
         direction = m_hat
         if self.streak_boost > 1.0:
             direction = direction * streak_factor(m_hat, self.streak_boost, xp=torch)
         if self.snr_floor > 0.0:
-            snr = m_hat.square()
-            if tensor.shape:
-                last = len(tensor.shape) - 1
-                snr = tensor.total(snr.sum(-1, keepdim=True), last) / tensor.shape[-1]
-            direction = direction * snr_factor(snr, self.snr_floor, xp=torch)
+            if ratio is None:
+                ratio = m_hat.square()
+                ratio = ratio.sum(-1, keepdim=True) / m_hat.shape[-1] if m_hat.ndim else ratio
+            direction = direction * snr_factor(ratio, self.snr_floor, xp=torch)
         return direction

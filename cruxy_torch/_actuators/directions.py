@@ -1,7 +1,7 @@
 """Directions that are made of others: a momentum, and what lies between its sign and itself."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from cruxy_control.checks import check_range
 from cruxy_control.formulas.directions import BLEND, blend_sign, momentum_share
-from cruxy_control.signals import root
 from cruxy_torch._actuators.direction import Direction
+from cruxy_torch._actuators.staged import Staged, Stages, held, root_mean_square, stages_of
 from cruxy_torch._actuators.stepped import SteppedTensor
 from cruxy_torch._columns import Columns
 from cruxy_torch._kept import assign
 from cruxy_torch._orders import Orders
 
 
-class Wrapped(Direction):
+class Wrapped(Staged):
     """A direction that changes what another one gives, and keeps what that keeps.
 
     A subclass has the other as `inner`. `advance` gives for each tensor a pair: the factors of
@@ -61,7 +61,7 @@ class Wrapped(Direction):
 
 
 @dataclasses.dataclass(frozen=True)
-class Momentum(Direction):
+class Momentum(Staged):
     r"""Lion's momentum before its sign is taken, for `SignBlend` around it.
 
     $$
@@ -127,11 +127,18 @@ class Momentum(Direction):
         """Of each tensor the factors of `inner`."""
         return (self.inner or super()).advance(columns, orders)
 
-    def blocks(
+    @property
+    def holds(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As `inner`."""
+        return isinstance(self.inner, Staged) and self.inner.holds
+
+    def stages(
         self, tensor: SteppedTensor, factors: Any, orders: Orders
-    ) -> Callable[[int], Tensor]:
+    ) -> Stages[Callable[[int], Tensor]]:
         """`beta1 m + (1 - beta1) x`; the moment decays by `beta2`."""
-        x = tensor.gradient if self.inner is None else self.inner.blocks(tensor, factors, orders)
+        x = tensor.gradient
+        if self.inner is not None:
+            x = yield from stages_of(self.inner, tensor, factors, orders)
 
         def block(number: int) -> Tensor:
             own, m = x(number), tensor.read("exp_avg", number)
@@ -214,26 +221,17 @@ class SignBlend(Wrapped):
         assign(counters, (torch.stack(counters) + orders.ok).unbind())
         return shares
 
-    def blocks(
+    def stages(
         self, tensor: SteppedTensor, factors: Any, orders: Orders
-    ) -> Callable[[int], Tensor]:
+    ) -> Stages[Callable[[int], Tensor]]:
         """The blend of a momentum."""
         inner, weight = factors
-        return self.of(held(self.inner, tensor, inner, orders), tensor, weight)
+        c = yield from held(self.inner, tensor, inner, orders)
+        return (yield from self.of(c, tensor, weight))
 
-    def of(self, c: list[Tensor], tensor: SteppedTensor, weight: Any) -> Callable[[int], Tensor]:
+    def of(
+        self, c: list[Tensor], tensor: SteppedTensor, weight: Any
+    ) -> Stages[Callable[[int], Tensor]]:
         """The blend of a momentum that is held, block by block."""
-        rms = root(mean_square(c, tensor), xp=torch)
+        rms = yield from root_mean_square(c, tensor)
         return lambda i: blend_sign(c[i], weight, self.temperature, rms, xp=torch)
-
-
-def held(direction: Direction, tensor: SteppedTensor, factors: Any, orders: Orders) -> list[Tensor]:
-    """The whole direction of a tensor, all of its blocks."""
-    block = direction.blocks(tensor, factors, orders)
-    return [block(number) for number in range(tensor.blocks)]
-
-
-def mean_square(blocks: Iterable[Tensor], tensor: SteppedTensor) -> Tensor:
-    """The mean of the squares of all blocks of a tensor, over all ranks; 0 of no elements."""
-    total = torch.stack([block.square().sum() for block in blocks]).sum()
-    return tensor.total(total) / max(1, tensor.numel)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cruxy_control.formulas.factored import factored_axes, inverse_power
+from cruxy_torch._actuators.staged import Stages, total
 from cruxy_torch._actuators.stepped import SteppedTensor
 from cruxy_torch._distributed.shards import local, zeros_without
 from cruxy_torch._kept import compute_dtype
@@ -51,7 +52,9 @@ def start(param: Tensor, min_dim: int) -> dict[str, Tensor]:
     }
 
 
-def normalise(tensor: SteppedTensor, decay: Tensor, ok: Tensor, power: float = 1.0) -> Normalised:
+def normalise(
+    tensor: SteppedTensor, decay: Tensor, ok: Tensor, power: float = 1.0
+) -> Stages[Normalised]:
     """Takes a gradient into its second moment and divides it by the root of that.
 
     Args:
@@ -60,7 +63,8 @@ def normalise(tensor: SteppedTensor, decay: Tensor, ok: Tensor, power: float = 1
         ok: whether the step counts; where false `u` is 0, whatever the gradient.
         power: of the root, in `[0, 1]`; see `inverse_power`.
     """
-    read = _Blocks(tensor.blocks, tensor.gradient)
+    kept = tensor.blocks == 1 and tensor.keeps
+    read = _Blocks(tensor.blocks, tensor.gradient, kept)
     where = [tensor.place(i) for i in range(tensor.blocks)]
     if "variance" in tensor.state:
         variance = local(tensor.state["variance"])
@@ -70,11 +74,12 @@ def normalise(tensor: SteppedTensor, decay: Tensor, ok: Tensor, power: float = 1
         unit = _Blocks(
             tensor.blocks,
             lambda i: read(i) * torch.where(ok, _inverse(variance[where[i]], power), 0),
+            kept,
         )
     else:
-        rows, columns = _factors(tensor, read, decay, ok, power)
+        rows, columns = yield from _factors(tensor, read, decay, ok, power)
         unit = _Blocks(
-            tensor.blocks, lambda i: read(i) * _at(rows, where[i]) * _at(columns, where[i])
+            tensor.blocks, lambda i: read(i) * _at(rows, where[i]) * _at(columns, where[i]), kept
         )
     squares = torch.stack([unit(i).square().sum() for i in range(tensor.blocks)]).sum()
     return Normalised(unit, squares)
@@ -82,7 +87,7 @@ def normalise(tensor: SteppedTensor, decay: Tensor, ok: Tensor, power: float = 1
 
 def _factors(
     tensor: SteppedTensor, read: "_Blocks", decay: Tensor, ok: Tensor, power: float
-) -> tuple[Tensor, Tensor]:
+) -> Stages[tuple[Tensor, Tensor]]:
     """Advances both means; the two factors whose product is one over the root of the moment."""
     shape = tensor.shape
     second, first = factored_axes(shape, 0) or (0, 0)
@@ -92,12 +97,13 @@ def _factors(
         square = read(i).square()
         for axis, sums in found.items():
             sums.append(square.sum(axis, keepdim=True))
-    for kept, axis in ((row, first), (column, second)):
-        sums = found[axis]
-        total = torch.stack(sums).sum(0) if axis == 0 else torch.cat(sums)
-        mean = tensor.total(total, axis) / shape[axis] + EPS
+    axes = (first, second)
+    own = [torch.stack(found[a]).sum(0) if a == 0 else torch.cat(found[a]) for a in axes]
+    totals = yield list(zip(own, axes, strict=True))
+    for kept, axis, whole in zip((row, column), axes, totals, strict=True):
+        mean = whole / shape[axis] + EPS
         kept.mul_(decay).add_(mean * (1.0 - decay))
-    mean = tensor.total(row.sum(second, keepdim=True), second) / shape[second]
+    mean = (yield from total(row.sum(second, keepdim=True), second)) / shape[second]
     # A skipped first step leaves zeros, whose inverse times a gradient of 0 is NaN.
     inverses = _inverse(row / mean, power), _inverse(column, power)
     return torch.where(ok, inverses[0], 0), torch.where(ok, inverses[1], 0)
@@ -109,15 +115,15 @@ def _inverse(v: Tensor, power: float) -> Tensor:
 
 
 class _Blocks:
-    """Computes blocks by their number, anew each time but where there is only one."""
+    """Computes blocks by their number, anew each time unless the only one is kept."""
 
-    def __init__(self, count: int, compute: Callable[[int], Tensor]) -> None:
+    def __init__(self, count: int, compute: Callable[[int], Tensor], kept: bool) -> None:
         self.count = count
-        self._compute = compute
+        self._compute, self._kept = compute, kept
         self._only: Tensor | None = None
 
     def __call__(self, number: int) -> Tensor:
-        if self.count > 1:
+        if not self._kept:
             return self._compute(number)
         if self._only is None:
             self._only = self._compute(number)

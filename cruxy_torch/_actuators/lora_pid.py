@@ -11,10 +11,10 @@ from cruxy_control.checks import check_range
 from cruxy_control.formulas.directions import momentum_share
 from cruxy_control.formulas.trust import AGC_EPS
 from cruxy_control.lora_pid import LoraPid, LoraPidState, large_share
-from cruxy_control.signals import root
 from cruxy_torch._actuators.direction import Direction
-from cruxy_torch._actuators.directions import Momentum, SignBlend, Wrapped, held, mean_square
+from cruxy_torch._actuators.directions import Momentum, SignBlend, Wrapped
 from cruxy_torch._actuators.slices import Part
+from cruxy_torch._actuators.staged import Stages, held, root_mean_square, total
 from cruxy_torch._actuators.stepped import SteppedTensor
 from cruxy_torch._actuators.trust import Clipped, clip_factor
 from cruxy_torch._columns import Columns
@@ -101,20 +101,21 @@ class BlendByLoraPid(Wrapped):
         weights = momentum_share(blends, orders.sign_weight)
         return list(zip(weights.unbind(), clips.unbind(), strict=True))
 
-    def blocks(
+    def stages(
         self, tensor: SteppedTensor, factors: Any, orders: Orders
-    ) -> Callable[[int], Tensor]:
+    ) -> Stages[Callable[[int], Tensor]]:
         """The blend of the momentum of a clipped gradient."""
         factors, (weight, clip) = factors
         part = Part("tensor")
-        scale = clip_factor(tensor, part, clip, self.eps)
+        scale = yield from clip_factor(tensor, part, clip, self.eps)
         clipped = cast(SteppedTensor, Clipped(tensor, scale, part))
         blend = SignBlend(self.inner, self.temperature)
-        block = blend.of(held(self.inner, clipped, factors, orders), tensor, weight)
+        momentum = yield from held(self.inner, clipped, factors, orders)
+        block = yield from blend.of(momentum, tensor, weight)
         u = [block(number) for number in range(tensor.blocks)]
-        rms = root(mean_square(u, tensor), xp=torch)
+        rms = yield from root_mean_square(u, tensor)
         large = torch.stack([large_share(x, rms, xp=torch) * x.numel() for x in u]).sum()
         kept = tensor.state["large_share"]
-        share = (tensor.total(large) / max(1, tensor.numel)).to(kept.dtype)
+        share = ((yield from total(large)) / max(1, tensor.numel)).to(kept.dtype)
         kept.copy_(torch.where(orders.ok, share, kept))
         return u.__getitem__

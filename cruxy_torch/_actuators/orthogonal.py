@@ -10,7 +10,8 @@ from torch import Tensor
 
 from cruxy_control.formulas.orthogonal import STEPS, orthogonal_scale, orthogonalize
 from cruxy_torch._actuators.direction import Direction
-from cruxy_torch._actuators.directions import Momentum, Wrapped, held
+from cruxy_torch._actuators.directions import Momentum, Wrapped
+from cruxy_torch._actuators.staged import Stages, held, of_the_whole
 from cruxy_torch._actuators.stepped import SteppedTensor
 from cruxy_torch._orders import Orders
 
@@ -26,8 +27,8 @@ class Orthogonal(Wrapped):
     $$
 
     `betas=(0.9025, 0.95)` is Nesterov's momentum of 0.95. A weight is `(outputs, inputs...)`: all
-    axes but the first are inputs, those of a convolution too. A tensor that is sharded is gathered,
-    one at a time, for as long as its direction is computed.
+    axes but the first are inputs, those of a convolution too. Of tensors that are sharded each rank
+    gathers one at a time, computes it and hands its parts back; no rank computes what another does.
 
     Attributes:
         inner: the momentum $c$.
@@ -45,25 +46,28 @@ class Orthogonal(Wrapped):
 
     kind = "muon"  # pyright: ignore[reportAssignmentType]
 
-    def blocks(
+    def stages(
         self, tensor: SteppedTensor, factors: Any, orders: Orders
-    ) -> Callable[[int], Tensor]:
+    ) -> Stages[Callable[[int], Tensor]]:
         """The direction, computed at once and handed out in blocks."""
-        own = held(self.inner, tensor, factors[0], orders)
-        whole = tensor.gather(own[0] if len(own) == 1 else torch.cat(own))
-        stacked = self.stacked and whole.ndim > 2
-        if whole.ndim < 2:
+        own = yield from held(self.inner, tensor, factors[0], orders)
+        part = own[0] if len(own) == 1 else torch.cat(own)
+        if len(tensor.shape) < 2:
             raise ValueError(
                 "an orthogonal direction is that of a matrix, got a parameter of the shape "
-                f"{tuple(whole.shape)}; put it into a group of its own, as param_groups does."
+                f"{tuple(tensor.shape)}; put it into a group of its own, as param_groups does."
             )
+        direction = yield from of_the_whole(self._orthogonal, part)
+        return lambda number: direction[tensor.place(number)]
+
+    def _orthogonal(self, whole: Tensor) -> Tensor:
+        """A whole tensor, its matrices orthogonal."""
         lengths = tuple(whole.shape)
+        stacked = self.stacked and whole.ndim > 2
         count = lengths[0] if stacked else 1
         rows = lengths[1] if stacked else lengths[0]
         matrices = whole.reshape(count, rows, math.prod(lengths) // max(1, count * rows))
         tall = matrices.shape[1] > matrices.shape[2]
         wide = matrices.mT if tall else matrices
         found = orthogonal_scale(*wide.shape[1:]) * orthogonalize(wide, xp=torch, steps=self.steps)
-        found = found.mT if tall else found
-        direction = tensor.scatter(found.reshape(lengths))
-        return lambda number: direction[tensor.place(number)]
+        return (found.mT if tall else found).reshape(lengths)

@@ -15,7 +15,15 @@ from cruxy_control.formulas.trust import ANY_RATIO, RMS_BLOCK
 from cruxy_control.signals import root
 from cruxy_control.slices import Slices, check_slices
 from cruxy_torch._actuators.direction import Direction
-from cruxy_torch._actuators.directions import Wrapped, held, mean_square
+from cruxy_torch._actuators.directions import Wrapped
+from cruxy_torch._actuators.staged import (
+    Stages,
+    held,
+    mean_square,
+    side_by_side,
+    stages_of,
+    total,
+)
 from cruxy_torch._actuators.stepped import SteppedTensor
 from cruxy_torch._columns import Columns
 from cruxy_torch._distributed.shards import local, shard_begin
@@ -57,7 +65,7 @@ def names_of(slices: Slices) -> list[str]:
     return [name for name, ranges in slices.parts() if ranges]
 
 
-def mean_squares(blocks: Iterable[Tensor], tensor: SteppedTensor, part: Part) -> Tensor:
+def mean_squares(blocks: Iterable[Tensor], tensor: SteppedTensor, part: Part) -> Stages[Tensor]:
     """The mean square of every part of a tensor, over all ranks but for blocks, a shard's own.
 
     Args:
@@ -70,29 +78,29 @@ def mean_squares(blocks: Iterable[Tensor], tensor: SteppedTensor, part: Part) ->
         many as there are; `(slices,)`.
     """
     if part.per == "tensor":
-        return mean_square(blocks, tensor)
+        return (yield from mean_square(blocks, tensor))
     squares = (block.square() for block in blocks)
     if part.slices is not None:
-        return _of_slices(squares, tensor, part, part.slices)
+        return (yield from _of_slices(squares, tensor, part, part.slices))
     if part.per == "row":
         last = len(tensor.shape) - 1
         sums = torch.cat([square.sum(-1, keepdim=True) for square in squares])
-        return tensor.total(sums, last) / max(1, tensor.shape[-1])
+        return (yield from total(sums, last)) / max(1, tensor.shape[-1])
     return torch.cat([_block_means(square) for square in squares])
 
 
 def _of_slices(
     squares: Iterable[Tensor], tensor: SteppedTensor, part: Part, slices: Slices
-) -> Tensor:
+) -> Stages[Tensor]:
     axis = slices.axis
     others = [i for i in range(len(tensor.shape)) if i != axis]
     sums = [square.sum(others) if others else square for square in squares]
     along = torch.cat(sums) if axis == 0 else torch.stack(sums).sum(0)
     members = _members(slices, along.device)[:, part.begin : part.begin + len(along)]
-    totals = tensor.total((members * along).sum(1)).unbind()
+    totals = (yield from total((members * along).sum(1))).unbind()
     row = tensor.numel // tensor.shape[axis]
     sizes = [slices.sizes[name] * row for name in names_of(slices)]
-    return torch.stack([total / max(1, size) for total, size in zip(totals, sizes, strict=True)])
+    return torch.stack([one / max(1, size) for one, size in zip(totals, sizes, strict=True)])
 
 
 @functools.lru_cache(maxsize=64)  # a copy to the device once, not in every step
@@ -197,12 +205,12 @@ class ScaleSlices(Wrapped):
         rates = torch.stack([torch.full_like(orders.rate, rate) for rate in chosen])
         return [(part, rates) for part in parts_of(columns, "slice", self.slices)]
 
-    def blocks(
+    def stages(
         self, tensor: SteppedTensor, factors: Any, orders: Orders
-    ) -> Callable[[int], Tensor]:
+    ) -> Stages[Callable[[int], Tensor]]:
         """The direction, its slices multiplied."""
         factors, (part, rates) = factors
-        inner = self.inner.blocks(tensor, factors, orders)
+        inner = yield from stages_of(self.inner, tensor, factors, orders)
 
         def block(number: int) -> Tensor:
             u = inner(number)
@@ -290,14 +298,15 @@ class BalanceSlices(Wrapped):
         due = ((counts % self.every == 0) & orders.ok).unbind()
         return list(zip(parts_of(columns, "slice", self.slices), due, strict=True))
 
-    def blocks(
+    def stages(
         self, tensor: SteppedTensor, factors: Any, orders: Orders
-    ) -> Callable[[int], Tensor]:
+    ) -> Stages[Callable[[int], Tensor]]:
         """The direction, its slices multiplied."""
         factors, (part, due) = factors
-        u = held(self.inner, tensor, factors, orders)
+        u = yield from held(self.inner, tensor, factors, orders)
         values = map(tensor.value, range(tensor.blocks))
-        size, own = (root(mean_squares(x, tensor, part), xp=torch) for x in (u, values))
+        each = yield from side_by_side(*(mean_squares(x, tensor, part) for x in (u, values)))
+        size, own = (root(square, xp=torch) for square in each)
         trust = formulas.trust_ratio(own, size, ANY_RATIO, formulas.TRUST_FLOOR, xp=torch)
         kept = tensor.state["slice_rates"]
         new, _ = formulas.balance_slices(kept, size, trust, self.clip, self.bounds, xp=torch)

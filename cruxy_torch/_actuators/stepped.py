@@ -65,11 +65,15 @@ class SteppedTensor:
         numel: elements of the tensor, of a `DTensor` in all its shards.
         shape: of the tensor, likewise.
         state: what `optimizer.state` has of the parameter.
+        whole: the gradient as it came, a `DTensor` where the parameter is one.
+        keeps: whether a block of the gradient may be kept until the next is asked for.
     """
+
+    keeps = True
 
     def __init__(self, columns: Columns, index: int, frame: Frame, orders: Orders) -> None:
         moments = {n: c[index] for n, c in columns.moments.items() if c and c[index] is not None}
-        self._whole, self._frame, self._orders = columns.wholes[index], frame, orders
+        self.whole, self._frame, self._orders = columns.wholes[index], frame, orders
         param, grad = columns.params[index], columns.grads[index]
         self._dtype = compute_dtype(param)
         parts = list(blocks(grad, param, *moments.values()))
@@ -79,7 +83,7 @@ class SteppedTensor:
             name: [part[place] for part in parts] for place, name in enumerate(moments, 2)
         }
         self._last: tuple[int, Tensor] | None = None
-        self.blocks, self.numel, self.shape = len(parts), self._whole.numel(), self._whole.shape
+        self.blocks, self.numel, self.shape = len(parts), self.whole.numel(), self.whole.shape
         self.state = columns.states[index]
 
     def place(self, number: int) -> Any:
@@ -94,13 +98,15 @@ class SteppedTensor:
 
         With coupled weight decay the decay is in it. It is not to be written to.
         """
-        if self._last is None or self._last[0] != number:
+        if self._last is None or self._last[0] != number or not self.keeps:
             orders, frame, l2 = self._orders, self._frame, self._frame.l2
             x = torch.where(orders.ok, self._grads[number], 0).to(self._dtype) * orders.scale
             if frame.centralize:
                 x = centralized(x)
             if l2 is not None:
                 x = x + l2 * self.value(number)
+            if not self.keeps:
+                return x
             self._last = number, x
         return self._last[1]
 
@@ -123,15 +129,15 @@ class SteppedTensor:
             part: the sum over all blocks.
             axis: the axis that was summed over, the others kept; `None` for all.
         """
-        return over_ranks(part, self._whole, axis)
+        return over_ranks(part, self.whole, axis)
 
     def gather(self, part: Tensor) -> Tensor:
         """All of a tensor like this one, on every rank, from this rank's part; else the part."""
-        return gathered(part, self._whole)
+        return gathered(part, self.whole)
 
     def scatter(self, full: Tensor) -> Tensor:
         """This rank's part of a tensor like this one that every rank has all of."""
-        return own_part(full, self._whole)
+        return own_part(full, self.whole)
 
     def move(self, number: int, direction: Tensor, rate: Tensor, *, finite: bool) -> None:
         """`p <- p - rate (direction + decay p)` for a block `p` of the parameter (WP 7, 13).

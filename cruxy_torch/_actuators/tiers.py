@@ -14,7 +14,7 @@ from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.moments import Adam
 from cruxy_torch._actuators.stepped import Bucket, SteppedTensor
 from cruxy_torch._columns import Columns
-from cruxy_torch._distributed.shards import local, over_ranks
+from cruxy_torch._distributed.shards import add_shards, local
 from cruxy_torch._kept import assign, compute_dtype, plain
 from cruxy_torch._orders import Orders
 
@@ -44,7 +44,7 @@ class Tiered(Direction):
         """Of a tensor of tier 2 Adam's factors, gated; of another the size of its step."""
         if not columns.states:
             return []
-        squares = plain(torch.stack([_mean_square(whole) for whole in columns.wholes]))
+        squares = plain(_mean_squares(columns.wholes))
         if self.unscale is not None:
             squares = squares * self.unscale.to(squares.device).square()
         weight, gates = _observed(columns.states, squares, orders.ok)
@@ -119,11 +119,14 @@ def _observed(
     return old.slow.weight, torch.where(ok, tiers.noise_gate(new, xp=torch), 0.0)
 
 
-def _mean_square(grad: Tensor) -> Tensor:
-    """Of the raw gradient, over all ranks; float32."""
-    part = local(grad)
-    norm = torch.linalg.vector_norm(part, dtype=compute_dtype(part))
-    return (over_ranks(norm.square(), grad) / max(1, grad.numel())).to(torch.float32)
+def _mean_squares(grads: Sequence[Tensor]) -> Tensor:
+    """Of the raw gradients, each over all ranks; a float32 vector."""
+    parts = list(map(local, grads))
+    norms = [torch.linalg.vector_norm(part, dtype=compute_dtype(part)) for part in parts]
+    means = [n.square() / max(1, g.numel()) for n, g in zip(norms, grads, strict=True)]
+    total = torch.stack([mean.to(torch.float32) for mean in means])
+    add_shards(total, grads)
+    return total
 
 
 def windows(fast: Tensor, slow: Tensor, step: Tensor) -> filters.Windows:

@@ -13,9 +13,10 @@ from cruxy_control.formulas import trust as formulas
 from cruxy_control.signals import root
 from cruxy_control.slices import Slices, check_slices
 from cruxy_torch._actuators.direction import Direction
-from cruxy_torch._actuators.directions import SignBlend, Wrapped, held
+from cruxy_torch._actuators.directions import SignBlend, Wrapped
 from cruxy_torch._actuators.moments import advanced
 from cruxy_torch._actuators.slices import Part, mean_squares, names_of, parts_of, spread
+from cruxy_torch._actuators.staged import Stages, as_it_is, held, side_by_side, stages_of
 from cruxy_torch._actuators.stepped import SteppedTensor
 from cruxy_torch._columns import Columns
 from cruxy_torch._distributed.shards import local, zeros_without
@@ -131,20 +132,22 @@ class TrustRatio(Wrapped):
         decay = torch.where(orders.ok, torch.full_like(orders.rate, self.decay), 1.0)
         return list(zip(parts, advanced(kept, decay).unbind(), strict=True))
 
-    def blocks(
+    def stages(
         self, tensor: SteppedTensor, factors: Any, orders: Orders
-    ) -> Callable[[int], Tensor]:
+    ) -> Stages[Callable[[int], Tensor]]:
         """The direction times its ratios."""
         factors, (part, decays) = factors
         if self.space == "momentum" and isinstance(self.inner, SignBlend):
             factors, weight = factors
-            measured = held(self.inner.inner, tensor, factors, orders)
-            block = self.inner.of(measured, tensor, weight)
+            measured = yield from held(self.inner.inner, tensor, factors, orders)
+            blend: Stages[Any] = self.inner.of(measured, tensor, weight)
         else:
-            measured = held(self.inner, tensor, factors, orders)
-            block = measured.__getitem__
+            measured = yield from held(self.inner, tensor, factors, orders)
+            blend = as_it_is(measured.__getitem__)
         values = map(tensor.value, range(tensor.blocks))
-        own, step = (root(mean_squares(x, tensor, part), xp=torch) for x in (values, measured))
+        squares = (mean_squares(x, tensor, part) for x in (values, measured))
+        block, *each = yield from side_by_side(blend, *squares)
+        own, step = (root(square, xp=torch) for square in each)
         ratio = formulas.trust_ratio(own, step, self.cap, self.floor, xp=torch)
         if self.decay is not None:
             ratio = self._averaged(ratio, local(tensor.state["trust_log"]), decays, orders)
@@ -215,17 +218,17 @@ class AdaptiveGradientClip(Wrapped):
         """Of each tensor its part."""
         return parts_of(columns, self.per, None)
 
-    def blocks(
+    def stages(
         self, tensor: SteppedTensor, factors: Any, orders: Orders
-    ) -> Callable[[int], Tensor]:
+    ) -> Stages[Callable[[int], Tensor]]:
         """What `inner` makes of the clipped gradient."""
         factors, part = factors
-        scale = clip_factor(tensor, part, self.clip, self.eps)
-        clipped = Clipped(tensor, scale, part)
-        return self.inner.blocks(cast(SteppedTensor, clipped), factors, orders)
+        scale = yield from clip_factor(tensor, part, self.clip, self.eps)
+        clipped = cast(SteppedTensor, Clipped(tensor, scale, part))
+        return (yield from stages_of(self.inner, clipped, factors, orders))
 
 
-def clip_factor(tensor: SteppedTensor, part: Part, clip: Any, eps: float) -> Tensor:
+def clip_factor(tensor: SteppedTensor, part: Part, clip: Any, eps: float) -> Stages[Tensor]:
     """The factor of adaptive clipping on each part of a gradient.
 
     Args:
@@ -235,10 +238,12 @@ def clip_factor(tensor: SteppedTensor, part: Part, clip: Any, eps: float) -> Ten
         eps: likewise.
     """
     count = tensor.shape[-1] if part.per == "row" else tensor.numel
-    g_norm, p_norm = (
-        root(mean_squares(map(x, range(tensor.blocks)), tensor, part) * count, xp=torch)
+    squares = (
+        mean_squares(map(x, range(tensor.blocks)), tensor, part)
         for x in (tensor.gradient, tensor.value)
     )
+    each = yield from side_by_side(*squares)
+    g_norm, p_norm = (root(square * count, xp=torch) for square in each)
     return formulas.agc_scale(g_norm, p_norm, clip, eps, xp=torch)
 
 
@@ -304,13 +309,13 @@ class ClipRms(Wrapped):
         """Of each tensor its part."""
         return parts_of(columns, self.per, None)
 
-    def blocks(
+    def stages(
         self, tensor: SteppedTensor, factors: Any, orders: Orders
-    ) -> Callable[[int], Tensor]:
+    ) -> Stages[Callable[[int], Tensor]]:
         """The direction, its parts scaled down."""
         factors, part = factors
-        u = held(self.inner, tensor, factors, orders)
-        rms = root(mean_squares(u, tensor, part), xp=torch)
+        u = yield from held(self.inner, tensor, factors, orders)
+        rms = root((yield from mean_squares(u, tensor, part)), xp=torch)
         scale = formulas.rms_clip_scale(rms, self.limit, xp=torch)
         return lambda i: u[i] * spread(scale, tensor, i, u[i], part)
 

@@ -74,6 +74,35 @@ def over_ranks(total: Tensor, whole: Tensor, axis: int | None = None) -> Tensor:
     return total
 
 
+def add_over_ranks(
+    parts: Sequence[Tensor], wholes: Sequence[Tensor], axes: Sequence[int | None]
+) -> list[Tensor]:
+    """`over_ranks` of many sums, one all-reduce for each axis of a mesh and each dtype.
+
+    Args:
+        parts: the sums, of any shapes.
+        wholes: see `over_ranks`, one for each.
+        axes: likewise.
+    """
+    totals = list(parts)
+    split: dict[Any, list[int]] = {}
+    for index, (whole, axis) in enumerate(zip(wholes, axes, strict=True)):
+        if is_sharded(whole):
+            for dimension, placement in enumerate(whole.placements):
+                if placement.is_shard() and (axis is None or placement.is_shard(axis)):
+                    key = (whole.device_mesh, dimension, parts[index].dtype)
+                    split.setdefault(key, []).append(index)
+    # Every rank goes through the axes of a mesh in one order, whatever comes first.
+    for mesh, dimension, dtype in sorted(split, key=lambda key: (key[1], str(key[2]))):
+        indices = split[mesh, dimension, dtype]
+        packed = torch.cat([totals[i].reshape(-1) for i in indices])
+        dist.all_reduce(packed, group=mesh.get_group(dimension))
+        each = packed.split([totals[i].numel() for i in indices])
+        for index, own in zip(indices, each, strict=True):
+            totals[index] = own.reshape(totals[index].shape)
+    return totals
+
+
 def add_shards(values: Tensor, tensors: Sequence[Tensor]) -> None:
     """Adds up each value over the ranks that split its tensor, one all-reduce a mesh axis."""
     split: dict[tuple[Any, int], list[int]] = {}
