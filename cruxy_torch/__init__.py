@@ -9,7 +9,9 @@ from cruxy_torch._actuators.slices import BalanceSlices, ScaleSlices
 from cruxy_torch._actuators.trust import AdaptiveGradientClip, ClipRms, TrustRatio
 from cruxy_torch._diagnose import DebugCheck
 from cruxy_torch._interop import state_from_optax, state_to_optax
+from cruxy_torch._memory.activations import ActivationStore, compress_activations
 from cruxy_torch._memory.estimate import MemoryEstimate, estimate_memory, state_bytes
+from cruxy_torch._memory.slots import AXIOM_CHECKPOINT
 from cruxy_torch._optimizers.axiom import AXIOM
 from cruxy_torch._optimizers.cosmic import Cosmic
 from cruxy_torch._optimizers.cruxy import CruxyOptimizer
@@ -23,6 +25,8 @@ from cruxy_torch.backends import Backend, BackendUse, backends, use_backend
 
 __all__ = [
     "AXIOM",
+    "AXIOM_CHECKPOINT",
+    "ActivationStore",
     "AdaptiveGradientClip",
     "Backend",
     "BackendUse",
@@ -45,6 +49,7 @@ __all__ = [
     "TrustRatio",
     "backends",
     "build_tagged_param_groups",
+    "compress_activations",
     "estimate_memory",
     "label_roles",
     "param_groups",
