@@ -39,6 +39,7 @@ from cruxy_optax._actuators.trust import (
 )
 from cruxy_optax._diagnose import Diagnosis, diagnose
 from cruxy_optax._low_bit import BlockLayout, LowBitArray
+from cruxy_optax._memory.activations import compressed_checkpoint
 from cruxy_optax._memory.estimate import MemoryEstimate, estimate_memory
 from cruxy_optax._memory.quantize import QuantizeState, quantize_state
 from cruxy_optax._memory.rounding import RoundUpdatesState, round_updates
@@ -111,6 +112,7 @@ __all__ = [
     "clip_by_parameter_norm",
     "clip_by_predicted_norm",
     "clip_by_rms",
+    "compressed_checkpoint",
     "cooldown",
     "cosmic",
     "diagnose",
