@@ -8,6 +8,14 @@ from cruxy_torch._actuators.orthogonal import Orthogonal
 from cruxy_torch._actuators.slices import BalanceSlices, ScaleSlices
 from cruxy_torch._actuators.trust import AdaptiveGradientClip, ClipRms, TrustRatio
 from cruxy_torch._diagnose import DebugCheck
+from cruxy_torch._distributed.compressed import (
+    CompressedAllReduce,
+    CompressedReduceScatter,
+    compress_fsdp,
+    compressed_allreduce_hook,
+    local_gradients_hook,
+)
+from cruxy_torch._distributed.top_k import AXIOM_DDP, TopK
 from cruxy_torch._interop import state_from_optax, state_to_optax
 from cruxy_torch._memory.activations import ActivationStore, compress_activations
 from cruxy_torch._memory.estimate import MemoryEstimate, estimate_memory, state_bytes
@@ -26,6 +34,7 @@ from cruxy_torch.backends import Backend, BackendUse, backends, use_backend
 __all__ = [
     "AXIOM",
     "AXIOM_CHECKPOINT",
+    "AXIOM_DDP",
     "ActivationStore",
     "AdaptiveGradientClip",
     "Backend",
@@ -33,6 +42,8 @@ __all__ = [
     "BalanceSlices",
     "BlendByLoraPid",
     "ClipRms",
+    "CompressedAllReduce",
+    "CompressedReduceScatter",
     "Cosmic",
     "CruxyOptimizer",
     "DebugCheck",
@@ -46,12 +57,16 @@ __all__ = [
     "ScaleSlices",
     "SignBlend",
     "Tiger",
+    "TopK",
     "TrustRatio",
     "backends",
     "build_tagged_param_groups",
     "compress_activations",
+    "compress_fsdp",
+    "compressed_allreduce_hook",
     "estimate_memory",
     "label_roles",
+    "local_gradients_hook",
     "param_groups",
     "qkv_slices",
     "role_mask",
