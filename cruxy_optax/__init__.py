@@ -37,7 +37,15 @@ from cruxy_optax._actuators.trust import (
     clip_by_rms,
     scale_by_trust_ratio_ema,
 )
+from cruxy_optax._actuators.voted import ScaleByVotedLionState, scale_by_voted_lion, vote_specs
 from cruxy_optax._diagnose import Diagnosis, diagnose
+from cruxy_optax._distributed.compressed import (
+    AverageGradientsState,
+    WireBytes,
+    average_gradients,
+    compressed_pmean,
+    wire_bytes,
+)
 from cruxy_optax._low_bit import BlockLayout, LowBitArray
 from cruxy_optax._memory.activations import compressed_checkpoint
 from cruxy_optax._memory.estimate import MemoryEstimate, estimate_memory
@@ -70,6 +78,7 @@ from cruxy_optax._telemetry import telemetry
 from cruxy_optax._telemetry_log import ScalarWriter, TelemetryLog
 
 __all__ = [
+    "AverageGradientsState",
     "AverageIteratesState",
     "BalanceSlicesState",
     "BlendByLoraPidState",
@@ -92,6 +101,7 @@ __all__ = [
     "ScaleByMetaLearningRateState",
     "ScaleByTiersState",
     "ScaleByTrustRatioEmaState",
+    "ScaleByVotedLionState",
     "SelfDriving",
     "StabilityV1",
     "StabilityV2",
@@ -101,7 +111,9 @@ __all__ = [
     "TierPlan",
     "TrackCurvatureState",
     "TrackGammaNormState",
+    "WireBytes",
     "add_controlled_decayed_weights",
+    "average_gradients",
     "average_iterates",
     "averaged_params",
     "axiom",
@@ -113,6 +125,7 @@ __all__ = [
     "clip_by_predicted_norm",
     "clip_by_rms",
     "compressed_checkpoint",
+    "compressed_pmean",
     "cooldown",
     "cosmic",
     "diagnose",
@@ -138,6 +151,7 @@ __all__ = [
     "scale_by_slices",
     "scale_by_tiers",
     "scale_by_trust_ratio_ema",
+    "scale_by_voted_lion",
     "self_driving",
     "self_driving_lion",
     "self_driving_muon",
@@ -151,4 +165,6 @@ __all__ = [
     "tiger",
     "track_curvature",
     "track_gamma_norm",
+    "vote_specs",
+    "wire_bytes",
 ]

@@ -150,9 +150,9 @@ def release_gradients(
             "(of optax.MultiSteps nothing can be released: it keeps a gradient by design)."
         )
     loop = loop_of(tx)
-    if loop is not None and loop.axis_names:
+    if loop is not None and (axes := loop.axis_names + loop.replica_axes):
         raise ValueError(
-            f"axis_names must be empty to release gradients, got {loop.axis_names!r}; put "
+            f"axis_names must be empty to release gradients, got {axes!r}; put "
             "the step under jax.jit with sharded arrays in place of shard_map."
         )
     if loop is not None and needs_alignment(loop.law):

@@ -34,7 +34,10 @@ def mean_over_axes(x: jax.Array, axis_names: Sequence[str]) -> jax.Array:
 
 
 def sum_over_shards(
-    sums: Sequence[jax.Array], leaves: Sequence[jax.Array], axis_names: Sequence[str]
+    sums: Sequence[jax.Array],
+    leaves: Sequence[jax.Array],
+    axis_names: Sequence[str],
+    replica_axes: Sequence[str] = (),
 ) -> jax.Array:
     """The sum of one number a leaf, over all leaves and all their shards; float32, or float64.
 
@@ -42,6 +45,7 @@ def sum_over_shards(
         sums: of each leaf, what this device makes of its part.
         leaves: which say along which axes they are split.
         axis_names: axes of an enclosing `jax.shard_map` or `jax.pmap`.
+        replica_axes: those along which every device has a leaf of its own: the mean over them.
     """
     total = jnp.zeros((), jnp.float32)
     for partial, leaf in zip(sums, leaves, strict=True):
@@ -51,7 +55,7 @@ def sum_over_shards(
             # copy, and the mean of equal copies is that copy.
             partial = lax.psum(partial, axis) if axis in split else lax.pmean(partial, axis)
         total = total + partial
-    return total
+    return mean_over_axes(total, replica_axes)
 
 
 def mean_square(leaf: jax.Array, axis_names: Sequence[str] = ()) -> jax.Array:
