@@ -17,6 +17,8 @@ MODULES = {
     "horizon": "horizon",
     "roles": "roles",
     "components": "components",
+    "activations": "activations",
+    "wires": "wires",
     "labelling": "labelling",
     "step-time": "step_time",
     "memory": "memory",

@@ -307,7 +307,7 @@ def test_devices_agree_after_100_steps_and_a_resume_is_bit_equal(kind):
     x = jnp.asarray(rng.normal(size=(100, 8 * DEVICES, 32)), jnp.float32)
     start = {"w": jnp.zeros((32, 64)), "b": jnp.zeros(64)}
     if kind == "vote":
-        tx = meta_lion(3e-3, vote="data", weight_decay=0.0)
+        tx = meta_lion(1e-2, vote="data", weight_decay=0.0)
         specs = cruxy_optax.vote_specs(tx, start, "data")
     else:
         bits = int(kind[-1])

@@ -16,7 +16,7 @@ from cruxy_optax._places import element_numbers
 BLOCK = 256
 """Elements that share a scale."""
 
-_OF_THE_MEAN = -1
+OF_THE_MEAN = -1
 """The stream of random bits of the second phase; those of the first are numbered by device."""
 
 
@@ -73,26 +73,16 @@ def compressed_pmean(
         Extremely Efficient Collective Communication for Giant Model
         Training](https://arxiv.org/abs/2306.10209), 2023.
     """
-    wire = _Wire(BlockCode(bits, signed=True), jnp.asarray(step, jnp.int32), seed)
-    leaves, structure = jax.tree.flatten(tree)
-    _check(leaves, axis_name)
+    wire = Wire(BlockCode(bits, signed=True), jnp.asarray(step, jnp.int32), seed)
+    _check(jax.tree.leaves(tree), axis_name)
     ranks = int(lax.psum(1, axis_name))
-    if ranks == 1 or not leaves:
+    if ranks == 1 or not jax.tree.leaves(tree):
         return jax.tree.map(lambda leaf: lax.pmean(leaf, axis_name), tree)
-    rows = jnp.concatenate([_cut(leaf) for leaf in leaves])
-    each = -(-len(rows) // ranks)
-    rows = jnp.pad(rows, ((0, ranks * each - len(rows)), (0, 0))).reshape(ranks, each, BLOCK)
+    rows = cut(tree, ranks)
     rank = lax.axis_index(axis_name)
-    messages = wire.encode(rows, 0, rank)
-    total = wire.decode(exchanged(messages, axis_name)).sum(0)
-    message = wire.encode((total / ranks)[None], rank * each, _OF_THE_MEAN)
-    mean = wire.decode(gathered(message[0], axis_name)).reshape(-1, BLOCK)
-    ends, means = 0, []
-    for leaf in leaves:
-        begin, ends = ends, ends + _blocks_of(leaf.size)
-        own = mean[begin:ends].reshape(-1)[: leaf.size]
-        means.append(own.reshape(leaf.shape).astype(leaf.dtype))
-    return structure.unflatten(means)
+    total = wire.decode(exchanged(wire.encode(rows, 0, rank), axis_name)).sum(0)
+    message = wire.encode((total / ranks)[None], rank * rows.shape[1], OF_THE_MEAN)
+    return join(wire.decode(gathered(message[0], axis_name)), tree)
 
 
 class AverageGradientsState(NamedTuple):
@@ -195,7 +185,7 @@ def wire_bytes(tree: Any, devices: int, bits: int = 8) -> WireBytes:
     return WireBytes(sent, 2 * (devices - 1) * plain // devices)
 
 
-class _Wire(NamedTuple):
+class Wire(NamedTuple):
     """A code, and where random bits come from."""
 
     code: BlockCode
@@ -242,10 +232,30 @@ def _blocks_of(size: int) -> int:
     return -(-size // BLOCK)
 
 
-def _cut(leaf: jax.Array) -> jax.Array:
-    """A leaf in blocks, the last one filled with zeros; float32, `(blocks, 256)`."""
-    flat = leaf.reshape(-1).astype(jnp.float32)
-    return jnp.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
+def cut(tree: Any, ranks: int) -> jax.Array:
+    """A tree in blocks, each leaf's for itself, a row for each device.
+
+    Returns:
+        float32, `(ranks, blocks, 256)`, filled with zeros.
+    """
+
+    def blocks(leaf: jax.Array) -> jax.Array:
+        flat = leaf.reshape(-1).astype(jnp.float32)
+        return jnp.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
+
+    rows = jnp.concatenate([blocks(leaf) for leaf in jax.tree.leaves(tree)])
+    rows = jnp.pad(rows, ((0, -len(rows) % ranks), (0, 0)))
+    return rows.reshape(ranks, -1, BLOCK)
+
+
+def join(rows: jax.Array, like: Any) -> Any:
+    """The tree that was cut into these blocks, in the shapes and dtypes of `like`."""
+    rows, leaves, end = rows.reshape(-1, BLOCK), [], 0
+    for leaf in jax.tree.leaves(like):
+        begin, end = end, end + _blocks_of(leaf.size)
+        own = rows[begin:end].reshape(-1)[: leaf.size]
+        leaves.append(own.reshape(leaf.shape).astype(leaf.dtype))
+    return jax.tree.structure(like).unflatten(leaves)
 
 
 def _check(leaves: list[Any], axis_name: str, *, narrow: bool = True) -> None:
