@@ -18,6 +18,8 @@ MODULES = {
     "roles": "roles",
     "yielding": "yielding",
     "components": "components",
+    "activations": "activations",
+    "wires": "wires",
     "labelling": "labelling",
     "step-time": "step_time",
     "memory": "memory",

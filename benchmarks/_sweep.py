@@ -193,7 +193,8 @@ def _train(tasks: Sequence[Task]) -> list[Record]:
     """Runs in a worker; each framework is imported only where it is used."""
     framework = tasks[0].framework
     try:
-        return room(framework, "training", FRAMEWORKS[framework]).train(tasks)
+        engine = getattr(entry(framework, tasks[0].optimizer), "engine", "training")
+        return room(framework, engine, FRAMEWORKS[framework]).train(tasks)
     except Exception as error:
         raise RuntimeError(f"the run {tasks[0]} failed: {error}") from error
 

@@ -4,7 +4,8 @@ Pure functions over an array namespace `xp` (`numpy`, `jax.numpy` or `torch`), w
 standard library alone.
 """
 
+from cruxy_exact.affine import AffineCode
 from cruxy_exact.codes import BlockCode
 from cruxy_exact.random_bits import round_to_bfloat16, stream_key
 
-__all__ = ["BlockCode", "round_to_bfloat16", "stream_key"]
+__all__ = ["AffineCode", "BlockCode", "round_to_bfloat16", "stream_key"]

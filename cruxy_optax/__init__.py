@@ -41,8 +41,17 @@ from cruxy_optax._actuators.trust import (
     clip_by_rms,
     scale_by_trust_ratio_ema,
 )
+from cruxy_optax._actuators.voted import ScaleByVotedLionState, scale_by_voted_lion, vote_specs
 from cruxy_optax._diagnose import Diagnosis, diagnose
+from cruxy_optax._distributed.compressed import (
+    AverageGradientsState,
+    WireBytes,
+    average_gradients,
+    compressed_pmean,
+    wire_bytes,
+)
 from cruxy_optax._low_bit import BlockLayout, LowBitArray
+from cruxy_optax._memory.activations import compressed_checkpoint
 from cruxy_optax._memory.estimate import MemoryEstimate, estimate_memory
 from cruxy_optax._memory.quantize import QuantizeState, quantize_state
 from cruxy_optax._memory.rounding import RoundUpdatesState, round_updates
@@ -75,6 +84,7 @@ from cruxy_optax._telemetry_log import ScalarWriter, TelemetryLog
 __version__ = version()
 
 __all__ = [
+    "AverageGradientsState",
     "AverageIteratesState",
     "BalanceSlicesState",
     "BlendByLoraPidState",
@@ -97,6 +107,7 @@ __all__ = [
     "ScaleByMetaLearningRateState",
     "ScaleByTiersState",
     "ScaleByTrustRatioEmaState",
+    "ScaleByVotedLionState",
     "SelfDriving",
     "StabilityV1",
     "StabilityV2",
@@ -106,7 +117,9 @@ __all__ = [
     "TierPlan",
     "TrackCurvatureState",
     "TrackGammaNormState",
+    "WireBytes",
     "add_controlled_decayed_weights",
+    "average_gradients",
     "average_iterates",
     "averaged_params",
     "axiom",
@@ -117,6 +130,8 @@ __all__ = [
     "clip_by_parameter_norm",
     "clip_by_predicted_norm",
     "clip_by_rms",
+    "compressed_checkpoint",
+    "compressed_pmean",
     "cooldown",
     "cosmic",
     "diagnose",
@@ -143,6 +158,7 @@ __all__ = [
     "scale_by_slices",
     "scale_by_tiers",
     "scale_by_trust_ratio_ema",
+    "scale_by_voted_lion",
     "self_driving",
     "self_driving_lion",
     "self_driving_muon",
@@ -156,4 +172,6 @@ __all__ = [
     "tiger",
     "track_curvature",
     "track_gamma_norm",
+    "vote_specs",
+    "wire_bytes",
 ]

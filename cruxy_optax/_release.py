@@ -18,7 +18,9 @@ from jax.interpreters import partial_eval
 from cruxy_control.controls import Controls, clip_scale, neutral
 from cruxy_control.filters import select
 from cruxy_control.law import needs_alignment
+from cruxy_exact.affine import AffineCode
 from cruxy_optax._controls import materialize_controls, storable
+from cruxy_optax._memory.activations import decode_tree, encode_tree
 from cruxy_optax._places import WHOLE, Place
 from cruxy_optax._sensors.measure import RawSums, raw_sums, signals_of
 from cruxy_optax._stabilize import (
@@ -70,6 +72,8 @@ def release_gradients(
     embed_fn: Callable[[Any, Any], Any],
     layer_fn: Callable[[Any, Any, Any], Any],
     loss_fn: Callable[[Any, Any, Any, Any], jax.Array],
+    *,
+    residual_bits: int | None = None,
 ) -> ReleasedStep:
     """A training step whose backward pass updates layer by layer and keeps no gradient.
 
@@ -102,16 +106,19 @@ def release_gradients(
             its input `x`.
         loss_fn: `loss_fn(head, embed, x, batch)` gives the loss, a scalar. `embed` is there for
             tied weights; its gradient from here is kept until the embedding is reached.
+        residual_bits: 8 or 4 bits an element in which the inputs of the layers are held, as
+            `compressed_checkpoint` holds them; `None` as they are.
 
     Returns:
         A pair of functions, `init` and `step`.
 
     Raises:
         TypeError: where `tx` is no transformation; from `init` where `params` is no `LayerStack`.
-        ValueError: where `tx` belongs to a `shard_map` (`axis_names`), or its law steers by the
-            alignment (`self_driving`). From `init`: where layers differ in number, `tx` accumulates
-            (`optax.MultiSteps`), has a controller that is not outermost, or lets the update of one
-            tensor depend on the gradient of another, as `optax.clip_by_global_norm` does.
+        ValueError: where `residual_bits` is neither, `tx` belongs to a `shard_map` (`axis_names`),
+            or its law steers by the alignment (`self_driving`). From `init`: where layers differ in
+            number, `tx` accumulates (`optax.MultiSteps`), has a controller that is not outermost,
+            or lets the update of one tensor depend on the gradient of another, as
+            `optax.clip_by_global_norm` does.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, cruxy_optax
@@ -143,9 +150,9 @@ def release_gradients(
             "(of optax.MultiSteps nothing can be released: it keeps a gradient by design)."
         )
     loop = loop_of(tx)
-    if loop is not None and loop.axis_names:
+    if loop is not None and (axes := loop.axis_names + loop.replica_axes):
         raise ValueError(
-            f"axis_names must be empty to release gradients, got {loop.axis_names!r}; put "
+            f"axis_names must be empty to release gradients, got {axes!r}; put "
             "the step under jax.jit with sharded arrays in place of shard_map."
         )
     if loop is not None and needs_alignment(loop.law):
@@ -154,7 +161,8 @@ def release_gradients(
             f"{type(loop.law).__name__} steers by the alignment of all gradients with all "
             "moments before any of them moves; use meta3() or meta_lion()."
         )
-    model = _Model(embed_fn, layer_fn, loss_fn)
+    code = None if residual_bits is None else AffineCode(residual_bits)
+    model = _Model(embed_fn, layer_fn, loss_fn, code)
     if loop is not None:
         released = _Controlled(model, loop)
     else:
@@ -232,6 +240,11 @@ class _Model(NamedTuple):
     embed: Callable[[Any, Any], Any]
     layer: Callable[[Any, Any, Any], Any]
     loss: Callable[[Any, Any, Any, Any], jax.Array]
+    code: AffineCode | None  # of the inputs of the layers
+
+    def kept(self, x: Any) -> Any:
+        """The input of a layer as it is held for the backward pass."""
+        return x if self.code is None else encode_tree(x, self.code)
 
 
 def _backward_pass(
@@ -242,7 +255,7 @@ def _backward_pass(
     layers_from = len(jax.tree.leaves(embed))
     head_from = layers_from + len(jax.tree.leaves(layers))
     x, embed_vjp = jax.vjp(lambda embed: model.embed(embed, batch), embed)
-    x, inputs = lax.scan(lambda x, layer: (model.layer(layer, x, batch), x), x, layers)
+    x, inputs = lax.scan(lambda x, layer: (model.layer(layer, x, batch), model.kept(x)), x, layers)
 
     def top(head: Any, embed: Any, x: Any) -> jax.Array:
         return model.loss(head, embed, x, batch)
@@ -253,7 +266,7 @@ def _backward_pass(
     sums = _plus(RawSums(zero, zero), own)
 
     def reach(carry: Any, at: Any) -> tuple[Any, None]:
-        index, x = at
+        index, x = at[0], decode_tree(at[1])
         dx, stack, (layer, layer_state), sums = carry
         _, layer_vjp = jax.vjp(lambda layer, x: model.layer(layer, x, batch), layer, x)
         grads, dx = layer_vjp(dx)

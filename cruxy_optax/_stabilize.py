@@ -45,6 +45,7 @@ def stabilize(
     law: Law = Meta3(),
     *,
     axis_names: str | Sequence[str] = (),
+    replica_axes: str | Sequence[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Puts a chain of actuators under a control law, and guards it.
 
@@ -72,6 +73,9 @@ def stabilize(
             alike: the loss is averaged over them, and the norms are taken over all shards of
             leaves split along them (told apart by `shard_map`'s `check_vma=True`, its default;
             without it every leaf counts as a copy). Not needed under `jax.jit` with sharded arrays.
+        replica_axes: those along which every device has gradients of its own that nobody averages,
+            as with `scale_by_voted_lion`: the mean of loss and of sums of squares is taken over
+            them. None of `axis_names`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` whose `update` takes the loss as `value=`; left
@@ -112,7 +116,13 @@ def stabilize(
             f"inner must be a gradient transformation, got {inner!r}; give an actuator or "
             "optax.chain(...) of them."
         )
-    loop = Loop(optax.with_extra_args_support(inner), law, as_axes(axis_names))
+    axes, replicas = as_axes(axis_names), as_axes(replica_axes)
+    if both := sorted({*axes} & {*replicas}):
+        raise ValueError(
+            f"an axis must be in axis_names or in replica_axes, got {both} in both; give it as "
+            "one of replica_axes alone where gradients are not averaged."
+        )
+    loop = Loop(optax.with_extra_args_support(inner), law, axes, replicas)
     return optax.GradientTransformationExtraArgs(loop.init, loop.update)
 
 
@@ -125,6 +135,7 @@ class Loop(NamedTuple):
     inner: optax.GradientTransformationExtraArgs
     law: Law
     axis_names: tuple[str, ...]
+    replica_axes: tuple[str, ...] = ()
 
     def init(self, params: optax.Params) -> StabilizeState:
         """The state before the first step."""
@@ -168,11 +179,12 @@ class Loop(NamedTuple):
         inner_state = as_built(state.inner_state, updates)
         like = updates if params is None else params
         state = state._replace(inner_state=decodable(inner_state, self.inner.init, like))
-        signals = measure(updates, value, self.law.gamma, self.axis_names)
+        axes = (self.axis_names, self.replica_axes)
+        signals = measure(updates, value, self.law.gamma, *axes)
         if needs_alignment(self.law):
             moments = first_moments(updates, state.inner_state)
             norm = signals.grad_norm
-            cosine, ratio = alignment(updates, moments, norm, self.axis_names)
+            cosine, ratio = alignment(updates, moments, norm, *axes)
             signals = signals._replace(
                 alignment=cosine,
                 limit_scale=limit_scale(state.inner_state),

@@ -12,8 +12,18 @@ from cruxy_torch._actuators.orthogonal import Orthogonal
 from cruxy_torch._actuators.slices import BalanceSlices, ScaleSlices
 from cruxy_torch._actuators.trust import AdaptiveGradientClip, ClipRms, TrustRatio
 from cruxy_torch._diagnose import DebugCheck
+from cruxy_torch._distributed.compressed import (
+    CompressedAllReduce,
+    CompressedReduceScatter,
+    compress_fsdp,
+    compressed_allreduce_hook,
+    local_gradients_hook,
+)
+from cruxy_torch._distributed.top_k import AXIOM_DDP, TopK
 from cruxy_torch._interop import state_from_optax, state_to_optax
+from cruxy_torch._memory.activations import ActivationStore, compress_activations
 from cruxy_torch._memory.estimate import MemoryEstimate, estimate_memory, state_bytes
+from cruxy_torch._memory.slots import AXIOM_CHECKPOINT
 from cruxy_torch._optimizers.axiom import AXIOM
 from cruxy_torch._optimizers.cosmic import Cosmic
 from cruxy_torch._optimizers.cruxy import CruxyOptimizer
@@ -29,12 +39,17 @@ __version__ = version()
 
 __all__ = [
     "AXIOM",
+    "AXIOM_CHECKPOINT",
+    "AXIOM_DDP",
+    "ActivationStore",
     "AdaptiveGradientClip",
     "Backend",
     "BackendUse",
     "BalanceSlices",
     "BlendByLoraPid",
     "ClipRms",
+    "CompressedAllReduce",
+    "CompressedReduceScatter",
     "Cosmic",
     "CruxyOptimizer",
     "DebugCheck",
@@ -48,11 +63,16 @@ __all__ = [
     "ScaleSlices",
     "SignBlend",
     "Tiger",
+    "TopK",
     "TrustRatio",
     "backends",
     "build_tagged_param_groups",
+    "compress_activations",
+    "compress_fsdp",
+    "compressed_allreduce_hook",
     "estimate_memory",
     "label_roles",
+    "local_gradients_hook",
     "param_groups",
     "qkv_slices",
     "role_mask",

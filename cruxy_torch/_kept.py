@@ -164,7 +164,7 @@ def assign(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 def _round(kept: Rounded, value: Tensor, key: Any) -> None:
     value = value.to(torch.float32)
-    bits = random_bits(key, _numbers(value.numel(), kept.first, value.device).view(value.shape))
+    bits = random_bits(key, numbers(value.numel(), kept.first, value.device).view(value.shape))
     kept.values.copy_(round_to_bfloat16(value, bits, xp=torch))
 
 
@@ -188,8 +188,8 @@ def _encode(column: Sequence[Coded], values: Sequence[Tensor], key: Any, ok: Ten
     scales = code.scale(x.abs().amax(1), xp=torch)
     noise: Any = code.half
     if key is not None:
-        numbers = [_numbers(len(k.codes) * BLOCK_SIZE, k.first, x.device) for k in column]
-        noise = code.noise(random_bits(key, _joined(numbers).view(x.shape)))
+        own = [numbers(len(k.codes) * BLOCK_SIZE, k.first, x.device) for k in column]
+        noise = code.noise(random_bits(key, _joined(own).view(x.shape)))
     codes = code.encode(x, scales[:, None], noise, xp=torch)
     if code.bits == 4:
         codes = pack(*codes.split(BLOCK_SIZE // 2, dim=1))
@@ -210,7 +210,7 @@ def _blocks(value: Tensor) -> Tensor:
     return flat.view(-1, BLOCK_SIZE)
 
 
-def _numbers(count: int, first: int, device: torch.device) -> Tensor:
+def numbers(count: int, first: int, device: torch.device) -> Tensor:
     """`count` numbers from `first`, which wrap as int32."""
     first = (first + 2**31) % 2**32 - 2**31
     return torch.arange(count, dtype=torch.int32, device=device) + first

@@ -17,6 +17,7 @@ from benchmarks._jax.optimizers import (
 from benchmarks._jax.optimizers import (
     SOURCES as PEER_SOURCES,
 )
+from benchmarks._jax.wired_optimizers import wired
 from benchmarks._rates import STARTS, WEIGHT_DECAY
 from cruxy_control import LoraPid, Meta3, PlateauGuard, SelfDriving, tagged
 from cruxy_control.slices import blocks
@@ -286,7 +287,10 @@ PUBLISHED = {
 }
 """The paper's own settings where they are not the registry's."""
 
-OPTIMIZERS: dict[str, Optimizer] = (
+WIRED = wired(SOURCES, _skips)
+"""Ours, and plain Lion, on four workers with a compressed wire."""
+
+OPTIMIZERS: dict[str, Any] = (
     CONTROLLED
     | SELF_DRIVING
     | ENDED
@@ -300,5 +304,6 @@ OPTIMIZERS: dict[str, Optimizer] = (
     | VARIED
     | YIELDING
     | PUBLISHED
+    | WIRED
 )
 """Every optimizer by name."""

@@ -6,6 +6,7 @@ import torch
 from torch.optim import Optimizer
 
 from benchmarks._rates import STARTS
+from benchmarks._torch.compressed_run import CompressedRun
 from benchmarks._torch.optimizers import LOW_BIT, ORIGINAL, PEERS, SOURCES, Groups, TorchOptimizer
 from cruxy_torch import AXIOM, Cosmic, CruxyOptimizer
 
@@ -67,5 +68,12 @@ COMPACT = {
 
 OURS = CONTROLLED | SELF_DRIVING | COMPACT
 
-OPTIMIZERS: dict[str, TorchOptimizer] = OURS | ORIGINAL | PEERS | LOW_BIT
+ACTIVATIONS = {
+    f"{name}-activations{bits}": CompressedRun.of(CONTROLLED[name], bits)
+    for name in ("meta3", "meta_lion")
+    for bits in (8, 4)
+}
+"""Ours with activations in fewer bits."""
+
+OPTIMIZERS: dict[str, Any] = OURS | ACTIVATIONS | ORIGINAL | PEERS | LOW_BIT
 """Every optimizer by name."""

@@ -74,14 +74,14 @@ def scale_by_controlled_adam(
         Kingma and Ba, [Adam](https://arxiv.org/abs/1412.6980), 2014; Dozat, Incorporating Nesterov
         Momentum into Adam, 2016.
     """
-    b1, b2 = _checked_betas(b1, b2)
+    b1, b2 = check_betas(b1, b2)
     eps = check_range("eps", eps, 0.0, remedy="1e-8 is a usual value")
-    _check_floating(mu_dtype)
+    check_floating(mu_dtype)
 
     def init_fn(params: optax.Params) -> ScaleByControlledAdamState:
         one = jnp.ones((), jnp.float32)
         return ScaleByControlledAdamState(
-            mu=_first_moment_like(params, mu_dtype),
+            mu=first_moment_like(params, mu_dtype),
             nu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=accumulator_dtype(p)), params),
             mu_decay=one,
             nu_decay=one,
@@ -111,7 +111,7 @@ def scale_by_controlled_adam(
             1.0 / _seen(nu_decay),
         )
 
-        grads = jax.tree.map(lambda g: _masked(g, controls), updates)
+        grads = jax.tree.map(lambda g: masked(g, controls), updates)
         mu = jax.tree.map(lambda g, m: beta1 * m.astype(g.dtype) + rest1 * g, grads, state.mu)
         nu = jax.tree.map(lambda g, v: beta2 * v + rest2 * (g * g), grads, state.nu)
         ahead = jax.tree.map(lambda g, m: beta1 * m + rest1 * g, grads, mu) if nesterov else mu
@@ -124,7 +124,7 @@ def scale_by_controlled_adam(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _masked(g: jax.Array, controls: Controls) -> jax.Array:
+def masked(g: jax.Array, controls: Controls) -> jax.Array:
     """The gradient in its accumulator's dtype; 0 on a skipped step, whatever stood before."""
     g = jnp.asarray(g)
     return jnp.where(controls.ok, g, jnp.zeros_like(g)).astype(accumulator_dtype(g))
@@ -241,13 +241,13 @@ def _lions_moment(
     direction_of: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> optax.GradientTransformationExtraArgs:
     """Lion's moment, and what `direction_of(beta2 c, beta2)` makes of it; `name` is the user's."""
-    b1, b2 = _checked_betas(b1, b2)
-    _check_floating(mu_dtype)
+    b1, b2 = check_betas(b1, b2)
+    check_floating(mu_dtype)
     check_range("b2", b2, 0.0, 1.0, lower_open=True, upper_open=True, remedy="use 0.99")
 
     def init_fn(params: optax.Params) -> ScaleByControlledLionState:
         one = jnp.ones((), jnp.float32)
-        return ScaleByControlledLionState(_first_moment_like(params, mu_dtype), one, one)
+        return ScaleByControlledLionState(first_moment_like(params, mu_dtype), one, one)
 
     def update_fn(
         updates: optax.Updates,
@@ -263,7 +263,7 @@ def _lions_moment(
 
         beta1, beta2, rest2, ahead = materialize(beta1, beta2, 1.0 - beta2, beta2 - beta1)
 
-        grads = jax.tree.map(lambda g: _masked(g, controls), updates)
+        grads = jax.tree.map(lambda g: masked(g, controls), updates)
 
         # beta2 (beta1 m + (1 - beta1) g) = beta1 m' + (beta2 - beta1) g: the sign of WP 11 without
         # the old momentum, which XLA would otherwise have to copy before it may be overwritten.
@@ -276,14 +276,16 @@ def _lions_moment(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _checked_betas(b1: chex.Numeric, b2: chex.Numeric) -> tuple[Any, Any]:
+def check_betas(b1: chex.Numeric, b2: chex.Numeric) -> tuple[Any, Any]:
+    """The bases of both decay rates, or an error where one is outside `[0, 1)`."""
     return (
         check_range("b1", b1, 0.0, 1.0, upper_open=True, remedy="0.9 is a usual value"),
         check_range("b2", b2, 0.0, 1.0, upper_open=True, remedy="0.99 to 0.999 are usual values"),
     )
 
 
-def _check_floating(mu_dtype: Any | None) -> None:
+def check_floating(mu_dtype: Any | None) -> None:
+    """Raises where the dtype of a moment is no floating one."""
     if mu_dtype is not None and not jnp.issubdtype(jnp.dtype(mu_dtype), jnp.floating):
         raise TypeError(
             f"mu_dtype must be a floating dtype, got {mu_dtype!r}; use jnp.float32, jnp.bfloat16, "
@@ -291,7 +293,9 @@ def _check_floating(mu_dtype: Any | None) -> None:
         )
 
 
-def _first_moment_like(params: optax.Params, dtype: Any | None) -> optax.Updates:
+def first_moment_like(params: optax.Params, dtype: Any | None) -> optax.Updates:
+    """A first moment of zeros; in the parameter's dtype, but float32 for float16, if `None`."""
+
     def zeros(p: Any) -> jax.Array:
         own = jnp.result_type(p)
         return jnp.zeros_like(p, dtype=dtype or (jnp.float32 if own == jnp.float16 else own))

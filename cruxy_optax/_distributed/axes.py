@@ -82,7 +82,10 @@ def mean_over_axes(x: jax.Array, axis_names: Sequence[str]) -> jax.Array:
 
 
 def sum_over_shards(
-    sums: Sequence[jax.Array], leaves: Sequence[jax.Array], axis_names: Sequence[str]
+    sums: Sequence[jax.Array],
+    leaves: Sequence[jax.Array],
+    axis_names: Sequence[str],
+    replica_axes: Sequence[str] = (),
 ) -> jax.Array:
     """The sum of one number a leaf, over all leaves and all their shards; float32, or float64.
 
@@ -90,6 +93,7 @@ def sum_over_shards(
         sums: of each leaf, what this device makes of its part.
         leaves: which say along which axes they are split.
         axis_names: axes of an enclosing `jax.shard_map` or `jax.pmap`.
+        replica_axes: those along which every device has a leaf of its own: the mean over them.
     """
     total = jnp.zeros((), jnp.float32)
     for partial, leaf in zip(sums, leaves, strict=True):
@@ -97,7 +101,8 @@ def sum_over_shards(
         # and the mean of equal copies is that copy.
         copies = math.prod(lax.psum(1, a) for a in axis_names if a not in split_axes(leaf))
         total = total + partial / copies
-    return lax.psum(total, tuple(axis_names)) if axis_names else total
+    total = lax.psum(total, tuple(axis_names)) if axis_names else total
+    return mean_over_axes(total, replica_axes)
 
 
 def mean_square(leaf: jax.Array, axis_names: Sequence[str] = ()) -> jax.Array:

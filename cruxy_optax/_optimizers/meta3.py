@@ -11,6 +11,7 @@ from cruxy_control.meta3 import Meta3
 from cruxy_optax._actuators.clip import clip_by_predicted_norm
 from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_controlled_lion
 from cruxy_optax._actuators.rate import scale_by_meta_learning_rate, throttle_by_phase
+from cruxy_optax._actuators.voted import scale_by_voted_lion
 from cruxy_optax._memory.quantize import in_bits
 from cruxy_optax._optimizers.parts import Mask, centralized, decayed
 from cruxy_optax._stabilize import stabilize
@@ -135,6 +136,7 @@ def meta_lion(
     bounds: tuple[float, float] | None = None,
     axis_names: str | Sequence[str] = (),
     state_bits: int | None = None,
+    vote: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lion under the Meta3 controller, called like `optax.lion`: one moment instead of two.
 
@@ -165,14 +167,19 @@ def meta_lion(
         bounds: absolute bounds on the meta learning rate; see `scale_by_meta_learning_rate`.
         axis_names: axes of an enclosing `jax.shard_map` or `jax.pmap`; see `stabilize`.
         state_bits: bits an element of the momentum, 32, 16, 8 or 4; see `meta3`.
+        vote: axis of an enclosing `jax.shard_map` along which devices vote on the sign, each from
+            gradients and a momentum of its own, which nobody averages: a bit an element on the wire
+            (`scale_by_voted_lion`; its state lies on the mesh as `vote_specs` says). The law sees
+            the mean over devices of loss and sums of squares. `None` for no vote.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; see `meta3`. State: 4 bytes a float32 parameter,
         plus under 1 KB; 2 bytes with `state_bits=16`, 1.01 with 8 and 0.51 with 4.
 
     Raises:
-        ValueError: where an argument is outside its range, or both `state_bits` and `mu_dtype` are
-            given; from `update` where weight decay finds no `params`.
+        ValueError: where an argument is outside its range, both `state_bits` and `mu_dtype` are
+            given, or a vote and 8 or 4 of `state_bits`; from `update` where weight decay finds no
+            `params`.
         TypeError: where a parameter is complex or `law` is none.
 
     Examples:
@@ -190,19 +197,27 @@ def meta_lion(
         Cruxy Stability Engine White Paper v2.1 (WP); Chen et al., [Symbolic Discovery of
         Optimization Algorithms](https://arxiv.org/abs/2302.06675), 2023.
     """
+    if vote is not None and state_bits in (8, 4):
+        raise ValueError(
+            f"state_bits must be 32 or 16 where devices vote, got {state_bits}: each has a "
+            "momentum of its own, in an axis that codes do not know; use 16."
+        )
+
+    def direction(mu_dtype: Any | None) -> optax.GradientTransformationExtraArgs:
+        if vote is None:
+            return scale_by_controlled_lion(b1, b2, mu_dtype)
+        return scale_by_voted_lion(vote, b1, b2, mu_dtype)
+
     return stabilize(
         optax.chain(
             clip_by_predicted_norm(),
             *centralized(centralize),
-            in_bits(
-                state_bits,
-                mu_dtype,
-                lambda mu_dtype: scale_by_controlled_lion(b1, b2, mu_dtype),
-            ),
+            in_bits(state_bits, mu_dtype, direction),
             *decayed(weight_decay, mask, law),
             throttle_by_phase(),
             scale_by_meta_learning_rate(learning_rate, bounds=bounds),
         ),
         law=law,
         axis_names=axis_names,
+        replica_axes=() if vote is None else vote,
     )

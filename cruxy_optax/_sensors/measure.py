@@ -17,7 +17,11 @@ from cruxy_optax._tree import accumulator_dtype, check_real, root
 
 
 def measure(
-    updates: optax.Updates, value: Any, gamma: float, axis_names: Sequence[str] = ()
+    updates: optax.Updates,
+    value: Any,
+    gamma: float,
+    axis_names: Sequence[str] = (),
+    replica_axes: Sequence[str] = (),
 ) -> Signals:
     """The signals of one step (WP 1), from gradients that nothing has touched yet.
 
@@ -30,11 +34,14 @@ def measure(
         value: the step's loss, a scalar, or `None`.
         gamma: exponent of the gamma norm; 2 costs no second pass.
         axis_names: axes of an enclosing `jax.shard_map` or `jax.pmap`.
+        replica_axes: those along which every device has gradients of its own, of whose sums the
+            mean is taken.
 
     Returns:
         The signals, float32 scalars.
     """
-    return signals_of(raw_sums(updates, gamma, axis_names), _loss(value, axis_names), gamma)
+    sums = raw_sums(updates, gamma, axis_names, replica_axes)
+    return signals_of(sums, _loss(value, (*axis_names, *replica_axes)), gamma)
 
 
 class RawSums(NamedTuple):
@@ -44,14 +51,19 @@ class RawSums(NamedTuple):
     powers: jax.Array  # sum of |g|^gamma; shape=()
 
 
-def raw_sums(updates: optax.Updates, gamma: float, axis_names: Sequence[str] = ()) -> RawSums:
+def raw_sums(
+    updates: optax.Updates,
+    gamma: float,
+    axis_names: Sequence[str] = (),
+    replica_axes: Sequence[str] = (),
+) -> RawSums:
     """The sums over all leaves; the arguments are those of `measure`."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(updates)]
     check_real(leaves)
     sums = [power_sums(leaf, gamma) for leaf in leaves]
     return RawSums(
-        squares=sum_over_shards([pair[0] for pair in sums], leaves, axis_names),
-        powers=sum_over_shards([pair[1] for pair in sums], leaves, axis_names),
+        squares=sum_over_shards([pair[0] for pair in sums], leaves, axis_names, replica_axes),
+        powers=sum_over_shards([pair[1] for pair in sums], leaves, axis_names, replica_axes),
     )
 
 
@@ -69,6 +81,7 @@ def alignment(
     momenta: Sequence[Moment | None],
     norm: jax.Array,
     axis_names: Sequence[str] = (),
+    replica_axes: Sequence[str] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """How gradients and first moments agree, over all leaves that have one and moved.
 
@@ -77,6 +90,7 @@ def alignment(
         momenta: one for each leaf of `updates`, `None` where it has none.
         norm: of all gradients.
         axis_names: see `measure`.
+        replica_axes: likewise.
 
     Returns:
         Their cosine, and the ratio of their lengths: float32 scalars, `NOT_KNOWN` where one side is
@@ -89,14 +103,15 @@ def alignment(
     ]
     grads = [g for g, _ in pairs]
     if any(m is None or m.moved is not None for m in momenta):
-        norm = root(raw_sums(grads, 2.0, axis_names).squares)
+        norm = root(raw_sums(grads, 2.0, axis_names, replica_axes).squares)
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         dtype = accumulator_dtype(a)
         return inner_product(a.astype(dtype), b.astype(dtype))
 
-    along = sum_over_shards([product(g, m) for g, m in pairs], grads, axis_names)
-    length = sum_over_shards([product(m, m) for _, m in pairs], grads, axis_names)
+    axes = (axis_names, replica_axes)
+    along = sum_over_shards([product(g, m) for g, m in pairs], grads, *axes)
+    length = sum_over_shards([product(m, m) for _, m in pairs], grads, *axes)
     both = cosine_of(along, norm, length, xp=jnp), momentum_ratio(length, norm, xp=jnp)
     return both[0].astype(jnp.float32), both[1].astype(jnp.float32)
 

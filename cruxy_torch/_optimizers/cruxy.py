@@ -19,7 +19,7 @@ from cruxy_torch._actuators.moments import Adam, Lion
 from cruxy_torch._actuators.orthogonal import Orthogonal
 from cruxy_torch._actuators.stepped import Frame
 from cruxy_torch._native import library
-from cruxy_torch._optimizers import muon
+from cruxy_torch._optimizers import muon, voting
 from cruxy_torch._optimizers.directed import DirectedOptimizer
 from cruxy_torch._optimizers.modes import LIONS, Mode, law_of, refuse_of_adamw
 
@@ -136,6 +136,10 @@ class CruxyOptimizer(DirectedOptimizer):
         process_group: ranks that hold the same gradients, as under `DistributedDataParallel`, but
             pass a loss of their own: one all-reduce a step keeps their controllers alike, and a
             rank may have no loss. `fully_shard` needs none: its mesh is used. Not pickled.
+        vote: ranks that vote on the sign of each element of Lion's update, each from gradients and
+            a momentum of its own: a bit an element in place of an all-reduce of gradients, which is
+            switched off by `local_gradients_hook`. The law sees the mean over ranks of the sums of
+            squares. All ranks need gradients of the same parameters, and save a state each.
 
     Raises:
         ValueError: where an argument is outside its range or two exclude each other.
@@ -208,6 +212,7 @@ class CruxyOptimizer(DirectedOptimizer):
         relative_limit: float | Literal["mode"] | None = "mode",
         averaging: float | Literal["mode"] | None = "mode",
         process_group: dist.ProcessGroup | None = None,
+        vote: dist.ProcessGroup | None = None,
     ) -> None:
         refuse_of_adamw(betas, amsgrad)
         named, use_lion = LIONS.get(mode, mode), use_lion or mode in LIONS
@@ -223,6 +228,7 @@ class CruxyOptimizer(DirectedOptimizer):
             momentum_dtype, state_bits, select, foreach, fused, compile, differentiable
         )
         _check_direction(direction, law, use_lion=use_lion)
+        voting.check(vote, process_group, direction, compile=compile)
         driving = needs_alignment(law)
         if betas is None:
             betas = (0.9, (0.95 if use_lion else 0.99) if driving else 0.999)
@@ -233,6 +239,7 @@ class CruxyOptimizer(DirectedOptimizer):
         self._momentum_dtype, self._direction = momentum_dtype, direction
         self._select, self._stochastic = select, stochastic_rounding
         self._foreach, self._fused, self._compile = foreach, fused, compile
+        self._vote = vote
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -250,17 +257,20 @@ class CruxyOptimizer(DirectedOptimizer):
         }
         if direction is not None:  # a state of another direction is then refused
             defaults["direction"] = direction if is_muon else type(direction).__name__
+        if vote is not None:
+            defaults["direction"] = voting.name_of(vote)
         super().__init__(
             params,
             defaults,
             law=law,
             lr_bounds=lr_bounds,
-            process_group=process_group,
+            process_group=process_group if vote is None else vote,
             log_path=metrics_path if log_metrics else None,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_vote", None)
         for group in self.param_groups:
             group.setdefault("state_bits", 32)
 
@@ -272,6 +282,8 @@ class CruxyOptimizer(DirectedOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         _checks.check_group(group)
+        if self._vote is not None:
+            voting.check_group(group)
         if self._direction == "muon" and "role" not in group:
             raise ValueError(
                 "direction='muon' must know what each parameter is, got a group without a role; "
@@ -283,7 +295,9 @@ class CruxyOptimizer(DirectedOptimizer):
             return Orthogonal(stacked=group["role"].startswith("moe.expert"))
         if isinstance(self._direction, Direction):
             return self._direction
-        return Lion() if group["use_lion"] else Adam(group["eps"], group["use_nesterov"])
+        if group["use_lion"]:
+            return voting.direction(self._vote, group, self._frame(group)) or Lion()
+        return Adam(group["eps"], group["use_nesterov"])
 
     def _frame(self, group: dict[str, Any]) -> Frame:
         return Frame(
