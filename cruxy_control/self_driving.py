@@ -235,10 +235,14 @@ def usual_limit(direction: str, law: Any) -> float:
         direction: a key of `USUAL_LIMITS`.
         law: the law.
     """
+    return USUAL_LIMITS[direction] * (1.0 if end_of(law) is None else 2.0)
+
+
+def end_of(law: Any) -> int | None:
+    """The steps of a run whose end a law knows, or the one that it is put around; else `None`."""
     while hasattr(law, "law"):
         law = law.law
-    known = getattr(law, "total_steps", None) is not None
-    return USUAL_LIMITS[direction] * (2.0 if known else 1.0)
+    return getattr(law, "total_steps", None)
 
 
 def told_the_end(law: Law, total_steps: int | None) -> Law:
