@@ -9,7 +9,8 @@ from cruxy_torch._actuators.slices import BalanceSlices, ScaleSlices
 from cruxy_torch._actuators.trust import AdaptiveGradientClip, ClipRms, TrustRatio
 from cruxy_torch._diagnose import DebugCheck
 from cruxy_torch._interop import state_from_optax, state_to_optax
-from cruxy_torch._memory.estimate import MemoryEstimate, estimate_memory, state_bytes
+from cruxy_torch._memory.estimate import MemoryEstimate, state_bytes
+from cruxy_torch._models.estimate import estimate_memory
 from cruxy_torch._optimizers.axiom import AXIOM
 from cruxy_torch._optimizers.cosmic import Cosmic
 from cruxy_torch._optimizers.cruxy import CruxyOptimizer
