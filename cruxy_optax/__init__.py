@@ -39,9 +39,10 @@ from cruxy_optax._actuators.trust import (
 )
 from cruxy_optax._diagnose import Diagnosis, diagnose
 from cruxy_optax._low_bit import BlockLayout, LowBitArray
-from cruxy_optax._memory.estimate import MemoryEstimate, estimate_memory
+from cruxy_optax._memory.estimate import MemoryEstimate
 from cruxy_optax._memory.quantize import QuantizeState, quantize_state
 from cruxy_optax._memory.rounding import RoundUpdatesState, round_updates
+from cruxy_optax._models.estimate import estimate_memory
 from cruxy_optax._optimizers.axiom import axiom
 from cruxy_optax._optimizers.cooldown import cooldown
 from cruxy_optax._optimizers.cosmic import cosmic

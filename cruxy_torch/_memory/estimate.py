@@ -104,7 +104,7 @@ def count_memory(
     """Counts the bytes of a model and its optimizer, see `cruxy_torch.estimate_memory`."""
     params = [local(p.detach()) for p in model.parameters()]
     trained = [local(p.detach()) for p in model.parameters() if p.requires_grad]
-    shared = _shared_parameters(model)
+    shared = shared_parameters(model)
     sizes = [nbytes(p) for p in trained]
     waiting = sum(nbytes(local(p.detach())) for p in shared if p.requires_grad)
     return MemoryEstimate(
@@ -187,7 +187,7 @@ def _tensors(node: Any) -> Iterable[Tensor]:
             yield from _tensors(value)
 
 
-def _shared_parameters(model: nn.Module) -> list[nn.Parameter]:
+def shared_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that more than one module, or one under two names, holds."""
     seen: dict[nn.Parameter, int] = {}
     for _, param in model.named_parameters(remove_duplicate=False):

@@ -17,6 +17,7 @@ from cruxy_torch._memory.estimate import (
     count_memory,
     nbytes,
     option_bytes,
+    shared_parameters,
     state_to_come,
     stepped,
     tensor_bytes,
@@ -111,7 +112,8 @@ def estimate_memory(
             )
     sizes = sizes_of(model)
     shapes = tuple((p.shape, p.requires_grad) for p in model.parameters())
-    ways = functools.partial(_ways, sizes, shapes)
+    waiting = sum(p.numel() for p in shared_parameters(model) if p.requires_grad)
+    ways = functools.partial(_ways, sizes, shapes, waiting)
     return count_memory(model, optimizer_factory).compared(sizes, device_bytes, ways)
 
 
@@ -123,11 +125,17 @@ def _device_bytes(device_memory: int | str | None) -> int | None:
     return None
 
 
-def _ways(sizes: Model, shapes: Sequence[tuple[torch.Size, bool]]) -> dict[str, int]:
-    """Bytes of the ways to train a model, from what trains best to what takes least."""
+def _ways(sizes: Model, shapes: Sequence[tuple[torch.Size, bool]], waiting: int) -> dict[str, int]:
+    """Bytes of the ways to train a model, from what trains best to what takes least.
+
+    Args:
+        sizes: of the model.
+        shapes: of its parameters, and whether each is trained.
+        waiting: elements of those whose gradients wait for several modules.
+    """
     trained = [torch.empty(s, dtype=torch.bfloat16, device="meta") for s, grad in shapes if grad]
     moved = sum(t.numel() for t in trained)
-    largest = max((nbytes(t) for t in trained), default=0)
+    largest = min(2 * moved, 2 * waiting + max((nbytes(t) for t in trained), default=0))
     halves = loaded_bytes(sizes, 16)
     driving = functools.partial(CruxyOptimizer, mode="self_driving", state_bits=8)
     adapters = adapter_count(sizes, _RANK)
