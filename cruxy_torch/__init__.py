@@ -11,6 +11,7 @@ from cruxy_torch._diagnose import DebugCheck
 from cruxy_torch._interop import state_from_optax, state_to_optax
 from cruxy_torch._memory.estimate import MemoryEstimate, state_bytes
 from cruxy_torch._models.estimate import estimate_memory
+from cruxy_torch._models.weights import load_model
 from cruxy_torch._optimizers.axiom import AXIOM
 from cruxy_torch._optimizers.cosmic import Cosmic
 from cruxy_torch._optimizers.cruxy import CruxyOptimizer
@@ -48,6 +49,7 @@ __all__ = [
     "build_tagged_param_groups",
     "estimate_memory",
     "label_roles",
+    "load_model",
     "param_groups",
     "qkv_slices",
     "role_mask",
