@@ -22,9 +22,11 @@ from cruxy_torch._roles.layouts import qkv_slices
 from cruxy_torch._roles.table import role_table
 from cruxy_torch._roles.tagged import build_tagged_param_groups
 from cruxy_torch.backends import Backend, BackendUse, backends, use_backend
+from cruxy_torch.training import AXIOM_Trainer, Trainer
 
 __all__ = [
     "AXIOM",
+    "AXIOM_Trainer",
     "AdaptiveGradientClip",
     "Backend",
     "BackendUse",
@@ -44,6 +46,7 @@ __all__ = [
     "ScaleSlices",
     "SignBlend",
     "Tiger",
+    "Trainer",
     "TrustRatio",
     "backends",
     "build_tagged_param_groups",

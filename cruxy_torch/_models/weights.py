@@ -52,8 +52,8 @@ def load_model(
         rank: of the adapters, at least 1.
         gradient_checkpointing: recomputes activations in the backward pass.
         **from_pretrained: handed to the model's `from_pretrained`, such as `revision` or
-            `attn_implementation`. Unless they are here `dtype` is bfloat16 and `device_map` the first
-            CUDA device, or the CPU where there is none.
+            `attn_implementation`. Unless they are here `dtype` is bfloat16 and `device_map` the
+            first CUDA device, or the CPU where there is none.
 
     Returns:
         The model, of the class that its configuration names, in training mode; under `"lora"` a
