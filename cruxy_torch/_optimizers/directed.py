@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cruxy_control.checks import check_count
+from cruxy_control.law import needs_alignment
 from cruxy_control.self_driving import end_of, told_the_end, usual_limit
 from cruxy_torch import _checks
 from cruxy_torch._actuators.apply import DirectedGroup, group_of
@@ -176,6 +177,11 @@ class DirectedOptimizer(ControlledOptimizer):
             for group in self.param_groups:
                 if group["relative_limit"] == before:
                     group["relative_limit"] = usual
+
+    @property
+    def finds_rate(self) -> bool:
+        """Whether the law finds the learning rate on the way, as under self-driving."""
+        return needs_alignment(self._settings.law)
 
     @property
     def total_steps(self) -> int | None:

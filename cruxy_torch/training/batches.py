@@ -102,9 +102,9 @@ class Batches:
                 )
         if self.taken and _print(self._last) != state["print"]:
             warnings.warn(
-                "train_loader gives other batches than in the run that was saved: its data, its "
-                "order or what it draws at random in this process differ, and the run goes on with "
-                "what it has.",
+                "train_loader gives other batches than in the run that was saved: its data or its "
+                "order differ, and the run goes on with what it has. A data set that draws at "
+                "random in this process shows this too, and does no harm.",
                 stacklevel=2,
             )
 

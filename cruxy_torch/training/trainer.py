@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from cruxy_control.checks import check_count
-from cruxy_control.law import needs_alignment
 from cruxy_torch._controlled_optimizer import ControlledOptimizer
 from cruxy_torch._distributed.shards import in_processes
 from cruxy_torch._optimizers.directed import DirectedOptimizer
@@ -36,10 +35,10 @@ class Trainer:
     and codes, the scheduler, the losses so far, where the loader is, and the states of all random
     generators: those of torch, CUDA, NumPy and Python, and those that the loader and its samplers
     have of their own. A run that was killed ends with the bits of one that was not, where the
-    operations of its device do. Two things cannot be brought back: what workers that are kept
-    (`persistent_workers=True`) draw at random, and what a data set draws in this process. A loader
-    with a state of its own (`StatefulDataLoader`) is asked for it. Weights in few bits are not
-    saved: `load_model` gives them again.
+    operations of its device do. One thing cannot be brought back: what workers that are kept
+    (`persistent_workers=True`) draw at random. A loader with a state of its own
+    (`StatefulDataLoader`) is asked for it. Weights in few bits are not saved: `load_model` gives
+    them again.
 
     **Averages.** Where the optimizer keeps an average of the parameters, as under self-driving,
     that is what `evaluate` evaluates and `save_model` saves.
@@ -381,7 +380,7 @@ class Trainer:
         own = self.optimizer
         if not (self._pass_horizon and isinstance(own, DirectedOptimizer)):
             return
-        if needs_alignment(own._settings.law) and own.total_steps in (None, self._told):
+        if own.finds_rate and own.total_steps in (None, self._told):
             self._told = max(steps, 2)
             own.set_total_steps(self._told)
 
