@@ -258,9 +258,9 @@ def test_a_name_a_folder_and_a_configuration_count_alike(tmp_path, given, monkey
 
 def test_what_is_nowhere_and_what_is_no_model_are_named(tmp_path):
     pytest.importorskip("transformers")
-    with pytest.raises(OSError, match="must be a folder with a config.json or a name on the hub"):
+    with pytest.raises(OSError, match=r"must be a folder with a config.json or a name on the hub"):
         estimate_memory(tmp_path)
-    with pytest.raises(TypeError, match="model must be a module, an optimizer, .* got int"):
+    with pytest.raises(TypeError, match=r"model must be a module, an optimizer, .* got int"):
         estimate_memory(3)
     with pytest.raises(KeyError, match="the names of an estimate are fp16_gb"):
         estimate_memory(mlp())["fp15_gb"]
