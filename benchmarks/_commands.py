@@ -23,6 +23,7 @@ MODULES = {
     "labelling": "labelling",
     "step-time": "step_time",
     "memory": "memory",
+    "large-models": "large_models",
     "resume": "resume",
 }
 """The module that holds each, in the order of the report."""

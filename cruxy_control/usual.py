@@ -45,10 +45,14 @@ def usual_limit(kind: str, law: Any) -> float:
         kind: a key of `USUAL`.
         law: the law.
     """
+    return USUAL[kind].relative_limit * (1.0 if end_of(law) is None else 2.0)
+
+
+def end_of(law: Any) -> int | None:
+    """The steps of a run whose end a law knows, or the one that it is put around; else `None`."""
     while hasattr(law, "law"):
         law = law.law
-    known = getattr(law, "total_steps", None) is not None
-    return USUAL[kind].relative_limit * (2.0 if known else 1.0)
+    return getattr(law, "total_steps", None)
 
 
 def usual_law(kind: str, *, ends: bool) -> SelfDriving:

@@ -52,9 +52,10 @@ from cruxy_optax._distributed.compressed import (
 )
 from cruxy_optax._low_bit import BlockLayout, LowBitArray
 from cruxy_optax._memory.activations import compressed_checkpoint
-from cruxy_optax._memory.estimate import MemoryEstimate, estimate_memory
+from cruxy_optax._memory.estimate import MemoryEstimate
 from cruxy_optax._memory.quantize import QuantizeState, quantize_state
 from cruxy_optax._memory.rounding import RoundUpdatesState, round_updates
+from cruxy_optax._models.estimate import estimate_memory
 from cruxy_optax._optimizers.axiom import axiom
 from cruxy_optax._optimizers.cooldown import cooldown
 from cruxy_optax._optimizers.cosmic import cosmic

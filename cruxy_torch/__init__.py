@@ -22,8 +22,10 @@ from cruxy_torch._distributed.compressed import (
 from cruxy_torch._distributed.top_k import AXIOM_DDP, TopK
 from cruxy_torch._interop import state_from_optax, state_to_optax
 from cruxy_torch._memory.activations import ActivationStore, compress_activations
-from cruxy_torch._memory.estimate import MemoryEstimate, estimate_memory, state_bytes
+from cruxy_torch._memory.estimate import MemoryEstimate, state_bytes
 from cruxy_torch._memory.slots import AXIOM_CHECKPOINT
+from cruxy_torch._models.estimate import estimate_memory
+from cruxy_torch._models.weights import load_model
 from cruxy_torch._optimizers.axiom import AXIOM
 from cruxy_torch._optimizers.cosmic import Cosmic
 from cruxy_torch._optimizers.cruxy import CruxyOptimizer
@@ -34,6 +36,7 @@ from cruxy_torch._roles.layouts import qkv_slices
 from cruxy_torch._roles.table import role_table
 from cruxy_torch._roles.tagged import build_tagged_param_groups
 from cruxy_torch.backends import Backend, BackendUse, backends, use_backend
+from cruxy_torch.training import AXIOM_Trainer, Trainer
 
 __version__ = version()
 
@@ -41,6 +44,7 @@ __all__ = [
     "AXIOM",
     "AXIOM_CHECKPOINT",
     "AXIOM_DDP",
+    "AXIOM_Trainer",
     "ActivationStore",
     "AdaptiveGradientClip",
     "Backend",
@@ -64,6 +68,7 @@ __all__ = [
     "SignBlend",
     "Tiger",
     "TopK",
+    "Trainer",
     "TrustRatio",
     "backends",
     "build_tagged_param_groups",
@@ -72,6 +77,7 @@ __all__ = [
     "compressed_allreduce_hook",
     "estimate_memory",
     "label_roles",
+    "load_model",
     "local_gradients_hook",
     "param_groups",
     "qkv_slices",

@@ -228,6 +228,11 @@ class _Seen(NamedTuple):
     whole: Tensor
 
 
+def names_of(optimizer: Any) -> dict[Tensor, str]:
+    """What each parameter of an optimizer is called: its name, or its group and place."""
+    return {row.param: row.name for row in _rows(optimizer, None, ())}
+
+
 def _rows(optimizer: Any, model: nn.Module | None, rules: Sequence[Rule]) -> list[_Row]:
     """All parameters of the optimizer, then those that only the model has."""
     found = {} if model is None else {one.tensor: one for one in find(model, rules)}

@@ -151,7 +151,11 @@ class Pass:
         self._settings, self._law_state, self._whole = settings, law_state, whole
         self._xp = _law_state.namespace(law_state)
         last = _law_state.last_controls(law_state)
-        self._controls = last._replace(clip_scale=self._xp.ones_like(last.clip_scale))
+        one = self._xp.ones_like(last.clip_scale)
+        last = _step.with_largest_norm(
+            last._replace(clip_scale=one), 0.0 * one, settings, xp=self._xp
+        )
+        self._controls = last
         device = law_state["step"].device
         self._key: Any = None
         self._one = torch.ones((), dtype=torch.float32, device=device)
@@ -196,6 +200,7 @@ class Pass:
         sensed = conclude(self._total, loss, self._meshes, self._settings.law.gamma)
         settings = self._settings
         controls = _law_state.advance(settings.law, settings.names, self._law_state, sensed)
+        controls = _step.with_largest_norm(controls, sensed.grad_norm, settings, xp=self._xp)
         _step.record(self._law_state, sensed, controls, self._orders(group))
         for each in late:
             orders = self._orders(each)._replace(ok=controls.ok)

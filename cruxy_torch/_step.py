@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cruxy_control import Controls, Law, Signals, meta_learning_rate
 from cruxy_control import betas as controlled_betas
+from cruxy_control.controls import clip_scale
 from cruxy_control.formulas.averaging import averaging_weight
 from cruxy_control.formulas.limits import RELATIVE_FLOOR, rate_share, relative_limit
 from cruxy_control.law import needs_alignment, steers_decay
@@ -31,11 +32,14 @@ class Settings:
         law: the control law.
         names: of the values in its state, see `_law_state.names_of`.
         lr_bounds: absolute bounds on each rate before the phase factor.
+        max_grad_norm: the largest norm of what is left of a gradient, whatever the law allows;
+            `None` for no such bound.
     """
 
     law: Law
     names: Any
     lr_bounds: tuple[float, float] | None
+    max_grad_norm: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,6 +150,7 @@ def run(
         (norm,) = _law_state.as_scalars([signals.grad_norm], xp)
         still = norm == 0.0
     controls = _law_state.advance(settings.law, settings.names, law_state, signals, still=still)
+    controls = with_largest_norm(controls, signals.grad_norm, settings, xp=xp)
     ordered = [orders_of(group, controls, scale, key, settings, xp=xp) for group in groups]
     record(law_state, signals, controls, ordered[0], still=still)
     (count,) = _law_state.as_scalars([law_state["step"]], xp)
@@ -194,6 +199,25 @@ def orders_of(
         sign_weight=controls.sign_weight,
         decay_scale=controls.decay_scale if steers_decay(settings.law) else None,
     )
+
+
+def with_largest_norm(controls: Controls, norm: Any, settings: Settings, *, xp: Any) -> Controls:
+    """What the law ordered, with `settings.max_grad_norm` in front of its own clipping.
+
+    Args:
+        controls: what the law ordered.
+        norm: of the gradient; a scalar.
+        settings: see there.
+        xp: the controller's namespace.
+    """
+    largest = settings.max_grad_norm
+    if largest is None:
+        return controls
+    (norm,) = _law_state.as_scalars([norm], xp)
+    threshold = xp.clip(controls.clip_threshold, 0.0, largest)
+    factor = xp.minimum(controls.clip_scale, clip_scale(largest, norm, xp=xp))
+    factor = xp.where(controls.ok, factor, controls.clip_scale)
+    return controls._replace(clip_threshold=threshold, clip_scale=factor)
 
 
 def with_limits(

@@ -130,7 +130,7 @@ def test_rooms_name_their_files_alike():
         {name.partition(room)[2] for name in FILES if name.startswith(f"benchmarks.{room}")}
         for room in ("_jax.", "_torch.")
     )
-    assert of_jax - jax_alone == of_torch - {"labelling", "workloads.weights"}
+    assert of_jax - jax_alone == of_torch - {"labelling", "large_models", "workloads.weights"}
 
 
 # What Python runs at every start, in the processes that a sweep starts too.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -149,3 +150,62 @@ def test_bad_arguments_say_what_to_do():
     lowered = step.lower(params, jax.eval_shape(tx.init, params), batch)
     with pytest.raises(TypeError, match=r"args must be left out .*, got Lowered"):
         estimate_memory(tx, params, train_step=lowered, args=(batch,))
+
+
+def test_parameters_and_the_optimizer_may_stand_in_either_order():
+    params = {"w": jax.ShapeDtypeStruct((64, 64), jnp.float32)}
+    tx = optax.adamw(1e-3)
+    assert estimate_memory(params, tx) == estimate_memory(tx, params)
+    assert estimate_memory(params).state == estimate_memory(params, cruxy_optax.axiom()).state
+    with pytest.raises(TypeError, match="needs parameters or the name of a model"):
+        estimate_memory(tx)
+    with pytest.raises(TypeError, match="takes an optax transformation beside them"):
+        estimate_memory(params, 3)
+
+
+def saved_model(folder):
+    """A layer and its embedding in safetensors, under the names that transformers gives them."""
+    numpy = pytest.importorskip("safetensors.numpy")
+    shapes = {
+        "model.embed_tokens.weight": (50, 16),
+        "model.layers.0.self_attn.q_proj.weight": (16, 16),
+        "model.layers.0.mlp.up_proj.weight": (32, 16),
+        "model.norm.weight": (16,),
+    }
+    numpy.save_file(
+        {n: np.zeros(s, np.float32) for n, s in shapes.items()}, folder / "a.safetensors"
+    )
+    return shapes
+
+
+def test_a_folder_is_read_by_its_headers_and_counts_in_bfloat16(tmp_path):
+    shapes = saved_model(tmp_path)
+    count = sum(int(np.prod(shape)) for shape in shapes.values())
+    estimate = estimate_memory(tmp_path, device_memory="1GB")
+    assert (estimate.parameter_count, estimate.parameters) == (count, 2 * count)
+    assert estimate["fp16_gb"] * 1e9 == 2 * count
+    linear, rows = 16 * 16 + 32 * 16, 16 + 32
+    assert estimate["int8_gb"] * 1e9 == pytest.approx(2 * (count - linear) + linear + 5 * rows)
+    assert estimate["recommendation"].startswith("optax.adamw, float32")
+    assert set(estimate.keys()) > {"int4_gb", "state", "peak"}
+
+
+def test_a_name_on_the_hub_is_read_by_its_headers(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    from types import SimpleNamespace
+
+    def metadata(name):
+        assert name == "someone/model"
+        tensors = {"layer.weight": SimpleNamespace(dtype="BF16", shape=[8, 4])}
+        return SimpleNamespace(files_metadata={"a": SimpleNamespace(tensors=tensors)})
+
+    monkeypatch.setattr(hub, "get_safetensors_metadata", metadata)
+    assert estimate_memory("someone/model").parameters == 64
+
+
+def test_a_model_that_is_nowhere_is_named(tmp_path):
+    pytest.importorskip("safetensors")
+    with pytest.raises(OSError, match="must be a folder with safetensors or a name on the hub"):
+        estimate_memory(tmp_path)
+    with pytest.raises(KeyError, match="the names of an estimate are"):
+        estimate_memory({"w": jnp.ones(3)})["fp15_gb"]

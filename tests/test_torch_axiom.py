@@ -422,8 +422,8 @@ def test_memory_usage_counts_what_lives():
         ({"min_dim_size_to_factor": 1}, "min_dim_size_to_factor must be a whole number >= 2"),
         ({"momentum": 0.9, "streak_boost": 2.0}, r"streak_boost must be in \[1, 1.5\], got 2.0"),
         ({"momentum": 0.9, "snr_floor": 1.0}, r"snr_floor must be in \[0, 1\), got 1.0"),
-        ({"streak_boost": 1.5}, "streak_boost needs momentum, got momentum=0.0; set momentum=0.9"),
-        ({"snr_floor": 0.1}, "snr_floor needs momentum, got momentum=0.0; set momentum=0.9"),
+        ({"momentum": 0.0, "streak_boost": 1.5}, "streak_boost needs momentum, got momentum=0.0"),
+        ({"momentum": 0.0, "snr_floor": 0.1}, "snr_floor needs momentum, got momentum=0.0; set"),
     ],
 )
 def test_bad_arguments_are_named_with_rule_value_and_remedy(options, message):

@@ -209,9 +209,9 @@ def test_arguments_that_would_blind_the_controller_are_refused(tmp_path, argumen
 def test_another_optimizer_is_refused(tmp_path):
     model, arguments = models.llama(), training_arguments(tmp_path)
     other = torch.optim.SGD(model.parameters())
-    with pytest.raises(TypeError, match="must hold a CruxyOptimizer, got SGD"):
+    with pytest.raises(TypeError, match="must hold an optimizer of cruxy_torch, got SGD"):
         CruxyTrainer(model=model, args=arguments, optimizers=(other, None))
-    with pytest.raises(TypeError, match="must name CruxyOptimizer"):
+    with pytest.raises(TypeError, match="must name a class of cruxy_torch"):
         CruxyTrainer(
             model=model,
             args=arguments,

@@ -213,3 +213,70 @@ def test_a_metrics_file_of_the_optimizer_is_not_touched(tmp_path):
         mlp(), lambda params: CruxyOptimizer(params, log_metrics=True, metrics_path=path)
     )
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        torch.optim.AdamW,
+        AXIOM,
+        Cosmic,
+        lambda params: CruxyOptimizer(params, mode="self_driving", state_bits=8),
+    ],
+)
+def test_an_optimizer_is_counted_before_its_first_step_and_after(factory):
+    model = mlp()
+    optimizer = factory(model.parameters())
+    before = estimate_memory(optimizer)
+    assert not optimizer.state
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    after = estimate_memory(optimizer)
+    assert before.state == after.state == state_bytes(optimizer)
+    assert after.parameters == after.gradients == sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("given", ["config", "folder", "name"])
+def test_a_name_a_folder_and_a_configuration_count_alike(tmp_path, given, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    config.save_pretrained(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    source = {"config": config, "folder": tmp_path / "tiny", "name": "tiny"}[given]
+    estimate = estimate_memory(source)
+    assert estimate.count == model.num_parameters()
+    assert estimate.parameters == sum(p.nbytes for p in model.parameters())
+    assert estimate.state == estimate_memory(model, AXIOM).state
+    assert set(estimate.keys()) > {"fp16_gb", "int8_gb", "int4_gb", "recommendation", "state"}
+    assert estimate["fp16_gb"] > estimate["int8_gb"] > estimate["int4_gb"]
+
+
+def test_what_is_nowhere_and_what_is_no_model_are_named(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(OSError, match=r"must be a folder with a config.json or a name on the hub"):
+        estimate_memory(tmp_path)
+    with pytest.raises(TypeError, match=r"model must be a module, an optimizer, .* got int"):
+        estimate_memory(3)
+    with pytest.raises(KeyError, match="the names of an estimate are fp16_gb"):
+        estimate_memory(mlp())["fp15_gb"]
+
+
+def test_the_first_way_that_fits_is_recommended():
+    with torch.device("meta"):
+        model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024) for _ in range(8)])
+    ways = dict(estimate_memory(model).ways)
+    names, sizes = list(ways), list(ways.values())
+    assert sizes == sorted(sizes, reverse=True)
+    count = sum(p.numel() for p in model.parameters())
+    assert sizes[0] == 16 * count
+    for name, size in ways.items():
+        estimate = estimate_memory(model, device_memory=round(1.2 * size) + 1)
+        assert estimate["recommendation"].startswith(name)
+    assert "does not fit" in estimate_memory(model, device_memory="1MB")["recommendation"]
+    halves = model.to(torch.bfloat16)
+    assert ways[names[2]] == estimate_memory(halves).released_total

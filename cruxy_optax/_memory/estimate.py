@@ -1,15 +1,22 @@
 """What a run will need: bytes of parameters, gradients, state and the compiled step, beforehand."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from cruxy_control.memory import NAMES, Model, Sizes, read
 
-class MemoryEstimate(NamedTuple):
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate(Sizes):
     """Bytes a training run takes; `print` shows them as a table.
+
+    Every attribute can also be read as `estimate["state"]`, and `dict(estimate)` has all of them.
 
     Attributes:
         parameter_count: number of parameters.
@@ -22,6 +29,9 @@ class MemoryEstimate(NamedTuple):
         temporaries: bytes it needs in between: activations and gradients.
         reused: bytes of outputs that take the place of donated arguments.
         peak: `arguments + outputs + temporaries - reused`.
+        device_bytes: of the device that the recommendation is for; `None` for none.
+        find_model: gives `model`.
+        find_ways: gives `ways`.
     """
 
     parameter_count: int
@@ -33,6 +43,30 @@ class MemoryEstimate(NamedTuple):
     temporaries: int | None = None
     reused: int | None = None
     peak: int | None = None
+    device_bytes: int | None = dataclasses.field(default=None, repr=False)
+    find_model: Callable[[], Model] = dataclasses.field(
+        default=functools.partial(Model, 0, ()), repr=False, compare=False
+    )
+    find_ways: Callable[[], Mapping[str, int]] = dataclasses.field(
+        default=dict, repr=False, compare=False
+    )
+
+    @functools.cached_property
+    def model(self) -> Model:
+        """What decides how much the weights take in few bits."""
+        return self.find_model()
+
+    @functools.cached_property
+    def ways(self) -> Mapping[str, int]:
+        """Bytes of weights, gradients and state in each way to train, the best first."""
+        return self.find_ways()
+
+    def keys(self) -> tuple[str, ...]:
+        """The names that can be read as `estimate[name]`."""
+        return (*NAMES, *_COUNTED)
+
+    def __getitem__(self, name: str) -> Any:
+        return read(self, self.keys(), name)
 
     def __str__(self) -> str:
         rows = [
@@ -55,64 +89,19 @@ class MemoryEstimate(NamedTuple):
         return "\n".join(lines)
 
 
-def estimate_memory(
-    tx: optax.GradientTransformation,
-    params: optax.Params,
-    *,
-    train_step: Callable[..., Any] | jax.stages.Lowered | jax.stages.Compiled | None = None,
-    args: Sequence[Any] = (),
+_COUNTED = tuple(f.name for f in dataclasses.fields(MemoryEstimate) if f.repr)
+
+
+def count_memory(
+    tx: optax.GradientTransformation, params: Any, train_step: Any, args: Sequence[Any]
 ) -> MemoryEstimate:
-    """Says what training will take, before anything is allocated.
-
-    Parameters, gradients and state are counted from shapes and are exact. Given a training step,
-    it is compiled, not run, and XLA's own analysis gives the peak of that program: activations,
-    gradients and whatever the compiler keeps at once. What else lives on the device, such as the
-    next batch, is not in it.
-
-    Args:
-        tx: the optimizer; any optax transformation.
-        params: the parameters, or `jax.ShapeDtypeStruct`s of them, as `jax.eval_shape` gives.
-        train_step: called as `train_step(params, opt_state, *args)`. Where it is not under
-            `jax.jit` it is compiled without donating anything; with
-            `jax.jit(step, donate_argnums=(0, 1))` the new parameters and state take the place of
-            the old ones, as they should. A step with other arguments is given lowered or compiled,
-            `jax.jit(step).lower(...)`.
-        args: further arguments of the step, such as a batch; arrays or `jax.ShapeDtypeStruct`s.
-
-    Returns:
-        The bytes. Those of parameters, gradients and state are of all devices together; those of
-        the compiled step are of one device.
-
-    Raises:
-        TypeError: where `train_step` cannot be called, or `args` come with a step that has its
-            own already.
-        ValueError: where the compiler's backend gives no analysis.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp, optax, cruxy_optax
-        >>> params = {"w": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
-        >>> tx = optax.adamw(1e-3)
-        >>> print(cruxy_optax.estimate_memory(tx, params))
-                                                         bytes   a parameter
-        parameters                                   1,048,576         4.000
-        gradients                                    1,048,576         4.000
-        optimizer state                              2,097,156         8.000
-        >>> def step(params, opt_state, x):
-        ...     grads = jax.grad(lambda p: jnp.sum((x @ p["w"]) ** 2))(params)
-        ...     updates, opt_state = tx.update(grads, opt_state, params)
-        ...     return optax.apply_updates(params, updates), opt_state
-        >>> step = jax.jit(step, donate_argnums=(0, 1))
-        >>> batch = jax.ShapeDtypeStruct((8, 512), jnp.float32)
-        >>> memory = cruxy_optax.estimate_memory(tx, params, train_step=step, args=(batch,))
-        >>> memory.arguments - memory.reused == batch.size * 4
-        True
-    """
-    params = jax.tree.map(_shape_of, params)
+    """Counts the bytes of a run, see `cruxy_optax.estimate_memory`."""
     state = jax.eval_shape(tx.init, params)
+    sizes = [_bytes(leaf) for leaf in jax.tree.leaves(params) if _is_inexact(leaf)]
     counted = MemoryEstimate(
         parameter_count=sum(leaf.size for leaf in jax.tree.leaves(params)),
         parameters=tree_bytes(params),
-        gradients=sum(_bytes(leaf) for leaf in jax.tree.leaves(params) if _is_inexact(leaf)),
+        gradients=sum(sizes),
         state=tree_bytes(state),
     )
     if train_step is None:
@@ -126,7 +115,8 @@ def estimate_memory(
         )
     arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
     temporaries, reused = analysis.temp_size_in_bytes, analysis.alias_size_in_bytes
-    return counted._replace(
+    return dataclasses.replace(
+        counted,
         arguments=arguments,
         outputs=outputs,
         temporaries=temporaries,
@@ -148,7 +138,7 @@ def _is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
     """The shape of a leaf, with its sharding where it has one, and none of its memory."""
     return jax.ShapeDtypeStruct(
         jnp.shape(leaf), jnp.result_type(leaf), sharding=getattr(leaf, "sharding", None)

@@ -1,7 +1,10 @@
 """What a training run will keep in memory, counted before anything is allocated."""
 
+import copy
 import dataclasses
-from collections.abc import Callable, Iterable
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,14 +12,16 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+from cruxy_control.memory import NAMES, Model, Sizes, read
 from cruxy_torch._distributed.shards import local
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryEstimate:
+class MemoryEstimate(Sizes):
     """What one rank of a run keeps, in bytes; printed, a table.
 
-    Activations, temporaries and what the allocator leaves unused come on top.
+    Activations, temporaries and what the allocator leaves unused come on top. Every attribute can
+    also be read as `estimate["state"]`, and `dict(estimate)` has all of them.
 
     Attributes:
         count: elements of the parameters, those that are not trained included.
@@ -27,6 +32,9 @@ class MemoryEstimate:
             its parameter is updated: the largest of them, and those of parameters that several
             modules share, which wait for the last of these.
         state: bytes of the optimizer's state.
+        model: what decides how much the weights take in few bits.
+        device_bytes: of the device that the recommendation is for; `None` for none.
+        find_ways: gives `ways`.
     """
 
     count: int
@@ -35,6 +43,31 @@ class MemoryEstimate:
     gradients: int
     released_gradients: int
     state: int
+    model: Model = dataclasses.field(default=Model(0, ()), repr=False)
+    device_bytes: int | None = dataclasses.field(default=None, repr=False)
+    find_ways: Callable[[], Mapping[str, int]] = dataclasses.field(
+        default=dict, repr=False, compare=False
+    )
+
+    @functools.cached_property
+    def ways(self) -> Mapping[str, int]:
+        """Bytes of weights, gradients and state in each way to train, the best first."""
+        return self.find_ways()
+
+    def compared(
+        self, model: Model, device_bytes: int | None, find_ways: Callable[[], Mapping[str, int]]
+    ) -> "MemoryEstimate":
+        """The same with what the weights in few bits and the recommendation need."""
+        return dataclasses.replace(
+            self, model=model, device_bytes=device_bytes, find_ways=find_ways
+        )
+
+    def keys(self) -> tuple[str, ...]:
+        """The names that can be read as `estimate[name]`."""
+        return (*NAMES, *_COUNTED, "total", "released_total")
+
+    def __getitem__(self, name: str) -> Any:
+        return read(self, self.keys(), name)
 
     @property
     def total(self) -> int:
@@ -62,56 +95,25 @@ class MemoryEstimate:
         return "\n".join(lines)
 
 
-def estimate_memory(
+_COUNTED = tuple(f.name for f in dataclasses.fields(MemoryEstimate) if f.repr)
+
+
+def count_memory(
     model: nn.Module, optimizer_factory: Callable[[list[nn.Parameter]], Optimizer]
 ) -> MemoryEstimate:
-    """Counts what a model and its optimizer will keep, before anything is allocated.
-
-    The state is what the optimizer itself makes: the factory is given parameters like the model's
-    on the `meta` device, where tensors have shapes and no memory, and takes one step on them. It
-    works for every optimizer of this package, of `torch.optim`, and any other whose first step
-    allocates its state with torch's own operations and needs no closure (`LBFGS` does).
-
-    Args:
-        model: on any device, best on `meta` (`with torch.device("meta"): model = ...`); it is left
-            as it is. Parameters sharded as `DTensor` count with this rank's shard.
-        optimizer_factory: makes the optimizer from the list of the parameters that are trained, in
-            the order of `model.parameters()`; an optimizer's class will do. Leave out
-            `fused=True`, which the `meta` device does not have; it does not change the state.
-
-    Returns:
-        The bytes by kind.
-
-    Raises:
-        TypeError: where the factory gives no optimizer, or one whose step needs a closure.
-
-    Examples:
-        >>> import torch
-        >>> import cruxy_torch
-        >>> with torch.device("meta"):
-        ...     model = torch.nn.Linear(4096, 4096)
-        >>> print(cruxy_torch.estimate_memory(model, torch.optim.AdamW))
-        16,781,312 parameters             memory  bytes each
-        parameters                     64.02 MiB      4.0000
-        buffers                              0 B      0.0000
-        gradients                      64.02 MiB      4.0000
-          released                     64.00 MiB      3.9990
-        optimizer state               128.03 MiB      8.0000
-        total                         256.06 MiB     16.0000
-          gradients released          256.05 MiB     15.9990
-    """
+    """Counts the bytes of a model and its optimizer, see `cruxy_torch.estimate_memory`."""
     params = [local(p.detach()) for p in model.parameters()]
     trained = [local(p.detach()) for p in model.parameters() if p.requires_grad]
-    shared = _shared_parameters(model)
+    shared = shared_parameters(model)
     sizes = [nbytes(p) for p in trained]
     waiting = sum(nbytes(local(p.detach())) for p in shared if p.requires_grad)
     return MemoryEstimate(
         count=sum(p.numel() for p in params),
-        parameters=sum(map(nbytes, params)),
+        parameters=sum(map(nbytes, model.parameters())),
         buffers=sum(nbytes(local(b)) for b in model.buffers()),
         gradients=sum(sizes),
         released_gradients=min(sum(sizes), waiting + max(sizes, default=0)),
-        state=_state_after_a_step(trained, optimizer_factory) if trained else 0,
+        state=state_after_a_step(trained, optimizer_factory) if trained else 0,
     )
 
 
@@ -151,12 +153,27 @@ def tensor_bytes(node: Any) -> int:
 
 
 def nbytes(tensor: Tensor) -> int:
-    """Bytes of a tensor on this rank; of a wrapper subclass, of what it wraps."""
+    """Bytes of a tensor on this rank; of a wrapper subclass, of what it wraps.
+
+    Codes of bitsandbytes count with the scales that they carry.
+    """
     tensor = local(tensor)
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return sum(nbytes(getattr(tensor, name)) for name in names)
-    return tensor.numel() * tensor.element_size()
+    beside = [getattr(tensor, name, None) for name in _SCALES]
+    scales = [vars(b) if hasattr(b, "absmax") else b for b in beside if b is not None]
+    return tensor.numel() * tensor.element_size() + tensor_bytes(scales)
+
+
+_SCALES = ("quant_state", "SCB")
+"""Where a tensor of bitsandbytes has its scales."""
+
+
+def is_coded(tensor: Tensor) -> bool:
+    """Whether a parameter is kept in codes, which no optimizer moves."""
+    wrapped = is_traceable_wrapper_subclass(local(tensor))
+    return wrapped or not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _tensors(node: Any) -> Iterable[Tensor]:
@@ -170,7 +187,7 @@ def _tensors(node: Any) -> Iterable[Tensor]:
             yield from _tensors(value)
 
 
-def _shared_parameters(model: nn.Module) -> list[nn.Parameter]:
+def shared_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that more than one module, or one under two names, holds."""
     seen: dict[nn.Parameter, int] = {}
     for _, param in model.named_parameters(remove_duplicate=False):
@@ -178,9 +195,44 @@ def _shared_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [param for param, count in seen.items() if count > 1]
 
 
-def _state_after_a_step(
+def state_to_come(optimizer: Optimizer) -> int:
+    """Bytes of the state of an optimizer, or of that which its first step will make."""
+    if optimizer.state:
+        return state_bytes(optimizer)
+
+    def copied(shadows: list[nn.Parameter]) -> Optimizer:
+        parts = dict(optimizer.__getstate__())
+        waiting = iter(shadows)
+        groups = []
+        for group in optimizer.param_groups:
+            own = copy.deepcopy({k: v for k, v in group.items() if k != "params"})
+            groups.append(
+                own | {"params": [next(waiting) for p in group["params"] if p.requires_grad]}
+            )
+        twin = type(optimizer).__new__(type(optimizer))
+        twin.__setstate__(parts | {"param_groups": groups, "state": defaultdict(dict)})
+        return twin
+
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = [local(p.detach()) for p in params if p.requires_grad]
+    return state_after_a_step(trained, copied) if trained else 0
+
+
+def state_after_a_step(
     trained: list[Tensor], optimizer_factory: Callable[[list[nn.Parameter]], Optimizer]
 ) -> int:
+    """Bytes of the state that an optimizer makes in its first step on tensors like these."""
+    return state_bytes(stepped(trained, optimizer_factory))
+
+
+def stepped(
+    trained: list[Tensor], optimizer_factory: Callable[[list[nn.Parameter]], Optimizer]
+) -> Optimizer:
+    """An optimizer that has taken a step on tensors like these without memory.
+
+    Raises:
+        TypeError: where the factory gives no optimizer, or one whose step needs a closure.
+    """
     shadows = [nn.Parameter(torch.empty_like(p, device="meta")) for p in trained]
     optimizer = optimizer_factory(shadows)
     if not isinstance(optimizer, Optimizer):
@@ -200,7 +252,7 @@ def _state_after_a_step(
             "the optimizer's step must need no closure, got one that does "
             f"({type(optimizer).__name__}); count its state with state_bytes after a real step."
         ) from error
-    return state_bytes(optimizer)
+    return optimizer
 
 
 class _ValuesOnMeta(TorchDispatchMode):

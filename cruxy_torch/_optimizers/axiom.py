@@ -1,7 +1,9 @@
 """`AXIOM`: memory first. A factored second moment, momentum in 4 bits or none, relative steps."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -13,10 +15,16 @@ from cruxy_control.formulas.factored import BOOST_LIMIT
 from cruxy_control.law import needs_alignment
 from cruxy_control.meta3 import Meta3
 from cruxy_torch import _checks
+from cruxy_torch._actuators.apply import DirectedGroup
 from cruxy_torch._actuators.axiom import FactoredDirection
+from cruxy_torch._diagnose import names_of
 from cruxy_torch._memory.estimate import nbytes, state_bytes
 from cruxy_torch._memory.state import bits_of
 from cruxy_torch._optimizers.directed import DirectedOptimizer
+from cruxy_torch._sensors import anomaly
+
+_USUAL_MOMENTUM = 0.9
+"""Where something needs momentum and nobody said how much."""
 
 
 class AXIOM(DirectedOptimizer):
@@ -55,11 +63,26 @@ class AXIOM(DirectedOptimizer):
         params: parameters, or parameter groups, as for every `torch.optim` optimizer. Groups may
             set every argument up to `averaging` of their own.
         lr: learning rate, at least 0; a number or a tensor of one element.
+        weight_decay: decoupled weight decay, at least 0; multiplied by the rate.
+        max_grad_norm: scales the gradients so that their norm, over all parameters, is at most
+            this, above 0; the sensors see them as they are. With `register_hooks()` each tensor is
+            scaled by its own norm, since a gradient is gone before the norm of all is known. `None`
+            for no such bound.
+        detect_anomaly: raises `FloatingPointError` with the names of the gradients that are not
+            finite and how many of their elements, at the price of one wait for the device a step.
+            Nothing has moved then; with `register_hooks()` other tensors may have. `False` skips
+            such a step and counts it. Under a `GradScaler`, which expects infinities, it is skipped
+            too.
+        streak_boost: up to this factor, in `[1, 1.5]`, for coordinates whose sign persists; needs
+            momentum. 1 is none.
+        snr_floor: rows (along the last axis) whose signal-to-noise ratio `m^2 / v` is below this,
+            in `[0, 1)`, are damped in proportion; needs momentum. Noise alone has
+            `(1 - momentum) / (1 + momentum)`, 0.053 at 0.9. 0 is none.
         momentum: decay rate of the average of the normalised gradient, in `[0, 1)`; 0 keeps none.
-            0.9 costs 0.51 bytes a parameter in 4 bits.
+            0.9 costs 0.51 bytes a parameter in 4 bits. `None` is 0.9 in groups with a
+            `streak_boost` or `snr_floor`, and 0 in others.
         momentum_bits: 4, 8, 16 (bfloat16) or 32. Parameters of fewer than 4,096 elements keep it in
             float32. What is below 32 bits is rounded up or down by chance.
-        weight_decay: decoupled weight decay, at least 0; multiplied by the rate.
         relative_step: multiplies each tensor's step by the root mean square of the tensor, so that
             the rate is a share of the weights: about 1e-2.
         decay_rate: exponent of the second moment's decay, in `(0, 1]`.
@@ -70,11 +93,6 @@ class AXIOM(DirectedOptimizer):
             for no limit.
         min_dim_size_to_factor: a tensor is factored over its two largest axes where both are at
             least this long; others keep a whole second moment, at 4 bytes a parameter.
-        streak_boost: up to this factor, in `[1, 1.5]`, for coordinates whose sign persists; needs
-            momentum. 1 is none.
-        snr_floor: rows (along the last axis) whose signal-to-noise ratio `m^2 / v` is below this,
-            in `[0, 1)`, are damped in proportion; needs momentum. Noise alone has
-            `(1 - momentum) / (1 + momentum)`, 0.053 at 0.9. 0 is none.
         maximize: climbs instead of descending.
         relative_limit: see `CruxyOptimizer`; `None` for no limit.
         averaging: see `CruxyOptimizer`; `None` keeps no average. It is as large as the parameters
@@ -90,6 +108,7 @@ class AXIOM(DirectedOptimizer):
     Raises:
         ValueError: where an argument is outside its range, or `streak_boost`, `snr_floor` or the
             law finds no momentum.
+        FloatingPointError: from `step` under `detect_anomaly`.
 
     Examples:
         >>> import torch
@@ -115,21 +134,25 @@ class AXIOM(DirectedOptimizer):
         2018, for `power`.
     """
 
+    _pickled = (*DirectedOptimizer._pickled, "_detects")
+
     def __init__(
         self,
         params: Iterable[Any],
         lr: float | Tensor = 1e-3,
-        *,
-        momentum: float = 0.0,
-        momentum_bits: int = 4,
         weight_decay: float = 0.01,
+        max_grad_norm: float | None = None,
+        detect_anomaly: bool = False,
+        streak_boost: float = 1.0,
+        snr_floor: float = 0.0,
+        *,
+        momentum: float | None = None,
+        momentum_bits: int = 4,
         relative_step: bool = False,
         decay_rate: float = 0.8,
         power: float = 1.0,
         clip_rms: float | None = 1.0,
         min_dim_size_to_factor: int = 32,
-        streak_boost: float = 1.0,
-        snr_floor: float = 0.0,
         maximize: bool = False,
         relative_limit: float | None = None,
         averaging: float | None = None,
@@ -138,7 +161,11 @@ class AXIOM(DirectedOptimizer):
         lr_bounds: tuple[float, float] | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._stochastic = stochastic_rounding
+        if max_grad_norm is not None:
+            ends = {"lower_open": True, "upper_open": True}
+            remedy = "1 is usual, None is no bound"
+            check_range("max_grad_norm", max_grad_norm, 0.0, math.inf, **ends, remedy=remedy)
+        self._stochastic, self._detects = stochastic_rounding, bool(detect_anomaly)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -158,6 +185,30 @@ class AXIOM(DirectedOptimizer):
         super().__init__(
             params, defaults, law=law, lr_bounds=lr_bounds, process_group=process_group
         )
+        self._settings = dataclasses.replace(self._settings, max_grad_norm=max_grad_norm)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group with options of its own; the one controller sees its gradients too."""
+        options = {**self.defaults, **param_group}
+        if options["momentum"] is None:
+            needs = options["streak_boost"] > 1.0 or options["snr_floor"] > 0.0
+            param_group = {**param_group, "momentum": _USUAL_MOMENTUM if needs else 0.0}
+        super().add_param_group(param_group)
+
+    def register_hooks(self, lr_scale: float = 1.0) -> None:
+        """Like `CruxyOptimizer.register_hooks`.
+
+        Args:
+            lr_scale: kept for code that gives one. It multiplies nothing, and another value than 1
+                warns: gradients here are exact, and there is no loss of size to make up for.
+        """
+        if lr_scale != 1.0:
+            warnings.warn(
+                f"lr_scale={lr_scale} is ignored: released gradients are exact, so that the rate "
+                "needs no factor; leave it out.",
+                stacklevel=2,
+            )
+        super().register_hooks()
 
     def get_lr(self) -> float:
         """The learning rate of the first group, as the user or a scheduler set it.
@@ -196,8 +247,63 @@ class AXIOM(DirectedOptimizer):
         }
         return usage | {"total": sum(usage.values())}
 
+    def step(
+        self, closure: Callable[[], Any] | None = None, loss: float | Tensor | None = None
+    ) -> Any:
+        """Measures, asks the law, and updates every parameter that has a gradient.
+
+        Args:
+            closure: clears gradients, computes the loss, calls `backward` and returns the loss.
+            loss: this step's loss, a tensor of one element or a number.
+
+        Returns:
+            What the closure returned; without one, `loss`.
+
+        Raises:
+            ValueError: where the loss is not one real number.
+            RuntimeError: where a gradient is sparse.
+            FloatingPointError: under `detect_anomaly`, where a gradient is not finite.
+        """
+        result = super().step(closure, loss)
+        self._raise_if_any()
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, and what a backward pass with registered hooks has left open.
+
+        Args:
+            set_to_none: frees the gradients instead of filling them with zeros.
+        """
+        super().zero_grad(set_to_none)
+        self._counts = {}
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._counts: dict[Tensor, Tensor] = {}
+
+    def _step_all(self, losses: list[float | Tensor]) -> bool:
+        if self._detects and getattr(self, "found_inf", None) is None:
+            for param in (p for group in self.param_groups for p in group["params"]):
+                if param.grad is not None:
+                    self._counts[param] = anomaly.nonfinite(_checks.dense_grad(param))
+            self._raise_if_any()
+        return super()._step_all(losses)
+
+    def _group(self, index: int, only: Tensor | None = None) -> DirectedGroup:
+        if self._detects and only is not None:  # released in the backward pass
+            self._counts[only] = anomaly.nonfinite(_checks.dense_grad(only))
+        return super()._group(index, only)
+
+    def _raise_if_any(self) -> None:
+        """Raises where a gradient that was counted is not finite, and forgets them all."""
+        counts, self._counts = self._counts, {}
+        if counts and not next(iter(counts)).is_meta:
+            params = list(counts)
+            anomaly.raise_if_any(list(counts.values()), params, params, names_of(self))
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_detects", False)
         for group in self.param_groups:
             group.setdefault("power", 1.0)
 

@@ -79,6 +79,8 @@ class Cosmic(DirectedOptimizer):
             keeps two tensors from taking turns.
         log_path: a file to which each new plan is appended as one line of JSON, see `retier`;
             `None` for none.
+        log_metrics: appends one JSON line a step to `metrics_path`, see `CruxyOptimizer`.
+        metrics_path: that file.
         stochastic_rounding: rounds updates of bfloat16 parameters up or down by chance.
         law: the control law with its constants; not one that steers by the first moment, such as
             `SelfDriving`: some tensors keep none, and the next plan may drop another's.
@@ -126,6 +128,8 @@ class Cosmic(DirectedOptimizer):
         retier_every: int | None = 100,
         hysteresis: float = 0.2,
         log_path: str | Path | None = None,
+        log_metrics: bool = False,
+        metrics_path: str | Path = "./cruxy_metrics.jsonl",
         stochastic_rounding: bool = True,
         law: Law = Meta3(),
         lr_bounds: tuple[float, float] | None = None,
@@ -156,7 +160,12 @@ class Cosmic(DirectedOptimizer):
             "steps": 0,
         }
         super().__init__(
-            params, defaults, law=law, lr_bounds=lr_bounds, process_group=process_group
+            params,
+            defaults,
+            law=law,
+            lr_bounds=lr_bounds,
+            process_group=process_group,
+            log_path=metrics_path if log_metrics else None,
         )
 
     def step(

@@ -172,7 +172,15 @@ class CruxyOptimizer(DirectedOptimizer):
 
     _pickled = (
         *DirectedOptimizer._pickled,
-        *("_momentum_dtype", "_direction", "_select", "_foreach", "_fused", "_compile"),
+        *(
+            "_momentum_dtype",
+            "_direction",
+            "_select",
+            "_foreach",
+            "_fused",
+            "_compile",
+            "_limited_as",
+        ),
     )
 
     def __init__(
@@ -230,10 +238,12 @@ class CruxyOptimizer(DirectedOptimizer):
         _check_direction(direction, law, use_lion=use_lion)
         voting.check(vote, process_group, direction, compile=compile)
         driving = needs_alignment(law)
+        self._limited_as = None
         if betas is None:
             betas = (0.9, (0.95 if use_lion else 0.99) if driving else 0.999)
         if relative_limit == "mode":
             relative_limit = usual_limit(kind, law) if driving else None
+            self._limited_as = kind if driving else None
         if averaging == "mode":
             averaging = 16.0 if driving else None
         self._momentum_dtype, self._direction = momentum_dtype, direction
@@ -271,6 +281,7 @@ class CruxyOptimizer(DirectedOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_vote", None)
+        self.__dict__.setdefault("_limited_as", None)
         for group in self.param_groups:
             group.setdefault("state_bits", 32)
 

@@ -1,5 +1,6 @@
 """What optimizers with a direction share: how a group of theirs is put together for a step."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 from cruxy_control.checks import check_count
+from cruxy_control.law import needs_alignment
+from cruxy_control.usual import end_of, told_the_end, usual_limit
 from cruxy_torch import _checks
 from cruxy_torch._actuators.apply import DirectedGroup, group_of
 from cruxy_torch._actuators.direction import Direction
@@ -27,6 +30,7 @@ class DirectedOptimizer(ControlledOptimizer):
     """
 
     _stochastic: bool
+    _limited_as: str | None = None  # the direction whose usual relative limit nobody replaced
     _pickled = (*ControlledOptimizer._pickled, "_stochastic")
 
     @property
@@ -142,6 +146,47 @@ class DirectedOptimizer(ControlledOptimizer):
         """
         check_count("steps", steps, 1, remedy="give the steps that are left")
         cooldown.begin(self._law(), self._settings.names, steps)
+
+    def set_total_steps(self, steps: int) -> None:
+        """Says how many steps the run has, where that is known only after the optimizer was made.
+
+        The rate is then found in the first fifth of them and falls to 0 in the rest, see
+        `CruxyOptimizer(total_steps=)`. A relative limit that came with the mode becomes the one
+        that suits a run with an end; one that was given stays.
+
+        Args:
+            steps: of the whole run, those that were taken included, at least 2.
+
+        Raises:
+            ValueError: where the law is not `SelfDriving`, or `steps` is below 2.
+
+        Examples:
+            >>> import torch
+            >>> import cruxy_torch
+            >>> x = torch.nn.Parameter(torch.ones(3))
+            >>> optimizer = cruxy_torch.CruxyOptimizer([x], mode="self_driving")
+            >>> optimizer.set_total_steps(500)
+            >>> optimizer.total_steps, optimizer.param_groups[0]["relative_limit"]
+            (500, 0.2)
+        """
+        law = told_the_end(self._settings.law, steps)
+        self._settings = dataclasses.replace(self._settings, law=law)
+        if self._limited_as is not None:
+            usual, before = usual_limit(self._limited_as, law), self.defaults["relative_limit"]
+            self.defaults["relative_limit"] = usual
+            for group in self.param_groups:
+                if group["relative_limit"] == before:
+                    group["relative_limit"] = usual
+
+    @property
+    def finds_rate(self) -> bool:
+        """Whether the law finds the learning rate on the way, as under self-driving."""
+        return needs_alignment(self._settings.law)
+
+    @property
+    def total_steps(self) -> int | None:
+        """The steps of a run whose end the law knows; `None` for a run without an end."""
+        return end_of(self._settings.law)
 
     def _direction_of(self, group: dict[str, Any], moving: Sequence[Tensor] = ()) -> Direction:
         """The direction of a group, of which these parameters have a gradient."""
