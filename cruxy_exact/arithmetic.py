@@ -103,7 +103,7 @@ def field(x: Any, *, xp: Any) -> Any:
 
     `2^(e-127) <= x < 2^(e-126)`. It is 0 for 0 and 255 for what is not finite.
     """
-    return x.view(xp.int32) >> 23
+    return (x.view(xp.int32) >> 23) & 255  # a maximum may be a NaN with a sign
 
 
 def power(k: Any, *, xp: Any) -> Any:

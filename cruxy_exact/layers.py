@@ -225,6 +225,7 @@ def embed_backward(kept: Kept, g: Any, *, xp: Any) -> Kept:
     return (scatter_add(ids.reshape(-1), g, rows, xp=xp),)
 
 
+@replaceable
 def dropout_forward(x: Any, key: Any, keep: int, *, xp: Any) -> tuple[Any, Kept]:
     """Keeps each element with the probability `keep / 256` and scales it by the reciprocal.
 

@@ -110,7 +110,7 @@ def test_sums_do_not_depend_on_the_order(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("axes", [-1, (0, 2)])
+@pytest.mark.parametrize("axes", [-1, (0, 1), (0, 2)])
 def test_sums_keep_nan_where_it_is(axes, name):
     x = normal(3, 4, 5)
     x[1, 2, 3] = np.nan

@@ -7,6 +7,8 @@ import torch
 
 from cruxy_exact import engines
 from cruxy_exact.engines import Precision
+from cruxy_torch._native.exact import NAMESPACE
+from cruxy_torch.backends import path
 
 _wanted = engines.DEFAULT
 
@@ -63,9 +65,10 @@ def _tested(wanted: Precision, kind: str, index: int | None) -> Precision:
 
 
 def namespace(device: torch.device | str) -> Any:
-    """The array namespace of exact functions on a device: PyTorch, with C kernels on CPU."""
-    from cruxy_torch.exact import _native
+    """The array namespace of exact functions on a device: PyTorch, with C kernels on CPU.
 
+    The kernels have the same bits; `use_backend("reference")` does without them.
+    """
     if torch.compiler.is_compiling() or torch.device(device).type != "cpu":
         return torch
-    return _native.namespace()
+    return NAMESPACE if path(torch.device(device))[0] else torch

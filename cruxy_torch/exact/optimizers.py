@@ -97,20 +97,13 @@ class AdamW(_Optimizer):
         )
         state["products"] = tuple(float(x) for x in products)
         factors = tuple(float(x) for x in core.adam_factors(*products, xp=numpy))
-        out = core.adamw(
-            p,
-            g,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            factors,
-            lr=group["lr"],
-            b1=group["betas"][0],
-            b2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            xp=xp,
-        )
-        _write(out, (p, state["exp_avg"], state["exp_avg_sq"]))
+        b1, b2 = group["betas"]
+        options = {name: group[name] for name in ("lr", "eps", "weight_decay")}
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        native = getattr(xp, "adamw_", None)
+        if native is None or not native(p, m, v, g, factors, b1=b1, b2=b2, **options):
+            out = core.adamw(p, g, m, v, factors, b1=b1, b2=b2, **options, xp=xp)
+            _write(out, (p, m, v))
 
 
 class Lion(_Optimizer):
