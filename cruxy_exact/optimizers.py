@@ -5,17 +5,21 @@ float32 arrays `()`. In JAX inside `jax.enable_x64(True)`. Products of decay rat
 `pow`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from cruxy_exact._namespace import join, largest, replaceable
 from cruxy_exact.arithmetic import (
+    TINY,
     add,
     cos_pi,
     div,
     down,
+    exp,
     f32,
     field,
+    log,
     mul,
     power,
     reciprocal,
@@ -179,14 +183,45 @@ def global_norm(leaves: Sequence[Any], *, xp: Any) -> Any:
     Returns:
         float32, `()`. NaN where anything is not finite.
     """
+    flat, e = _scaled(leaves, xp)
+    squares = [total(mul(x, x, xp=xp), 0, keepdims=True, xp=xp) for x in flat]
+    root = xp.sqrt(up(total(join(squares, 0, xp=xp), 0, keepdims=True, xp=xp), xp=xp))
+    return down(root * up(power(e - 127, xp=xp), xp=xp), xp=xp)[0]
+
+
+def _scaled(leaves: Sequence[Any], xp: Any) -> tuple[list[Any], Any]:
+    """Arrays as vectors times the power of two that makes their largest 1 to 2, and its field."""
     flat = [leaf.reshape(-1) for leaf in leaves]
     peaks = join([largest(xp.abs(x), 0, xp=xp) for x in flat], 0, xp=xp)
     e = field(largest(peaks, 0, xp=xp), xp=xp)
     e = xp.where(e > 253, xp.full_like(e, 253), e)
-    scale = power(127 - e, xp=xp)
-    squares = [total(mul(x * scale, x * scale, xp=xp), 0, keepdims=True, xp=xp) for x in flat]
-    root = xp.sqrt(up(total(join(squares, 0, xp=xp), 0, keepdims=True, xp=xp), xp=xp))
-    return down(root * up(power(e - 127, xp=xp), xp=xp), xp=xp)[0]
+    return [x * power(127 - e, xp=xp) for x in flat], e
+
+
+def gamma_norm(leaves: Sequence[Any], gamma: float, *, xp: Any) -> Any:
+    """`(sum |g|^gamma)^(1/gamma)` of all arrays together, as control laws sense it.
+
+    Args:
+        leaves: float32 arrays, settled; at least one.
+        gamma: the exponent, above 0; for 1.5 there is `|g| sqrt|g|`, else `exp(gamma log|g|)`.
+        xp: the array namespace.
+
+    Returns:
+        float32, `()`. NaN where anything is not finite.
+    """
+    flat, e = _scaled(leaves, xp)
+    sums = [total(_power(xp.abs(x), gamma, xp), 0, keepdims=True, xp=xp) for x in flat]
+    norm = _power(total(join(sums, 0, xp=xp), 0, keepdims=True, xp=xp), 1 / gamma, xp)
+    return down(up(norm, xp=xp) * up(power(e - 127, xp=xp), xp=xp), xp=xp)[0]
+
+
+def _power(a: Any, exponent: float, xp: Any) -> Any:
+    """`a^exponent` for `a >= 0`; NaN and infinity become NaN."""
+    if exponent == 1.5:
+        return mul(a, sqrt(settle(a, xp=xp), xp=xp), xp=xp)
+    some = (a > TINY) & (a < math.inf)
+    out = exp(mul(log(xp.where(some, a, xp.ones_like(a)), xp=xp), f32(exponent), xp=xp), xp=xp)
+    return xp.where(some, out, xp.where(a <= TINY, xp.zeros_like(a), xp.full_like(a, math.nan)))
 
 
 def clip_factor(norm: Any, limit: float, *, xp: Any) -> Any:

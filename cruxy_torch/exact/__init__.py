@@ -2,6 +2,7 @@
 
 from cruxy_torch.exact._settings import namespace, use
 from cruxy_torch.exact.checksums import checksum
+from cruxy_torch.exact.controlled import Controlled
 from cruxy_torch.exact.conversion import check_graph, convert_
 from cruxy_torch.exact.functional import (
     add,
@@ -39,12 +40,14 @@ from cruxy_torch.exact.modules import (
     set_step,
 )
 from cruxy_torch.exact.optimizers import SGD, AdamW, Lion, clip_grad_norm_
+from cruxy_torch.exact.plain import plain_step
 
 __all__ = [
     "GELU",
     "SGD",
     "AdamW",
     "Attention",
+    "Controlled",
     "Conv2d",
     "Dropout",
     "Embedding",
@@ -72,6 +75,7 @@ __all__ = [
     "matmul",
     "mul",
     "namespace",
+    "plain_step",
     "relu",
     "rms_norm",
     "rotary",
