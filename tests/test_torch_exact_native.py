@@ -101,6 +101,7 @@ def test_the_library_has_the_bits_of_the_reference(case, change):
     assert all(a.dtype != np.float32 or same(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.slow
 def test_two_threads_have_the_bits_of_one():
     before = torch.get_num_threads()
     out = []
