@@ -15,7 +15,14 @@ from typing import NamedTuple
 
 import torch
 
-SOURCE = pathlib.Path(__file__).with_name("passes.c")
+SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("passes.c", "exact.c"))
+
+EXACT = (
+    "quantize", "round", "total", "gelu_forward", "gelu_backward", "layer_norm_forward",
+    "layer_norm_backward", "softmax_forward", "softmax_backward", "cross_entropy_forward",
+    "dropout_forward", "adamw",
+)  # fmt: skip
+"""What `exact.c` has, without `cruxy_exact_`."""
 
 _FLAGS = (
     "-O3", "-std=c11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
@@ -155,7 +162,8 @@ def _opened(path: pathlib.Path, flags: tuple[str, ...]) -> Found:
 
 def _load(path: pathlib.Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    for name in ("cruxy_sums", "cruxy_mean_squares", "cruxy_update"):
+    exact = (f"cruxy_exact_{name}" for name in EXACT)
+    for name in ("cruxy_sums", "cruxy_mean_squares", "cruxy_update", *exact):
         function = getattr(library, name)
         function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
     return library
@@ -163,7 +171,7 @@ def _load(path: pathlib.Path) -> ctypes.CDLL:
 
 def _path(compiler: list[str], flags: tuple[str, ...], link: tuple[str, ...]) -> pathlib.Path:
     """Where the library of this recipe lies, whether it has been built or not."""
-    sources = sorted(SOURCE.parent.glob("*.[ch]"))
+    sources = sorted(SOURCES[0].parent.glob("*.[ch]"))
     recipe = repr((compiler, flags, link)).encode() + b"".join(s.read_bytes() for s in sources)
     return _cache_folder() / f"native-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
 
@@ -174,11 +182,13 @@ def _build(compiler: list[str], flags: tuple[str, ...], link: tuple[str, ...]) -
     if path.exists():
         return path
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
-        unit, built = os.path.join(work, "native.o"), os.path.join(work, "native.so")
+        units = [os.path.join(work, source.stem + ".o") for source in SOURCES]
+        built = os.path.join(work, "native.so")
         for command in (
-            [*compiler, *flags, "-c", str(SOURCE), "-o", unit],
-            [*compiler, "-shared", unit, *link, "-lm", "-o", built],
-        ):
+            *([*compiler, *flags, "-c", str(source), "-o", unit]
+              for source, unit in zip(SOURCES, units, strict=True)),
+            [*compiler, "-shared", *units, *link, "-lm", "-o", built],
+        ):  # fmt: skip
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
         os.replace(built, path)  # atomic: processes that start together may all build it
     return path

@@ -1,0 +1,226 @@
+"""Trains the reference model here and compares every bit with what is published.
+
+Where a bit differs, the first step, tensor and operation that does is named.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cruxy_exact.checksum import DEFINITION, checksum, to_bytes
+from cruxy_exact.engines import choose
+from cruxy_exact.reference import Reference, State
+
+PUBLISHED = Path(__file__).with_name("published.json")
+"""The checksums, what each was seen on, and a short one of each operation's result."""
+STEPS = 50
+SIDES = {"torch": "cruxy_torch.exact", "jax": "cruxy_optax.exact"}
+"""Where a framework's own exact layers are."""
+
+Records = list[tuple[str, str]]
+
+
+@dataclasses.dataclass
+class Framework:
+    """An array namespace, and what has to be around a step in it.
+
+    Attributes:
+        name: `"numpy"`, `"torch"` or `"jax"`.
+        xp: the namespace.
+        like: an array on the device.
+        around: a context that every call needs.
+        compiled: makes a function a compiled one.
+        wait: until an array is there.
+    """
+
+    name: str
+    xp: Any
+    like: Any
+    around: Callable[[], Any]
+    compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
+    wait: Callable[[Any], Any] = lambda x: x
+
+
+def framework(name: str, device: str = "cpu", *, native: bool = True) -> Framework:
+    """The framework of a name, which has to be installed.
+
+    Args:
+        name: `"numpy"`, `"torch"` or `"jax"`.
+        device: `"cpu"` or `"cuda"`.
+        native: whether PyTorch on CPU takes the C kernels, where they are built.
+
+    Raises:
+        ValueError: where there is no such framework or device.
+    """
+    if name == "numpy" and device == "cpu":
+        numpy = importlib.import_module("numpy")
+        quiet = lambda: numpy.errstate(all="ignore")  # noqa: E731
+        return Framework(name, numpy, numpy.zeros(1, numpy.float32), quiet)
+    if name == "torch":
+        torch = importlib.import_module("torch")
+        xp = importlib.import_module(SIDES[name]).namespace(device) if native else torch
+        like = torch.zeros(1, dtype=torch.float32, device=device)
+        return Framework(name, xp, like, torch.no_grad)
+    if name == "jax":
+        jax = importlib.import_module("jax")
+        place = jax.devices("gpu" if device == "cuda" else device)[0]
+        xp = importlib.import_module("jax.numpy")
+
+        @contextlib.contextmanager
+        def around():
+            with jax.enable_x64(True), jax.default_device(place):
+                yield
+
+        with around():
+            like = xp.zeros(1, xp.float32)
+        return Framework(name, xp, like, around, jax.jit, jax.block_until_ready)
+    raise ValueError(
+        f"framework must be numpy (on the cpu), torch or jax, got {name!r} on {device!r}; use "
+        "--framework torch."
+    )
+
+
+def train(
+    where: Framework, reference: Reference, steps: int, *, recorded: bool = False, data: Any = None
+) -> tuple[State, list[Records], list[float]]:
+    """Trains the reference model.
+
+    Args:
+        where: the framework.
+        reference: the model.
+        steps: how many.
+        recorded: keeps a short checksum of every operation's result.
+        data: in place of the reference's own.
+
+    Returns:
+        The last state, the records of each step, and the seconds that each took.
+    """
+    names: list[str] = []
+
+    def step(state: State, count: Any) -> tuple[State, list[Any]]:
+        found: list[tuple[str, Any]] = []
+        record = (lambda name, value: found.append((name, value))) if recorded else None
+        new, _ = reference.step(state, count, xp=where.xp, record=record, data=data)
+        names[:] = [name for name, _ in found]
+        return new, [value for _, value in found]
+
+    records, seconds = [], []
+    with where.around():
+        state = reference.start(where.like, xp=where.xp)
+        call = where.compiled(step) if data is None else step
+        for count in range(steps):
+            begun = time.perf_counter()
+            state, values = call(state, count)
+            where.wait(state)
+            seconds.append(time.perf_counter() - begun)
+            pairs = zip(names, values, strict=True)
+            records.append([(name, short(name, value, where.xp)) for name, value in pairs])
+    return state, records, seconds
+
+
+def short(name: str, value: Any, xp: Any) -> str:
+    """Four hexadecimal digits of one result."""
+    return hashlib.sha256(to_bytes(name, value, xp=xp)).hexdigest()[:4]
+
+
+def key(reference: Reference) -> str:
+    """The name under which a reference is published."""
+    return f"{DEFINITION} bits={reference.precision.bits} grain={reference.grain}"
+
+
+def published() -> dict[str, Any]:
+    """What is published, by `key`."""
+    return json.loads(PUBLISHED.read_text("utf-8"))
+
+
+def of(where: Framework, reference: Reference, state: State) -> str:
+    """The checksum of the parameters."""
+    bits, grain = reference.precision.bits, reference.grain
+    with where.around():
+        return checksum(state.params, bits=bits, grain=grain, xp=where.xp)
+
+
+def verify(
+    where: Framework, reference: Reference, *, steps: int = STEPS, expected: Any = None
+) -> tuple[str, str]:
+    """Trains the reference model and compares it.
+
+    Args:
+        where: the framework.
+        reference: the model. Its engine is self-tested, and replaced with a warning if it fails.
+        steps: 50 unless the table that is compared with has fewer.
+        expected: a table as `table` makes it; what is published unless given.
+
+    Returns:
+        The checksum, and where the first difference lies: empty where there is none.
+    """
+    with where.around():
+        precision = choose(reference.precision, where.like, xp=where.xp)
+    reference = dataclasses.replace(reference, precision=precision)
+    expected = expected or published().get(key(reference))
+    state, _, _ = train(where, reference, steps)
+    found = of(where, reference, state)
+    if expected is None:
+        return found, f"nothing is published for {key(reference)!r}"
+    if found == expected["checksum"]:
+        return found, ""
+    return found, difference(where, reference, expected, steps)
+
+
+def difference(where: Framework, reference: Reference, expected: Any, steps: int) -> str:
+    """The first step, tensor and operation whose bits are not the expected ones, in one line."""
+    if "operations" not in expected:
+        return f"it is not {expected['checksum']}, and no table of its operations is published"
+    _, records, _ = train(where, reference, steps, recorded=True)
+    for count, (record, line) in enumerate(zip(records, expected["steps"], strict=True)):
+        wanted = [line[4 * i : 4 * i + 4] for i in range(len(line) // 4)]
+        for (name, got), want in zip(record, wanted, strict=True):
+            if got != want:
+                return f"the first difference is in step {count}: {name}"
+    return (
+        "every operation is right where its result is kept: the compiler changes bits when it "
+        "joins them"
+    )
+
+
+def table(where: Framework, reference: Reference, steps: int = STEPS) -> dict[str, Any]:
+    """What is published of a reference: its checksum, and its operations' short ones."""
+    state, records, _ = train(where, reference, steps, recorded=True)
+    return {
+        "checksum": of(where, reference, state),
+        "operations": [name for name, _ in records[0]],
+        "steps": ["".join(digits for _, digits in record) for record in records],
+    }
+
+
+def describe(where: Framework) -> str:
+    """The framework, its version and the machine, as published checksums name them."""
+    version = importlib.import_module(where.name).__version__
+    device = getattr(where.like, "device", "cpu")
+    return f"{where.name} {version}, {device}, {platform.machine()}, {platform.system()}"
+
+
+def slowdown(where: Framework, reference: Reference, steps: int = 10) -> tuple[float, float]:
+    """Seconds of an exact step and of a plain one, the median of some; the first is left out.
+
+    Raises:
+        ValueError: where the framework brings no plain step.
+    """
+    if where.name not in SIDES:
+        raise ValueError(f"there is no plain step in {where.name}; use --framework torch or jax.")
+    side = importlib.import_module(SIDES[where.name])
+    _, _, exact = train(where, reference, steps + 1)
+    plain = side.plain_step(reference, where.like)
+    seconds = []
+    for count in range(steps + 1):
+        begun = time.perf_counter()
+        plain(count)
+        seconds.append(time.perf_counter() - begun)
+    return tuple(sorted(times[1:])[steps // 2] for times in (exact, seconds))  # pyright: ignore
