@@ -200,6 +200,16 @@ def mul_backward(kept: Kept, g: Any, *, xp: Any) -> Kept:
     return mul(g, b, xp=xp), mul(g, a, xp=xp)
 
 
+def scale_forward(x: Any, factor: float, *, xp: Any) -> tuple[Any, Kept]:
+    """`x` times a number, which is rounded to float32."""
+    return mul(x, f32(factor), xp=xp), (f32(factor),)
+
+
+def scale_backward(kept: Kept, g: Any, *, xp: Any) -> Kept:
+    """`g` times the number."""
+    return (mul(settle(g, xp=xp), kept[0], xp=xp),)
+
+
 def fork_forward(x: Any, n: int, *, xp: Any) -> tuple[tuple[Any, ...], Kept]:
     """The same array `n` times, for an array that is used three times or more.
 

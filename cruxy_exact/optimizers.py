@@ -113,10 +113,15 @@ def adam_direction(
     return m, v, div(mul(m, factors[0], xp=xp), root, xp=xp)
 
 
+def change(p: Any, u: Any, *, lr: Any, weight_decay: Any, xp: Any) -> Any:
+    """`lr (u + weight_decay p)`, which a step takes off `p`."""
+    u = add(u, mul(p, rounded(weight_decay), xp=xp), xp=xp)
+    return mul(u, rounded(lr), xp=xp)
+
+
 def step(p: Any, u: Any, *, lr: Any, weight_decay: Any, xp: Any) -> Any:
     """`p - lr (u + weight_decay p)`."""
-    u = add(u, mul(p, rounded(weight_decay), xp=xp), xp=xp)
-    return sub(p, mul(u, rounded(lr), xp=xp), xp=xp)
+    return sub(p, change(p, u, lr=lr, weight_decay=weight_decay, xp=xp), xp=xp)
 
 
 def lion(
@@ -131,9 +136,14 @@ def lion(
     xp: Any,
 ) -> tuple[Any, Any]:
     """One step of Lion: the new `p` and `m`. Arguments as of `adamw`."""
-    u = sign(add(mul(m, rounded(b1), xp=xp), mul(g, rest(b1, xp=xp), xp=xp), xp=xp), xp=xp)
-    m = add(mul(m, rounded(b2), xp=xp), mul(g, rest(b2, xp=xp), xp=xp), xp=xp)
+    m, u = lion_direction(g, m, b1=b1, b2=b2, xp=xp)
     return step(p, u, lr=lr, weight_decay=weight_decay, xp=xp), m
+
+
+def lion_direction(g: Any, m: Any, *, b1: Any, b2: Any, xp: Any) -> tuple[Any, Any]:
+    """The new moment and Lion's direction. Arguments as of `adamw`."""
+    u = sign(add(mul(m, rounded(b1), xp=xp), mul(g, rest(b1, xp=xp), xp=xp), xp=xp), xp=xp)
+    return add(mul(m, rounded(b2), xp=xp), mul(g, rest(b2, xp=xp), xp=xp), xp=xp), u
 
 
 def sign(x: Any, *, xp: Any) -> Any:
@@ -165,12 +175,20 @@ def sgd(
         weight_decay: times the parameter is added to the gradient.
         xp: the array namespace.
     """
-    g = add(g, mul(p, rounded(weight_decay), xp=xp), xp=xp)
-    u = g
-    if m is not None:
-        m = add(mul(m, f32(momentum), xp=xp), g, xp=xp)
-        u = add(g, mul(m, f32(momentum), xp=xp), xp=xp) if nesterov else m
+    options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+    m, u = sgd_direction(p, g, m, **options, xp=xp)
     return sub(p, mul(u, rounded(lr), xp=xp), xp=xp), m
+
+
+def sgd_direction(
+    p: Any, g: Any, m: Any, *, momentum: float, nesterov: bool, weight_decay: Any, xp: Any
+) -> tuple[Any, Any]:
+    """The new momentum and the direction of SGD. Arguments as of `sgd`."""
+    g = add(g, mul(p, rounded(weight_decay), xp=xp), xp=xp)
+    if m is None:
+        return None, g
+    m = add(mul(m, f32(momentum), xp=xp), g, xp=xp)
+    return m, add(g, mul(m, f32(momentum), xp=xp), xp=xp) if nesterov else m
 
 
 def global_norm(leaves: Sequence[Any], *, xp: Any) -> Any:

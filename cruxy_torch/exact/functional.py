@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from cruxy_exact import attention, convolution, layers
-from cruxy_exact.arithmetic import f32
 from cruxy_torch.exact import _settings
 
 
@@ -230,17 +229,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "sum") -> Ten
 
 def scale(x: Tensor, factor: float) -> Tensor:
     """`x` times a number, which is rounded to float32."""
-    return _run(_Scale, "scale", (x,), f32(factor))
-
-
-class _Scale:
-    @staticmethod
-    def scale_forward(x: Tensor, factor: float, *, xp: Any) -> tuple[Tensor, tuple]:
-        return layers.mul(x, factor, xp=xp), (factor,)
-
-    @staticmethod
-    def scale_backward(kept: tuple, g: Tensor, *, xp: Any) -> tuple[Tensor]:
-        return (layers.mul(layers.settle(g, xp=xp), kept[0], xp=xp),)
+    return _run(layers, "scale", (x,), factor)
 
 
 def scaled_dot_product_attention(

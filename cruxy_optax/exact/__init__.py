@@ -1,0 +1,126 @@
+"""Bit-exact training: the same weights to the byte on any CPU or GPU, in either framework.
+
+Needs JAX 0.8 or newer. 64-bit types stay off in the program around: exact functions switch them on
+for themselves.
+"""
+
+import importlib
+import os
+from typing import Any
+
+import jax
+
+from cruxy_exact.accumulate import Grains
+from cruxy_exact.engines import Precision
+from cruxy_optax.exact._checksum import checksum
+from cruxy_optax.exact._frame import check_flags
+from cruxy_optax.exact._functional import (
+    add,
+    attention,
+    convolution,
+    dropout,
+    dropout_key,
+    embed,
+    fork,
+    fused_attention,
+    gelu,
+    layer_norm,
+    linear,
+    matmul,
+    mean,
+    mul,
+    patch_embedding,
+    relu,
+    rms_norm,
+    rotary,
+    rotary_table,
+    scale,
+    silu,
+    softmax,
+    softmax_cross_entropy_with_integer_labels,
+    sum,
+)
+from cruxy_optax.exact._grains import (
+    AccumulateGrainsState,
+    accumulate_grains,
+    add_grain,
+    all_reduce_grains,
+    grain_sum,
+    merge_grains,
+    no_grains,
+)
+from cruxy_optax.exact._optimizers import (
+    AdamWState,
+    LionState,
+    SGDState,
+    adamw,
+    apply_updates,
+    clip_by_global_norm,
+    global_norm,
+    lion,
+    scale_by_count,
+    sgd,
+    warmup_cosine,
+    warmup_stable_decay,
+)
+from cruxy_optax.exact._plain import plain_step
+
+__all__ = [
+    "AccumulateGrainsState",
+    "AdamWState",
+    "Grains",
+    "LionState",
+    "Precision",
+    "SGDState",
+    "accumulate_grains",
+    "adamw",
+    "add",
+    "add_grain",
+    "all_reduce_grains",
+    "apply_updates",
+    "attention",
+    "checksum",
+    "clip_by_global_norm",
+    "convolution",
+    "dropout",
+    "dropout_key",
+    "embed",
+    "fork",
+    "fused_attention",
+    "gelu",
+    "global_norm",
+    "grain_sum",
+    "layer_norm",
+    "linear",
+    "lion",
+    "matmul",
+    "mean",
+    "merge_grains",
+    "mul",
+    "no_grains",
+    "patch_embedding",
+    "plain_step",
+    "relu",
+    "rms_norm",
+    "rotary",
+    "rotary_table",
+    "scale",
+    "scale_by_count",
+    "sgd",
+    "silu",
+    "softmax",
+    "softmax_cross_entropy_with_integer_labels",
+    "sum",
+    "warmup_cosine",
+    "warmup_stable_decay",
+]
+
+if not hasattr(jax, "enable_x64"):
+    raise ImportError(f"cruxy_optax.exact needs jax 0.8 or newer, got {jax.__version__}.")
+check_flags(os.environ.get("XLA_FLAGS", ""))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "nnx":  # which needs Flax
+        return importlib.import_module("cruxy_optax.exact.nnx")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,203 @@
+"""The reference model built of JAX's exact functions, and the runs that have to have its bits.
+
+`python tests/exact_jax.py '{"data": "design"}'` trains it and prints its hash.
+"""
+
+import json
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+DESIGN = {None: "02ba27413edb67d1", 1: "63214237201023d8"}
+"""The hashes of the design's data, by grain; of names, shapes and bytes alone."""
+STEPS = 50
+
+
+def design_data(reference, step):
+    """Tokens from NumPy's generator, half of which can be learned."""
+    shape = (reference.batch, reference.length + 1)
+    ids = np.random.default_rng(step).integers(0, reference.vocabulary, shape).astype(np.int32)
+    ids[:, 1::2] = (ids[:, 0::2][:, : ids[:, 1::2].shape[1]] * 5 + 3) % reference.vocabulary
+    return ids[:, :-1].copy(), ids[:, 1:].copy()
+
+
+def own_data(reference, step):
+    """The reference's own tokens."""
+    with np.errstate(all="ignore"):
+        return reference.data(step, np.zeros(1, np.float32), xp=np)
+
+
+def init(reference):
+    with np.errstate(all="ignore"):
+        return reference.init(np.zeros(1, np.float32), xp=np)
+
+
+def loss(exact, r, p, x, y, step, grain=0):
+    """The sum of the cross entropy; `grain` numbers the dropouts' streams."""
+    linear = partial(exact.linear, precision=r.precision)
+
+    def at(name, h, layer=None):
+        return (layer or linear)(h, p[f"{name}.w"], p[f"{name}.b"])
+
+    def drop(h, layer):
+        key = exact.dropout_key(step, 1000 + layer, seed=r.seed, grain=grain)
+        return exact.dropout(h, key, 1 - r.keep / 256)
+
+    places = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape)
+    h = exact.add(exact.embed(p["tok"], x), exact.embed(p["pos"], places))
+    for i in range(r.blocks):
+        qkv = at(f"{i}.qkv", at(f"{i}.ln1", h, exact.layer_norm))
+        a = exact.fused_attention(qkv, r.heads, precision=r.precision)
+        h = exact.add(h, drop(at(f"{i}.o", a), 2 * i))
+        a = exact.gelu(at(f"{i}.up", at(f"{i}.ln2", h, exact.layer_norm)))
+        h = exact.add(h, drop(at(f"{i}.dn", a), 2 * i + 1))
+    logits = at("head", at("ln", h, exact.layer_norm))
+    return exact.sum(exact.softmax_cross_entropy_with_integer_labels(logits, y))
+
+
+def optimizer(exact, r):
+    return optax.chain(
+        exact.scale_by_count(r.batch * r.length),
+        exact.clip_by_global_norm(r.clip),
+        exact.adamw(r.lr),
+    )
+
+
+def train(exact, r, steps, data=own_data, place=lambda p: p, put=jnp.asarray, begin=None):
+    """Trains over the whole batch; `place` shards the parameters, `put` the data."""
+    tx = optimizer(exact, r)
+    params = place({name: jnp.asarray(p) for name, p in init(r).items()})
+    first, params, state = begin or (0, params, tx.init(params))
+
+    @jax.jit
+    def step(params, state, x, y, count):
+        grads = jax.grad(lambda p: loss(exact, r, p, x, y, count))(params)
+        updates, state = tx.update(grads, state, params)
+        return exact.apply_updates(params, updates), state
+
+    for count in range(first, steps):
+        x, y = map(put, data(r, count))
+        params, state = step(params, state, x, y, jnp.int32(count))
+    return params, state
+
+
+def train_by_grains(exact, r, steps, devices=1, calls=1, data=own_data, **options):
+    """Grains of `r.grain` sequences over devices (`shard_map`) and calls."""
+    mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,))
+    tx = exact.accumulate_grains(
+        optax.chain(exact.clip_by_global_norm(r.clip), exact.adamw(r.lr)),
+        every=calls,
+        count=r.batch * r.length,
+    )
+    params = {name: jnp.asarray(p) for name, p in init(r).items()}
+    state = tx.init(params)
+
+    def local(params, x, y, numbers, count):
+        def body(grains, batch):
+            x, y, number = batch
+            grads = jax.grad(lambda p: loss(exact, r, p, x, y, count, grain=number))(params)
+            return exact.add_grain(grains, grads), None
+
+        params = jax.lax.pcast(params, "d", to="varying")
+        grains, _ = jax.lax.scan(body, exact.no_grains(params), (x, y, numbers))
+        return exact.all_reduce_grains(grains, "d")
+
+    spread = jax.shard_map(
+        local, mesh=mesh, in_specs=(P(), P("d"), P("d"), P("d"), P()), out_specs=P(), **options
+    )
+
+    @jax.jit
+    def step(params, state, x, y, numbers, count):
+        grains = spread(params, x, y, numbers, count)
+        updates, state = tx.update(grains, state, params)
+        return exact.apply_updates(params, updates), state
+
+    for count in range(steps):
+        x, y = data(r, count)
+        x, y = (a.reshape(-1, r.grain, r.length) for a in (x, y))
+        for part in np.array_split(np.arange(len(x), dtype=np.int32), calls):
+            params, state = step(params, state, x[part], y[part], part, jnp.int32(count))
+    return params, state
+
+
+def sharded(data, model):
+    """How parameters and data lie on `data * model` devices."""
+    mesh = jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    def spec(name):
+        if name.endswith(("qkv.w", "up.w", "head.w")):
+            return P(None, "model")
+        if name.endswith(("o.w", "dn.w")) or name == "tok":
+            return P("model", None)
+        return P("model") if name.endswith(("qkv.b", "up.b", "head.b")) else P()
+
+    def place(params):
+        return {k: jax.device_put(p, NamedSharding(mesh, spec(k))) for k, p in params.items()}
+
+    return place, lambda a: jax.device_put(a, NamedSharding(mesh, P("data")))
+
+
+def design_hash(params):
+    """The design's hash: no header."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        array = np.ascontiguousarray(params[name])
+        digest.update(f"{name}:{array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def without_settle():
+    """Takes `settle` out of every operation: a control that has to differ."""
+    from cruxy_exact import arithmetic
+
+    original = arithmetic.settle
+    for module in [m for name, m in sys.modules.items() if name.startswith("cruxy_exact")]:
+        for name, value in list(vars(module).items()):
+            if value is original:
+                setattr(module, name, lambda x, *, xp: x)
+
+
+def main(options):
+    """Trains as told and prints the hash."""
+    from cruxy_exact.reference import Reference
+    from cruxy_optax.exact import _frame
+
+    if options.get("control"):
+        _frame.check_machine = lambda platform: None
+        _frame.check_flags = lambda flags: None
+    import os
+
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = "" if options.get("control") else flags
+    from cruxy_optax import exact
+
+    if options.get("control") == "settle":
+        without_settle()
+    grain = options.get("grain")
+    precision = exact.Precision(20, options.get("engine", "f64"))
+    reference = Reference(grain=grain, precision=precision)
+    data = {"design": design_data, "own": own_data}[options.get("data", "design")]
+    steps = options.get("steps", STEPS)
+    if grain is None:
+        place, put = (
+            sharded(*options["mesh"]) if "mesh" in options else ((lambda p: p), jnp.asarray)
+        )
+        params, _ = train(exact, reference, steps, data, place, put)
+    else:
+        split = options.get("devices", 1), options.get("calls", 1)
+        params, _ = train_by_grains(exact, reference, steps, *split, data)
+    print(design_hash(params))
+    print(exact.checksum(params, grain=grain))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
