@@ -162,4 +162,4 @@ at 2.1 GB: shard it over 2 devices or take a smaller model'
 
 
 def _gb(size: float) -> str:
-    return f"{size / GB:,.1f} GB"
+    return f"{size / GB:,.1f} GB" if size >= 0.1 * GB else f"{size / 1e6:,.1f} MB"
