@@ -6,7 +6,13 @@ import pytest
 from benchmarks._runs import Task
 from benchmarks._torch import training
 from benchmarks._torch.optimizers import LOW_BIT
-from benchmarks._torch.our_optimizers import COMPACT, OPTIMIZERS, OURS, SELF_DRIVING
+from benchmarks._torch.our_optimizers import (
+    ACTIVATIONS,
+    COMPACT,
+    OPTIMIZERS,
+    OURS,
+    SELF_DRIVING,
+)
 
 
 def task(optimizer="adamw", rate=3e-3, **changes):
@@ -51,7 +57,7 @@ LONG_IMPORTS = ("stable-adamw", "adagc")
     [
         pytest.param(name, marks=[pytest.mark.slow] if name in (*COMPACT, *LONG_IMPORTS) else [])
         for name in OPTIMIZERS
-        if name not in LOW_BIT
+        if name not in LOW_BIT and name not in ACTIVATIONS
     ],
 )
 def test_every_torch_optimizer_trains(name):

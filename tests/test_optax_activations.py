@@ -189,11 +189,11 @@ class TestRefused:
 @every_width
 def test_codes_in_jax_and_in_pytorch_are_the_same(bits):
     torch = pytest.importorskip("torch")
-    from cruxy_torch._memory import activations
+    from cruxy_torch._memory import flat_codes
 
     x = np.random.default_rng(0).normal(size=1000).astype(np.float32)
     ours = encode(jnp.asarray(x), AffineCode(bits), None)
-    theirs = activations.encode(torch.from_numpy(x), AffineCode(bits), None)
+    theirs = flat_codes.encode(torch.from_numpy(x), AffineCode(bits), None)
     np.testing.assert_array_equal(np.asarray(ours.codes), theirs.codes.numpy())
-    decoded = activations.decode(theirs)[:1000].numpy()
+    decoded = flat_codes.decode(theirs)[:1000].numpy()
     np.testing.assert_array_equal(np.asarray(decode(ours)), decoded)

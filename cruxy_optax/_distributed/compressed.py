@@ -121,11 +121,9 @@ def average_gradients(
         ...     grads = jax.grad(lambda p: jnp.mean((x - p) ** 2) / 2)(own)
         ...     updates, state = tx.update(grads, state, params)
         ...     return optax.apply_updates(params, updates), state
-        >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
-        >>> with jax.set_mesh(mesh):
-        ...     x = jax.device_put(jnp.ones((8, 3)), P("data"))
-        ...     step = jax.shard_map(step, in_specs=(P(), P(), P("data")), out_specs=(P(), P()))
-        ...     params, _ = jax.jit(step)(jnp.zeros(3), tx.init(jnp.zeros(3)), x)
+        >>> mesh, specs = jax.sharding.Mesh(jax.devices(), ("data",)), (P(), P(), P("data"))
+        >>> step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(P(), P()))
+        >>> params, _ = jax.jit(step)(jnp.zeros(3), tx.init(jnp.zeros(3)), jnp.ones((8, 3)))
         >>> print(params.round(2))
         [1. 1. 1.]
     """

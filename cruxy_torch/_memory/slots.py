@@ -6,7 +6,7 @@ from torch import Tensor
 from cruxy_control.checks import check_count
 from cruxy_exact.affine import AffineCode
 from cruxy_exact.random_bits import stream_key
-from cruxy_torch._memory.activations import CodedFlat, decode, encode
+from cruxy_torch._memory.flat_codes import CodedFlat, decode, encode
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
