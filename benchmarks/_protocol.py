@@ -16,6 +16,9 @@ from rich.table import Table
 
 from benchmarks._environment import environment
 
+DPI = 130
+"""Of every plot."""
+
 OUTPUT = Path("benchmark-output")
 
 
@@ -90,7 +93,7 @@ def run(protocol: Protocol, argv: Sequence[str]) -> None:
     }
     path = options.output / f"{protocol.name}-{figures['part']}.json"
     path.write_text(json.dumps(_without_nan(result), indent=1) + "\n")
-    protocol.draw(result).savefig(path.with_suffix(".png"), dpi=130)
+    protocol.draw(result).savefig(path.with_suffix(".png"), dpi=DPI)
     rows = protocol.rows(result)
     table = Table(title=protocol.title)
     for i, header in enumerate(rows.headers):

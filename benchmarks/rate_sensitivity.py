@@ -30,6 +30,9 @@ OPTIMIZERS = (
     "dog",
 )
 
+NOTHING = 1e-6
+"""A loss below this is one of 0, but for rounding."""
+
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser, optimizers=OPTIMIZERS)
@@ -104,7 +107,8 @@ def _draw(result: dict[str, Any]) -> Figure:
     axes.set_xlabel("rate, relative to the middle of the optimizer's grid")
     axes.set_ylabel(work["unit"])
     bests = [row["best"] for row in result["optimizers"].values()]
-    if result["start"] > 10 * min(bests):
+    # A share that can be missed altogether has no logarithm.
+    if result["start"] > 10 * min(bests) > 10 * NOTHING:
         axes.set_yscale("log")
         axes.set_ylim(0.8 * min(bests), result["start"])
     else:

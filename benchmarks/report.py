@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._commands import MODULES, protocol
-from benchmarks._protocol import OUTPUT, Protocol, Rows
+from benchmarks._protocol import DPI, OUTPUT, Protocol, Rows
 from benchmarks.workloads import NAMES
 
 DOCS = Path("docs")
@@ -41,10 +41,18 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--docs", type=Path, default=DOCS, help="where the page goes (default: %(default)s)"
     )
+    parser.add_argument(
+        "--redraw",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="draw these plots anew from their figures, such as rate-sensitivity-cartpole",
+    )
     options = parser.parse_args(argv)
     try:
         results = read(options.input)
         page = write(results)
+        redraw(results, options.redraw)
     except ValueError as error:
         parser.error(str(error))
     folder = options.docs / "evidence"
@@ -81,6 +89,21 @@ def read(folder: Path) -> dict[Path, dict[str, Any]]:
         same = {path: result for path, result in results.items() if result["protocol"] == name}
         check_alike(same)
     return results
+
+
+def redraw(results: dict[Path, dict[str, Any]], names: Sequence[str]) -> None:
+    """Draws plots anew beside their figures, as the benchmark would draw them now.
+
+    Raises:
+        ValueError: if no figures have such a name.
+    """
+    by_name = {path.stem: path for path in results}
+    for name in names:
+        if name not in by_name:
+            raise ValueError(f"--redraw must be of {', '.join(by_name)}, got {name}.")
+        path = by_name[name]
+        figure = protocol(results[path]["protocol"]).draw(results[path])
+        figure.savefig(path.with_suffix(".png"), dpi=DPI)
 
 
 def check_alike(results: dict[Path, dict[str, Any]]) -> None:

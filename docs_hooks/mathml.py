@@ -16,7 +16,12 @@ _CONVERTER = LatexToMathML(fancy_error=False)
 def on_page_content(content: str, **_: Any) -> str:
     """Replaces every formula of a page; one that cannot be read fails the build."""
     content = _INLINE.sub(lambda match: _mathml(match[1], displaystyle=False), content)
-    return _DISPLAY.sub(lambda match: _mathml(match[1], displaystyle=True), content)
+    return _DISPLAY.sub(lambda match: _boxed(_mathml(match[1], displaystyle=True)), content)
+
+
+def _boxed(formula: str) -> str:
+    """In a box that scrolls where the page is narrower, and that a keyboard reaches."""
+    return f'<div class="equation" tabindex="0">{formula}</div>'
 
 
 def _mathml(formula: str, *, displaystyle: bool) -> str:

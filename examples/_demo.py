@@ -1,8 +1,11 @@
 """The Shakespeare demo but for its framework: what is compared, the command line, the report."""
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import math
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +31,9 @@ VALIDATIONS = 10
 VALIDATION_WINDOWS = 1024
 
 SAMPLE_CHARACTERS = 500
+
+STOPPED = 130
+"""The exit status after Ctrl-C, as shells count it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +75,14 @@ class Optimizer(NamedTuple):
         rate_factor: of its default learning rate to the model's. Every coordinate of a Lion step
             has the size of the rate, of an Adam step less, so Lion wants a smaller one.
         controlled: whether there is a controller to read.
-        averaged: whether the average of the parameters is what is evaluated.
+        self_driving: whether it finds its rate, so that none is given, and averages the parameters,
+            so that the average is what is evaluated.
     """
 
     label: str
     rate_factor: float
     controlled: bool
-    averaged: bool = False
+    self_driving: bool = False
 
 
 MODELS = {
@@ -88,7 +95,7 @@ OPTIMIZERS = {
     "adamw": Optimizer("AdamW", 1.0, controlled=False),
     "meta3": Optimizer("Meta3", 1.0, controlled=True),
     "meta_lion": Optimizer("Meta-Lion", 0.2, controlled=True),
-    "self_driving": Optimizer("Self-driving", 1.0, controlled=True, averaged=True),
+    "self_driving": Optimizer("Self-driving", 1.0, controlled=True, self_driving=True),
     "stability_v1": Optimizer("Stability v1", 1.0, controlled=True),
     "stability_v2": Optimizer("Stability v2", 1.0, controlled=True),
 }
@@ -99,9 +106,10 @@ class Trained(NamedTuple):
 
     Attributes:
         parameters: how many the model has.
-        telemetry: one array a quantity, shape `(steps,)`; `loss` is one of them.
+        telemetry: one array a quantity, shape `(steps,)`; `loss` is one of them. A run that was
+            stopped has fewer steps.
         validation: pairs (steps taken, validation loss).
-        seconds_per_step: median over the chunks, without compilation.
+        seconds_per_step: median over the chunks, without compilation and without the first chunk.
         state_bytes_per_parameter: bytes of optimizer state per parameter of the model.
         sample: continues int32 tokens of shape `(context,)` by a number of tokens.
     """
@@ -120,7 +128,7 @@ class Train(Protocol):
     def __call__(
         self,
         optimizer: str,
-        rate: float,
+        rate: float | None,
         corpus: Corpus,
         config: GPTConfig,
         *,
@@ -134,7 +142,7 @@ class Train(Protocol):
 
         Args:
             optimizer: a key of `OPTIMIZERS`.
-            rate: its learning rate.
+            rate: its learning rate; `None` where it is to find one.
             corpus: the text.
             config: the shape of the model.
             steps: training steps, at least 1.
@@ -166,7 +174,7 @@ def main(
         parser.error(f"the output must be a directory, got {str(args.output)!r}, which is a file.")
     try:
         corpus = load_corpus(args.data, config.context)
-        args.output.mkdir(parents=True, exist_ok=True)
+        args.output = fresh_folder(args.output)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
@@ -179,10 +187,12 @@ def main(
     )
     runs: list[Run] = []
     trained: dict[str, Trained] = {}
-    with progress_bar(console) as bar:
-        for name in dict.fromkeys(args.optimizer):
-            run, trained[name] = _run(train, name, args, corpus, bar)
-            runs.append(run)
+    names = list(dict.fromkeys(args.optimizer))
+    with _STOP.listening(), progress_bar(console) as bar:
+        for name in names:
+            if not _STOP.asked:
+                run, trained[name] = _run(train, name, args, corpus, bar)
+                runs.append(run)
 
     best = best_run(runs)
     parameters = trained[best.optimizer].parameters
@@ -191,6 +201,7 @@ def main(
         "model": args.model,
         "parameters": parameters,
         "steps": args.steps,
+        "stopped": _STOP.asked,
         "batch_size": args.batch_size,
         "seed": args.seed,
         "weight_decay": WEIGHT_DECAY,
@@ -200,20 +211,66 @@ def main(
     write_results(args.output / "results.json", runs, settings)
     title = f"GPT with {parameters / 1e6:.1f}M parameters on {corpus.name}, seed {args.seed}"
     plot(runs, args.output / "curves.png", title=title)
-    text = _sample(trained[best.optimizer], corpus, config.context)
     console.print("", table(runs, seed=args.seed))
+    if _STOP.asked:
+        console.print(f"Stopped by Ctrl-C. What there is of the runs is in {args.output}/")
+        raise SystemExit(STOPPED)
     console.print(
-        "One seed, constant rates that nobody tuned, times taken one run after the other: a "
+        "One seed, one constant rate for who needs one, times taken one run after the other: a "
         "demonstration, no benchmark.\n"
     )
+    text = _sample(trained[best.optimizer], corpus, config.context)
     console.print(Panel(Text(text), title=f"Written by the model that {best.label} trained"))
     console.print(f"\nPlot, figures and telemetry are in {args.output}/")
+
+
+class _Stop:
+    """Whether Ctrl-C asked for an end, which comes between two chunks of steps.
+
+    An exception in the middle of a compilation or of a step would leave nothing to show.
+    """
+
+    asked = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside the block the first Ctrl-C sets `asked`, and the second ends the process."""
+        self.asked = False
+
+        def ask(*_: Any) -> None:
+            self.asked = True
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+        before = signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+_STOP = _Stop()
+
+
+def fresh_folder(wanted: Path) -> Path:
+    """The folder `wanted`, made if need be, or where it holds anything the next `wanted-2`.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    for number in itertools.count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
+            return folder
+    raise AssertionError("count does not end")
 
 
 def chunks(
     corpus: Corpus, config: GPTConfig, *, steps: int, batch: int, seed: int
 ) -> Iterator[tuple[int, np.ndarray, bool]]:
     """The batches of a run, a chunk of steps at a time, the same in every framework.
+
+    After Ctrl-C no further chunk comes, but for the first.
 
     Yields:
         Steps taken after the chunk, its windows of shape `(size, batch, context + 1)`, and whether
@@ -222,6 +279,8 @@ def chunks(
     rng = np.random.default_rng(seed)
     validate_every = CHUNK * max(1, steps // (CHUNK * VALIDATIONS))
     for start in range(0, steps, CHUNK):
+        if start and _STOP.asked:
+            return
         taken = min(start + CHUNK, steps)
         windows = batches(corpus.train, batch, config.context, taken - start, rng)
         yield taken, windows, taken % validate_every == 0 or taken == steps
@@ -232,10 +291,9 @@ def _run(
 ) -> tuple[Run, Trained]:
     """Trains with one optimizer, showing it as it goes."""
     optimizer, model = OPTIMIZERS[name], MODELS[args.model]
-    rate = args.learning_rate or model.learning_rate * optimizer.rate_factor
+    usual = None if optimizer.self_driving else model.learning_rate * optimizer.rate_factor
+    rate = args.learning_rate or usual
     task = bar.add_task(optimizer.label, total=args.steps, reading="starting")
-    log = args.output / f"telemetry-{name}.jsonl"
-    log.unlink(missing_ok=True)  # logs append, and this is a new run
     trained = train(
         name,
         rate,
@@ -244,7 +302,7 @@ def _run(
         steps=args.steps,
         batch=args.batch_size,
         seed=args.seed,
-        log=log,
+        log=args.output / f"telemetry-{name}.jsonl",
         watch=lambda taken, newest: bar.update(task, completed=taken, reading=reading(newest)),
     )
     run = Run(
@@ -282,17 +340,17 @@ def _parser(description: str) -> argparse.ArgumentParser:
         "--optimizer",
         choices=OPTIMIZERS,
         nargs="+",
-        default=["adamw", "meta3", "meta_lion"],
-        help="one or more, trained in this order (default: adamw meta3 meta_lion)",
+        default=["adamw", "self_driving", "meta3"],
+        help="one or more, trained in this order (default: adamw self_driving meta3)",
     )
     parser.add_argument(
-        "--steps", type=whole, default=2000, help="training steps of each (default: 2000)"
+        "--steps", type=whole, default=1000, help="training steps of each (default: 1000)"
     )
     parser.add_argument(
         "--learning-rate",
         type=positive,
         help="constant rate, the same for every optimizer chosen (default: 3e-3, of the 10m model "
-        "1e-3; of Meta-Lion a fifth of that); self_driving only starts from it",
+        "1e-3; of Meta-Lion a fifth of that; of self_driving none, which starts from one given)",
     )
     parser.add_argument("--batch-size", type=whole, help="windows a step (default: 16, 10m 64)")
     parser.add_argument(
@@ -305,7 +363,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
         "--output",
         type=Path,
         default=Path("demo-output"),
-        help="directory to write to, made if need be (default: demo-output)",
+        help="directory to write to, made if need be; where it holds something, the next one, "
+        "DIR-2 (default: demo-output)",
+        metavar="DIR",
     )
     return parser
 

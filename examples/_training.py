@@ -97,7 +97,8 @@ def train(
         parameters=parameters,
         telemetry={key: np.concatenate([part[key] for part in readings]) for key in readings[0]},
         validation=validation,
-        seconds_per_step=statistics.median(seconds),
+        # The first chunk warms the machine up.
+        seconds_per_step=statistics.median(seconds[1:] or seconds),
         state_bytes_per_parameter=state_bytes / parameters,
         sample=continued,
     )

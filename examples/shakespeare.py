@@ -1,12 +1,14 @@
-"""Trains a character-level GPT on Shakespeare with AdamW, Meta3 and Meta-Lion, and compares them.
+"""Trains a character-level GPT on Shakespeare with AdamW, self-driving and Meta3, side by side.
 
     python examples/shakespeare.py
-    python examples/shakespeare.py --optimizer adamw self_driving
+    python examples/shakespeare.py --optimizer adamw self_driving --learning-rate 0.1
     python examples/shakespeare.py --model paper --optimizer adamw meta3 --learning-rate 5e-3
 
-Every optimizer starts from the same weights and sees the same batches. At the end: a table, a
-sample of generated text, and in the output directory a plot, the figures as JSON and each
-optimizer's telemetry as JSON lines.
+Every optimizer starts from the same weights and sees the same batches. AdamW and Meta3 get the
+rate that is best of seven for the small model (python -m benchmarks rate-sensitivity), self-driving
+gets none. At the end: a table, a sample of generated text, and in the output directory a plot, the
+figures as JSON and each optimizer's telemetry as JSON lines. Ctrl-C ends it early and shows what
+there is.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(
     optimizer: str,
-    rate: float,
+    rate: float | None,
     corpus: Corpus,
     config: GPTConfig,
     *,
@@ -53,12 +55,13 @@ def train(
     watch: Callable[[int, Mapping[str, Any]], None],
 ) -> Trained:
     """Trains a new model; the arguments are those of `_demo.Train`."""
-    tx = MAKERS[optimizer](rate, weight_decay=WEIGHT_DECAY, mask=_matrices)
+    given = () if rate is None else (rate,)
+    tx = MAKERS[optimizer](*given, weight_decay=WEIGHT_DECAY, mask=_matrices)
 
     def read(opt_state: optax.OptState) -> Mapping[str, jax.Array]:
         if OPTIMIZERS[optimizer].controlled:
             return cruxy_optax.telemetry(opt_state)
-        return {"learning_rate": jnp.float32(rate)}
+        return {"learning_rate": jnp.asarray(rate, jnp.float32)}
 
     with cruxy_optax.TelemetryLog(log) as telemetry_log:
 
@@ -78,7 +81,7 @@ def train(
             seed=seed,
             read=read,
             watch=watch_chunk,
-            averaged=cruxy_optax.averaged_params if OPTIMIZERS[optimizer].averaged else None,
+            averaged=cruxy_optax.averaged_params if OPTIMIZERS[optimizer].self_driving else None,
         )
 
 

@@ -1,4 +1,4 @@
-"""Trains a character-level GPT on Shakespeare in PyTorch with AdamW, Meta3 and Meta-Lion.
+"""Trains a character-level GPT on Shakespeare in PyTorch with AdamW, self-driving and Meta3.
 
     python examples/shakespeare_torch.py
     python examples/shakespeare_torch.py --model paper --optimizer adamw meta3 --learning-rate 5e-3
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(
     optimizer: str,
-    rate: float,
+    rate: float | None,
     corpus: Corpus,
     config: GPTConfig,
     *,
@@ -75,7 +75,7 @@ def train(
                 readings.append(tx.telemetry())
             else:
                 tx.step()
-                readings.append({"loss": value.item(), "learning_rate": rate})
+                readings.append({"loss": value.item(), "learning_rate": tx.param_groups[0]["lr"]})
         seconds.append((time.perf_counter() - start) / len(windows))
         watch(taken, readings[-1])
         if validate:
@@ -101,20 +101,21 @@ def train(
 
 def averaged(tx: torch.optim.Optimizer, name: str) -> contextlib.AbstractContextManager[None]:
     """Inside the block the model has the parameters that are to be evaluated."""
-    if isinstance(tx, CruxyOptimizer) and OPTIMIZERS[name].averaged:
+    if isinstance(tx, CruxyOptimizer) and OPTIMIZERS[name].self_driving:
         return tx.averaged()
     return contextlib.nullcontext()
 
 
-def make_optimizer(name: str, model: GPT, rate: float, log: Path) -> torch.optim.Optimizer:
+def make_optimizer(name: str, model: GPT, rate: float | None, log: Path) -> torch.optim.Optimizer:
     """The optimizer of that name; weight decay is for matrices, not for the gains of the norms."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
+    given = {} if rate is None else {"lr": rate}
     if not OPTIMIZERS[name].controlled:
-        return torch.optim.AdamW(groups, lr=rate)
-    return CruxyOptimizer(groups, lr=rate, log_metrics=True, metrics_path=log, **OPTIONS[name])
+        return torch.optim.AdamW(groups, **given)
+    return CruxyOptimizer(groups, **given, log_metrics=True, metrics_path=log, **OPTIONS[name])
 
 
 def on_device(windows: np.ndarray) -> Tensor:

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,6 @@ class Demo:
 
     def __init__(self, text_file: Path, output: Path) -> None:
         self.output = output
-        (output / "telemetry-meta3.jsonl").write_text('{"step": "of an earlier run"}\n')
         self.process = run(
             "shakespeare.py",
             *("--data", text_file, "--output", output, "--seed", 3),
@@ -73,17 +73,74 @@ def demo(text_file, tmp_path_factory):
     return Demo(text_file, tmp_path_factory.mktemp("demo"))
 
 
-def test_the_demo_trains_adamw_meta3_and_meta_lion_in_this_order(demo):
-    assert list(demo.runs) == ["adamw", "meta3", "meta_lion"]
+def test_the_demo_trains_adamw_self_driving_and_meta3_in_this_order(demo):
+    assert list(demo.runs) == ["adamw", "self_driving", "meta3"]
     assert demo.results["settings"]["steps"] == STEPS
 
 
 def test_the_table_shows_each_optimizer_with_its_validation_loss_and_seed(demo):
     shown = demo.process.stdout
     assert "(seed 3)" in shown
-    for label, row in zip(("AdamW", "Meta3", "Meta-Lion"), demo.runs.values(), strict=True):
+    for label, row in zip(("AdamW", "Self-driving", "Meta3"), demo.runs.values(), strict=True):
         line = next(line for line in shown.splitlines() if f"│ {label} " in line)
         assert f"{row['validation_loss']:.4f}" in line
+
+
+def test_who_is_given_no_rate_is_shown_without_one(demo):
+    given = {name: row["learning_rate"] for name, row in demo.runs.items()}
+    assert given == {"adamw": 3e-3, "self_driving": None, "meta3": 3e-3}
+    shown = demo.process.stdout.splitlines()
+    (row,) = (line for line in shown if "│ Self-driving " in line)
+    assert "no rate given" in row
+
+
+def test_an_earlier_run_is_left_as_it_was(module, tmp_path):
+    fresh = module("_demo").fresh_folder
+    first = fresh(tmp_path / "demo")
+    assert first == fresh(tmp_path / "demo")
+    (first / "results.json").write_text("{}")
+    second = fresh(tmp_path / "demo")
+    assert second == tmp_path / "demo-2"
+    (second / "results.json").write_text("{}")
+    assert fresh(tmp_path / "demo") == tmp_path / "demo-3"
+
+
+def test_ctrl_c_ends_in_one_line_with_what_there_is(module, text_file, tmp_path, capsys):
+    demo, signals = module("_demo"), []
+
+    def stopped(name, rate, corpus, config, *, steps, batch, seed, log, watch):
+        for taken, _, _ in demo.chunks(corpus, config, steps=steps, batch=batch, seed=seed):
+            signals.append(taken)
+            signal.raise_signal(signal.SIGINT)
+        telemetry = {"loss": np.full(taken, 3.0), "learning_rate": np.full(taken, 1e-3)}
+        return demo.Trained(5, telemetry, [], 0.01, 8.0, lambda prompt, length: prompt)
+
+    output = tmp_path / "demo"
+    arguments = ["--data", str(text_file), "--output", str(output)]
+    with pytest.raises(SystemExit) as stop:
+        demo.main(stopped, "", "a device", ["numpy"], arguments)
+    assert (stop.value.code, signals) == (130, [demo.CHUNK])
+    assert "Stopped by Ctrl-C" in capsys.readouterr().out
+    (row,) = json.loads((output / "results.json").read_text())["runs"]
+    assert (row["optimizer"], row["validation_loss"]) == ("adamw", None)
+    assert (output / "curves.png").stat().st_size > 10_000
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_panel_is_shown_where_it_says_what_no_other_says(module):
+    report, steps = module("_report"), 50
+    noise = np.random.default_rng(0).normal(size=steps)
+    telemetry = {
+        "loss": noise,
+        "learning_rate": np.full(steps, 1e-3),
+        "phase": noise,
+        "clip_threshold": 1.0 + noise,  # the same curve on another scale
+        "beta1": np.full(steps, 0.9),  # flat
+        "alignment": noise[::-1],
+    }
+    run = report.Run("meta3", "Meta3", 1e-3, telemetry, [(steps, 1.0)], 0.01, 8.0, 0)
+    shown = [key for key, _ in report.chosen_panels([run])]
+    assert shown == ["learning_rate", "alignment", "phase"]
 
 
 def test_the_demo_prints_a_sample_of_text(demo):
@@ -92,7 +149,9 @@ def test_the_demo_prints_a_sample_of_text(demo):
     assert sum(len(line.strip("│ ")) for line in inside) > 100
 
 
-@pytest.mark.parametrize(("optimizer", "bytes_"), [("adamw", 8), ("meta3", 8), ("meta_lion", 4)])
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_"), [("adamw", 8), ("self_driving", 12), ("meta3", 8)]
+)
 def test_state_is_the_moments_and_less_than_a_kilobyte(demo, optimizer, bytes_):
     parameters = demo.results["settings"]["parameters"]
     reported = demo.runs[optimizer]["state_bytes_per_parameter"]
@@ -101,7 +160,7 @@ def test_state_is_the_moments_and_less_than_a_kilobyte(demo, optimizer, bytes_):
 
 def test_only_a_controlled_optimizer_reports_skipped_steps(demo):
     skipped = {name: row["skipped_steps"] for name, row in demo.runs.items()}
-    assert skipped == {"adamw": None, "meta3": 0, "meta_lion": 0}
+    assert skipped == {"adamw": None, "self_driving": 0, "meta3": 0}
 
 
 def test_every_optimizer_starts_from_the_same_weights_and_batch(demo):
@@ -115,6 +174,8 @@ def test_telemetry_is_of_this_run_one_line_a_step_with_what_the_plot_shows(demo)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     shown = {"learning_rate", "phase", "beta1", "clip_threshold"}
     assert all(line[key] is not None for line in lines for key in shown)
+    driven = {"learning_rate", "alignment", "limit_scale", "run_phase", "schedule_scale"}
+    assert driven <= set(demo.telemetry("self_driving")[-1])
 
 
 def test_the_loss_reaches_the_controller(demo):
@@ -133,7 +194,7 @@ def test_the_plot_is_a_png_with_something_on_it(demo):
     assert height > 800
     assert width > 800
     # Each of the three colours of the runs is somewhere in it.
-    for colour in ("000000", "0072B2", "D55E00"):
+    for colour in ("000000", "E69F00", "0072B2"):
         wanted = np.array([int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)])
         assert (np.abs(pixels[..., :3] - wanted).max(axis=-1) < 1 / 255).any()
 

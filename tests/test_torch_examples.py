@@ -79,16 +79,18 @@ def demo(text_file, tmp_path_factory):
     return Demo(text_file, tmp_path_factory.mktemp("demo"))
 
 
-def test_the_demo_trains_adamw_meta3_and_meta_lion_and_shows_them(demo):
-    assert list(demo.runs) == ["adamw", "meta3", "meta_lion"]
-    for label, row in zip(("AdamW", "Meta3", "Meta-Lion"), demo.runs.values(), strict=True):
+def test_the_demo_trains_adamw_self_driving_and_meta3_and_shows_them(demo):
+    assert list(demo.runs) == ["adamw", "self_driving", "meta3"]
+    for label, row in zip(("AdamW", "Self-driving", "Meta3"), demo.runs.values(), strict=True):
         line = next(line for line in demo.shown.splitlines() if f"│ {label} " in line)
         assert f"{row['validation_loss']:.4f}" in line
     assert "Written by the model that" in demo.shown
     assert (demo.output / "curves.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(("optimizer", "bytes_"), [("adamw", 8), ("meta3", 8), ("meta_lion", 4)])
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_"), [("adamw", 8), ("self_driving", 12), ("meta3", 8)]
+)
 def test_state_is_the_moments_and_less_than_a_kilobyte(demo, optimizer, bytes_):
     parameters = demo.results["settings"]["parameters"]
     reported = demo.runs[optimizer]["state_bytes_per_parameter"]
@@ -103,7 +105,7 @@ def test_telemetry_is_one_line_a_step_and_the_loss_reaches_the_controller(demo):
 
 
 def test_every_optimizer_starts_from_the_same_weights_and_batch(demo):
-    first = [demo.telemetry(name)[0]["loss"] for name in ("meta3", "meta_lion")]
+    first = [demo.telemetry(name)[0]["loss"] for name in ("self_driving", "meta3")]
     assert first[0] == first[1]
 
 
