@@ -20,6 +20,7 @@ MODULES = {
     "labelling": "labelling",
     "step-time": "step_time",
     "memory": "memory",
+    "scale": "scale",
     "resume": "resume",
 }
 """The module that holds each, in the order of the report."""

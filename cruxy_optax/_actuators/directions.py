@@ -157,9 +157,7 @@ def blend(
     ]
 
 
-def sized(
-    tensors: Sequence[Any], axis_names: tuple[str, ...]
-) -> list[tuple[jax.Array, jax.Array]]:
+def sized(tensors: Sequence[Any], axis_names: tuple[str, ...]) -> list[tuple[jax.Array, jax.Array]]:
     """Each tensor, float32 at least, and its root mean square."""
     arrays = list(map(jnp.asarray, tensors))
     rms = together([root(mean_square(c, axis_names)) for c in arrays], arrays, axis_names)

@@ -99,7 +99,11 @@ class FactoredDirection(Staged):
 
         def averaged(number: int) -> Tensor:
             direction = u.block(number) * clip
-            return self._averaged(tensor, number, direction, gain, orders) if gain is not None else direction
+            return (
+                self._averaged(tensor, number, direction, gain, orders)
+                if gain is not None
+                else direction
+            )
 
         average, noise = averaged, None
         if self.snr_floor and tensor.shape and not tensor.keeps:
