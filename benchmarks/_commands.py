@@ -24,6 +24,7 @@ MODULES = {
     "step-time": "step_time",
     "memory": "memory",
     "large-models": "large_models",
+    "scale": "scale",
     "resume": "resume",
 }
 """The module that holds each, in the order of the report."""

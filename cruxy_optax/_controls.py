@@ -4,12 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from cruxy_control.controls import DRIVEN, STEERED, Controls
 from cruxy_control.law import Law, needs_alignment, steers_decay
 from cruxy_control.signals import NOT_KNOWN
-from cruxy_optax._tree import find
+from cruxy_optax._tree import find, materialize
 
 
 def require_controls(controls: Controls | None, name: str) -> Controls:
@@ -25,17 +24,6 @@ def require_controls(controls: Controls | None, name: str) -> Controls:
             "law=Meta3())."
         )
     return controls
-
-
-def materialize(*scalars: Any) -> tuple[jax.Array, ...]:
-    """The same scalars, float32, computed once and kept.
-
-    XLA on CPU copies cheap arithmetic into every loop that uses it, and would work the tail of the
-    control law out again for every parameter. Neither a barrier nor a stack alone stops it: the
-    one is dropped before fusion, the other is folded away.
-    """
-    packed = lax.optimization_barrier(jnp.stack([jnp.asarray(s, jnp.float32) for s in scalars]))
-    return tuple(packed[i] for i in range(len(scalars)))
 
 
 def materialize_controls(controls: Controls) -> Controls:

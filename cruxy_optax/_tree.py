@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 Kind = type | tuple[type, ...]
 
@@ -65,6 +66,19 @@ def _root_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[ja
     y, (tangent,) = root(*primals), tangents
     some = y > 0.0
     return y, jnp.where(some, tangent / (2.0 * jnp.where(some, y, 1.0)), 0.0)
+
+
+def materialize(*scalars: Any) -> tuple[jax.Array, ...]:
+    """The same scalars, float32, computed once and kept.
+
+    XLA on CPU copies cheap arithmetic into every loop that uses it, and would work the tail of the
+    control law out again for every parameter. Neither a barrier nor a stack alone stops it: the
+    one is dropped before fusion, the other is folded away.
+    """
+    # A stack of one would be no stack.
+    row = [jnp.asarray(s, jnp.float32) for s in (*scalars, *([0.0] if len(scalars) == 1 else []))]
+    packed = lax.optimization_barrier(jnp.stack(row))
+    return tuple(packed[i] for i in range(len(scalars)))
 
 
 def as_floating(x: jax.Array, like: Any) -> jax.Array:

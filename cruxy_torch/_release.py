@@ -18,7 +18,7 @@ from cruxy_torch._distributed.shards import in_processes, is_sharded
 from cruxy_torch._orders import Orders
 from cruxy_torch._sensors.loss import mean_loss
 from cruxy_torch._sensors.measure import conclude, signals, whole_sums
-from cruxy_torch._sensors.sizes import sizes, whole_mean_square
+from cruxy_torch._sensors.sizes import sizes, sizes_by_group, whole_mean_square
 
 
 class Release:
@@ -184,8 +184,8 @@ class Pass:
             factor = clip_scale(self._controls.clip_threshold, norm, xp=self._xp)
             orders = self._orders(group).guarded(ok, factor, xp=self._xp)
             (count,) = _law_state.as_scalars([self._law_state["step"]], self._xp)
-            sizes = group.sizes(native=native)
-            orders = _step.with_limits(group, orders, count, sizes, self._whole, xp=self._xp)
+            (own,) = sizes_by_group([group.limited()], native=native)
+            orders = _step.with_limits(group, orders, count, own, self._whole, xp=self._xp)
         group.update(orders, native=native, foreach=False)
 
     def close(self, group: _step.Group, loss: Tensor, late: Sequence[_step.Group]) -> None:

@@ -21,7 +21,7 @@ from cruxy_torch import _law_state, _telemetry
 from cruxy_torch._kept import Kept
 from cruxy_torch._orders import Orders
 from cruxy_torch._sensors.measure import measure
-from cruxy_torch._sensors.sizes import Sizes, whole_mean_square
+from cruxy_torch._sensors.sizes import Sizes, sizes_by_group, whole_mean_square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +79,8 @@ class Group(abc.ABC):
         """The first moment that belongs to each gradient, this rank's shards of them."""
 
     @abc.abstractmethod
-    def sizes(self, *, native: bool) -> Sizes | None:
-        """Of every tensor that a relative limit bounds; `None` for no limit.
-
-        Args:
-            native: takes the C library for what it can take.
-        """
+    def limited(self) -> Sequence[Tensor]:
+        """Every tensor that a relative limit bounds; none for no limit."""
 
     @abc.abstractmethod
     def update(self, orders: Orders, *, native: bool, foreach: bool) -> None:
@@ -154,7 +150,7 @@ def run(
     ordered = [orders_of(group, controls, scale, key, settings, xp=xp) for group in groups]
     record(law_state, signals, controls, ordered[0], still=still)
     (count,) = _law_state.as_scalars([law_state["step"]], xp)
-    sizes = [group.sizes(native=native) for group in groups]
+    sizes = sizes_by_group([group.limited() for group in groups], native=native)
     whole = whole_mean_square([size for size in sizes if size is not None])
     shares = []
     for group, orders, size in zip(groups, ordered, sizes, strict=True):

@@ -14,6 +14,7 @@ from cruxy_control.formulas.limits import RELATIVE_FLOOR, rate_share
 from cruxy_control.formulas.limits import relative_limit as limit_of
 from cruxy_optax._controls import require_controls
 from cruxy_optax._distributed.axes import as_axes, mean_square, whole_mean_square
+from cruxy_optax._tree import materialize
 
 
 class ThrottleByPhaseState(NamedTuple):
@@ -151,7 +152,7 @@ def scale_by_meta_learning_rate(
             limit = limit_of(square, share, relative_floor, xp=jnp, whole=whole)
             return jnp.minimum(rate, limit)
 
-        return treedef.unflatten([one(square) for square in squares])
+        return treedef.unflatten(materialize(*map(one, squares)) if squares else ())
 
     def update_fn(
         updates: optax.Updates,

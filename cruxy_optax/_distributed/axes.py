@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from cruxy_optax._tree import accumulator_dtype
+from cruxy_optax._tree import accumulator_dtype, materialize
 
 
 def as_axes(axis_names: str | Sequence[str]) -> tuple[str, ...]:
@@ -73,7 +73,8 @@ def after(
     if len(scalars) < 2 or not (axis_names or any(map(is_spread, leaves))):
         return None
     # No number is below 0, which XLA cannot know.
-    return jnp.where(lax.stop_gradient(sum(scalars)) < 0.0, 0.0, 1.0)
+    (one,) = materialize(jnp.where(lax.stop_gradient(sum(scalars)) < 0.0, 0.0, 1.0))
+    return one
 
 
 def mean_over_axes(x: jax.Array, axis_names: Sequence[str]) -> jax.Array:
@@ -130,7 +131,8 @@ def whole_mean_square(
     ]
     total = max(1, sum(counts))
     shares = [square * (n / total) for square, n in zip(squares, counts, strict=True)]
-    return sum(shares, jnp.zeros((), jnp.float32))
+    (whole,) = materialize(sum(shares, jnp.zeros((), jnp.float32)))
+    return whole
 
 
 def whatever_the_axes(

@@ -19,7 +19,6 @@ from cruxy_torch._kept import Coded, Kept, Rounded
 from cruxy_torch._memory.state import as_stepped
 from cruxy_torch._native import passes
 from cruxy_torch._orders import Orders
-from cruxy_torch._sensors.sizes import Sizes, sizes
 from cruxy_torch._step import Group
 
 
@@ -51,11 +50,9 @@ class DirectedGroup(Group):
         """The first moment that belongs to each gradient, this rank's shards of them."""
         return self.columns.moments[self.direction.moments[0]]
 
-    def sizes(self, *, native: bool) -> Sizes | None:
-        """Of every tensor that a relative limit bounds; see `Group`."""
-        if self.relative_limit is None or not self.params:
-            return None
-        return sizes(self.params, native=native)
+    def limited(self) -> Sequence[Tensor]:
+        """Every tensor that a relative limit bounds; see `Group`."""
+        return () if self.relative_limit is None else self.params
 
     def update(self, orders: Orders, *, native: bool, foreach: bool) -> None:
         """Updates parameters, state and averages in place; see `Group`."""

@@ -193,10 +193,20 @@ def zeros_without(param: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
     shape = [1 if index == axis else size for index, size in enumerate(param.shape)]
     if not is_sharded(param):
         return torch.zeros(shape, dtype=dtype, device=param.device)
-    from torch.distributed.tensor import Replicate, zeros
+    from torch.distributed.tensor import DTensor, Replicate
 
     placements = [Replicate() if p.is_shard(axis) else p for p in param.placements]
-    return zeros(shape, dtype=dtype, device_mesh=param.device_mesh, placements=placements)
+    part = param.to_local()
+    own = [1 if index == axis else size for index, size in enumerate(part.shape)]
+    stride = [math.prod(shape[index + 1 :]) for index in range(len(shape))]
+    return DTensor.from_local(
+        torch.zeros(own, dtype=dtype, device=part.device),
+        param.device_mesh,
+        placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=tuple(stride),
+    )
 
 
 def shard_begin(tensor: Tensor, axis: int) -> int:

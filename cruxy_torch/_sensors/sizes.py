@@ -52,6 +52,26 @@ def sizes(tensors: Sequence[Tensor], *, native: bool) -> Sizes:
     return Sizes(total, [tensor.numel() for tensor in tensors])
 
 
+def sizes_by_group(groups: Sequence[Sequence[Tensor]], *, native: bool) -> list[Sizes | None]:
+    """`sizes` of each group, `None` of one without tensors; shards of all are added up together.
+
+    Args:
+        groups: the tensors of each.
+        native: takes the C library for what it can take.
+    """
+    everything = [tensor for group in groups for tensor in group]
+    if not everything:
+        return [None] * len(groups)
+    squares, counts = sizes(everything, native=native)
+    found: list[Sizes | None] = []
+    begin = 0
+    for group in groups:
+        end = begin + len(group)
+        found.append(Sizes(squares[begin:end], counts[begin:end]) if group else None)
+        begin = end
+    return found
+
+
 def whole_mean_square(sizes: Sequence[Sizes]) -> Tensor | None:
     """The mean of the squares of all elements together; `None` of no tensors."""
     if not sizes:

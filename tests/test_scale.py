@@ -1,0 +1,266 @@
+"""What steps send between devices, counted: nothing gathered, sums packed."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import cruxy_optax as ours
+from benchmarks._jax.hlo import axes_of, collectives
+from benchmarks._wire import Message, sent_bytes
+from cruxy_control.slices import blocks
+from optimizers import assert_close
+
+SHAPES = {
+    "embed": {"embedding": (64, 32)},
+    "layer_0": {"kernel": (32, 64), "bias": (64,), "scale": (32,)},
+    "layer_1": {"kernel": (64, 32), "bias": (32,)},
+}
+SLICES = {"layer_0.kernel": blocks(8, 8, 16, axis=0)}
+
+
+def steered(*members):
+    return ours.stabilize(optax.chain(*members, ours.scale_by_meta_learning_rate(1e-3)))
+
+
+# Maker, and how many packed sums wait for one another: the norms, then what each part measures.
+STAGES = {
+    "meta3": (lambda: ours.meta3(1e-3), 1),
+    "meta_lion": (lambda: ours.meta_lion(1e-3), 1),
+    "meta3_8bit": (lambda: ours.meta3(1e-3, state_bits=8), 1),
+    "stability_v1": (lambda: ours.stability_v1(1e-3), 1),
+    "stability_v2": (lambda: ours.stability_v2(1e-3), 1),
+    "self_driving": (ours.self_driving, 1),
+    "self_driving_4bit": (lambda: ours.self_driving(state_bits=4), 1),
+    "self_driving_lion": (ours.self_driving_lion, 1),
+    "axiom": (lambda: ours.axiom(1e-3), 4),
+    "axiom_all": (
+        lambda: ours.axiom(b1=0.9, momentum_bits=32, relative_step=True, snr_floor=0.1),
+        5,
+    ),
+    "cosmic": (lambda: ours.cosmic(1e-3, state_budget="30KB"), 2),
+    "tiger": (lambda: ours.tiger(1e-3), 2),
+    "tiger_all": (
+        lambda: ours.tiger(1e-3, power=0.5, trust_cap=10.0, trust_decay=0.9, agc=1.0),
+        6,
+    ),
+    "limit_relative_step": (ours.limit_relative_step, 1),
+    "soften_sign": (ours.soften_sign, 1),
+    "blend_sign": (ours.blend_sign, 1),
+    "scale_by_trust_ratio_ema": (lambda: ours.scale_by_trust_ratio_ema(decay=0.9), 1),
+    "trust of rows": (lambda: ours.scale_by_trust_ratio_ema(per="row"), 1),
+    "clip_by_parameter_norm": (ours.clip_by_parameter_norm, 1),
+    "clip_by_rms": (ours.clip_by_rms, 1),
+    "rms of rows": (lambda: ours.clip_by_rms(per="row"), 1),
+    "centralize_kernels": (ours.centralize_kernels, 1),
+    "blend_by_lora_pid": (
+        lambda: steered(ours.blend_by_lora_pid(ours.scale_by_controlled_momentum())),
+        5,
+    ),
+    "scale_by_slices": (lambda: ours.scale_by_slices(SLICES, {"k": 0.5}), 0),
+    "balance_slices": (lambda: ours.balance_slices(SLICES, every=1), 2),
+    "scale_by_role": (lambda: ours.scale_by_role({"embedding": 0.3}), 0),
+    "decayed": (
+        lambda: steered(ours.scale_by_controlled_adam(), ours.add_controlled_decayed_weights(0.1)),
+        1,
+    ),
+    "track_gamma_norm": (ours.track_gamma_norm, 1),
+    "track_curvature": (ours.track_curvature, 1),
+}
+MESHES = {
+    "one axis": ((8,), ("data",), P("data"), P()),
+    "two axes": ((4, 2), ("data", "model"), P("data", "model"), P()),
+    "vectors split": ((4, 2), ("data", "model"), P("data", "model"), P("model")),
+    "three axes": ((2, 2, 2), ("data", "model", "expert"), P(("data", "expert"), "model"), P()),
+}
+FAST = ("meta3", "self_driving", "axiom", "limit_relative_step")
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+def tree(seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+        SHAPES,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def placed(values, mesh, matrices, vectors):
+    specs = jax.tree.map(lambda x: matrices if x.ndim > 1 else vectors, values)
+    places = jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
+    return jax.device_put(values, places)
+
+
+def step_of(tx):
+    tx = optax.with_extra_args_support(tx)
+    return lambda grads, state, params: tx.update(grads, state, params, value=jnp.float32(1.0))
+
+
+def run(tx, kind, layout):
+    """What a step sends, and what it makes of parameters and gradients."""
+    shape, names, matrices, vectors = MESHES[layout]
+    mesh = jax.make_mesh(shape, names, axis_types=(KINDS[kind],) * len(shape))
+    with jax.set_mesh(mesh):
+        params, grads = (placed(tree(seed), mesh, matrices, vectors) for seed in (0, 1))
+        state = jax.jit(tx.init)(params)
+        done = jax.jit(step_of(tx)).lower(grads, state, params).compile()
+        updates, state = done(grads, state, params)
+    return collectives(done.as_text()), jax.device_get(updates), state, params
+
+
+def cases(names):
+    for name in names:
+        for kind in KINDS:
+            for layout in MESHES:
+                fast = name in FAST and (layout == "two axes")
+                marks = [] if fast else [pytest.mark.slow]
+                yield pytest.param(name, kind, layout, marks=marks, id=f"{name}-{kind}-{layout}")
+
+
+@pytest.mark.parametrize(("name", "kind", "layout"), list(cases(STAGES)))
+def test_nothing_is_gathered_and_sums_are_packed(name, kind, layout):
+    make, stages = STAGES[name]
+    found, updates, _, _ = run(make(), kind, layout)
+    axes = len(MESHES[layout][0])
+    assert {one.operation for one in found} <= {"all-reduce"}
+    # A sum over two axes of a mesh is one all-reduce after another to XLA.
+    assert len(found) <= stages * axes
+    # Factors have a number a row and a column, rows of statistics one a row; the rest is scalars.
+    assert sum(one.bytes for one in found) < 4096
+    tx = make()
+    params, grads = tree(0), tree(1)
+    want = step_of(tx)(grads, tx.init(params), params)[0]
+    assert_close(updates, jax.device_get(want), ulps=512)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["orthogonalize_updates", "self_driving_muon"])
+@pytest.mark.slow
+def test_no_device_gathers_more_than_one_matrix_at_a_time(name, kind):
+    tx = getattr(ours, name)()
+    found, updates, _, _ = run(tx, kind, "two axes")
+    matrix = 4 * 64 * 32
+    assert max(one.bytes for one in found) <= matrix * 1.5  # a share of eight, filled up
+    params, grads = tree(0), tree(1)
+    want = step_of(tx)(grads, tx.init(params), params)[0]
+    np.testing.assert_allclose(
+        updates["layer_0"]["kernel"], want["layer_0"]["kernel"], rtol=1e-3, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["self_driving", pytest.param("axiom", marks=pytest.mark.slow)])
+def test_nothing_as_large_as_a_parameter_is_on_every_device(name, kind):
+    _, _, state, params = run(STAGES[name][0](), kind, "two axes")
+    smallest = min(x.size for x in jax.tree.leaves(params) if x.ndim > 1)
+    whole = [x for x in jax.tree.leaves(state) if x.sharding.is_fully_replicated]
+    assert max(x.size for x in whole) < smallest
+
+
+def test_init_under_jit_makes_the_state_in_its_place():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        params = placed(tree(), mesh, P("data", "model"), P())
+        tx = ours.self_driving()
+        places = jax.tree.map(lambda leaf: leaf.sharding, jax.eval_shape(tx.init, params))
+        made = jax.jit(tx.init, out_shardings=places).lower(params).compile()
+        state = made(params)
+    assert collectives(made.as_text()) == []
+    moments = state.inner_state[1].mu["layer_0"]["kernel"]
+    assert moments.sharding.spec == P("data", "model")
+
+
+def test_a_stack_of_layers_is_one_leaf():
+    """Sums over stacked layers cost what one leaf costs."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    tx = ours.limit_relative_step()
+
+    def sent(shape, spec):
+        leaf = jax.device_put(jnp.ones(shape), NamedSharding(mesh, spec))
+        text = jax.jit(step_of(tx)).lower(leaf, tx.init(leaf), leaf).compile().as_text()
+        return [one.bytes for one in collectives(text)]
+
+    assert sent((6, 16, 8), P(None, "data", "model")) == sent((16, 8), P("data", "model"))
+
+
+def test_uneven_shards_under_shard_map():
+    """Norms of shards that differ in what they hold are those of the whole."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    tx, alone = ours.self_driving(axis_names="data"), ours.self_driving()
+    params = {"w": jnp.zeros((16, 4)).at[3].set(5.0), "b": jnp.ones(4)}
+    state = alone.init(params)
+    specs = jax.tree_util.tree_map_with_path(
+        lambda path, _: P("data") if "'w'" in jax.tree_util.keystr(path) else P(), state
+    )
+    split = {"w": P("data"), "b": P()}
+    step = jax.shard_map(
+        step_of(tx), mesh=mesh, in_specs=(split, specs, split), out_specs=(split, specs)
+    )
+    text = jax.jit(step).lower(params, state, params).compile().as_text()
+    assert len(collectives(text)) == 1
+    got = jax.jit(step)(params, state, params)
+    assert_close(jax.device_get(got), jax.device_get(step_of(alone)(params, state, params)), 512)
+
+
+TEXT = """
+%body (p: f32[4]) -> f32[4] {
+  %g = f32[4,64]{1,0} all-gather(%x), replica_groups=[4,2]<=[8], dimensions={0}
+}
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %r = (f32[], f32[16]{0}) all-reduce(%a, %b), replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}
+  %q = bf16[8]{0} all-to-all(%a), replica_groups={{0,1},{2,3},{4,5},{6,7}}
+  %s = f32[4]{0} all-reduce(%a), replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_0'}
+  %w = (s32[]) while(%t), body=%body, backend_config={"known_trip_count":{"n":"3"}}
+}
+"""
+
+
+def test_collectives_are_read_with_size_axis_and_number():
+    mesh = {"data": 4, "model": 2}
+    read = [(c.operation, c.bytes, axes_of(c.devices, mesh), c.times) for c in collectives(TEXT)]
+    assert read == [
+        ("all-gather", 1024, ("model",), 3),
+        ("all-reduce", 68, ("data",), 1),
+        ("all-to-all", 16, ("model",), 1),
+        ("all-reduce", 16, ("model",), 1),
+    ]
+
+
+def test_a_ring_sends_what_the_hand_counts():
+    assert sent_bytes(Message("all-reduce", 800, ("data",), 4)) == 1200.0
+    assert sent_bytes(Message("all-gather", 800, ("data",), 4, times=2)) == 1200.0
+    assert sent_bytes(Message("reduce-scatter", 200, ("data",), 4)) == 600.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["meta3", "self_driving"])
+def test_a_run_on_one_mesh_goes_on_another(optimizer, tmp_path):
+    import orbax.checkpoint as ocp
+
+    tx = STAGES[optimizer][0]()
+
+    def on(shape):
+        mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+        params, grads = (placed(tree(s), mesh, P("data", "model"), P()) for s in (0, 1))
+        return params, grads
+
+    params, grads = on((4, 2))
+    _, state = jax.jit(step_of(tx))(grads, jax.jit(tx.init)(params), params)
+    folder = os.fspath(tmp_path / "state")
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(folder, state)
+        saver.wait_until_finished()
+        params, grads = on((2, 4))
+        like = jax.jit(tx.init)(params)
+        restored = saver.restore(folder, like)
+    _, after = jax.jit(step_of(tx))(grads, restored, params)
+    plain = tx.init(tree(0))
+    for _ in range(2):
+        _, plain = step_of(tx)(tree(1), plain, tree(0))
+    assert_close(jax.device_get(after), jax.device_get(plain), 512)
