@@ -22,6 +22,7 @@ MODULES = {
     "wires": "wires",
     "labelling": "labelling",
     "step-time": "step_time",
+    "exact": "exact",
     "memory": "memory",
     "large-models": "large_models",
     "scale": "scale",

@@ -13,7 +13,8 @@ from cruxy_exact import verify as check  # noqa: E402
 from cruxy_exact.engines import ENGINES  # noqa: E402
 from cruxy_exact.reference import Reference  # noqa: E402
 from cruxy_torch import exact  # noqa: E402
-from exact_models import GPT, batch, reference_state, train  # noqa: E402
+from exact_models import Checkpointed, batch, reference_state, train  # noqa: E402
+from exact_models import model as gpt  # noqa: E402
 
 STEPS = 3
 
@@ -36,18 +37,18 @@ def same(model, params):
 
 
 def test_modules_autograd_and_optimizer_train_the_reference_to_the_bit(wanted):
-    assert same(train(GPT(Reference()), STEPS), wanted)
+    assert same(train(gpt(Reference()), STEPS), wanted)
 
 
 @pytest.mark.parametrize("engine", ENGINES[1:])
 def test_another_engine_trains_the_same_bits(engine):
     exact.use(engine=engine)
-    assert same(train(GPT(Reference()), 1), reference_state(Reference(), 1))
+    assert same(train(gpt(Reference()), 1), reference_state(Reference(), 1))
 
 
 def test_other_bits_are_another_run(wanted):
     exact.use(bits=22)
-    assert not same(train(GPT(Reference()), STEPS), wanted)
+    assert not same(train(gpt(Reference()), STEPS), wanted)
 
 
 @pytest.mark.slow
@@ -56,26 +57,26 @@ def test_threads_do_not_matter(wanted, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert same(train(GPT(Reference()), STEPS), wanted)
+        assert same(train(gpt(Reference()), STEPS), wanted)
     finally:
         torch.set_num_threads(before)
 
 
 def test_a_checkpointed_block_has_the_same_bits(wanted):
-    assert same(train(GPT(Reference(), checkpoint=True), STEPS), wanted)
+    assert same(train(gpt(Reference(), Checkpointed), STEPS), wanted)
 
 
 def test_under_autocast_nothing_changes(wanted):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        model = train(GPT(Reference()), STEPS)
+        model = train(gpt(Reference()), STEPS)
     assert same(model, wanted)
 
 
 def test_a_run_goes_on_from_its_state_dicts(wanted):
-    model, optimizer = GPT(Reference()), None
+    model, optimizer = gpt(Reference()), None
     model, optimizer = train(model, 1, both=True)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    other = GPT(Reference())
+    other = gpt(Reference())
     torch.nn.init.zeros_(other.head.weight)
     resumed = exact.AdamW(other.parameters(), lr=3e-3)
     other.load_state_dict(saved[0])
@@ -86,7 +87,7 @@ def test_a_run_goes_on_from_its_state_dicts(wanted):
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_grains_in_any_order_have_the_same_bits(seed):
     reference = Reference(grain=1)
-    model = GPT(reference)
+    model = gpt(reference)
     optimizer = exact.AdamW(model.parameters(), lr=reference.lr)
     grains = exact.GrainAccumulator(model)
     for step in range(2):
@@ -105,7 +106,7 @@ def test_grains_in_any_order_have_the_same_bits(seed):
 
 def test_the_graph_of_the_reference_holds_nothing_that_is_not_exact():
     reference = Reference()
-    model = GPT(reference)
+    model = gpt(reference)
     exact.set_step(model, 0)
     x, y = batch(reference, 0)
     exact.check_graph(exact.cross_entropy(model(x), y))
@@ -194,7 +195,7 @@ def test_shapes_that_would_broadcast_are_an_error():
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_a_row_has_the_same_bits_whatever_else_is_in_the_batch(batch_size):
-    model = GPT(Reference()).eval()
+    model = gpt(Reference()).eval()
     x, _ = batch(Reference(), 0)
     alone, among = model(x[:1]), model(x[:batch_size])
     assert torch.equal(alone, among[:1])

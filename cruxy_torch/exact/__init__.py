@@ -26,6 +26,7 @@ from cruxy_torch.exact.functional import (
     sum,
 )
 from cruxy_torch.exact.grains import GrainAccumulator, ddp_hook
+from cruxy_torch.exact.models import ReferenceModel, exact_step, plain_step
 from cruxy_torch.exact.modules import (
     GELU,
     Attention,
@@ -40,7 +41,6 @@ from cruxy_torch.exact.modules import (
     set_step,
 )
 from cruxy_torch.exact.optimizers import SGD, AdamW, Lion, clip_grad_norm_
-from cruxy_torch.exact.plain import plain_step
 
 __all__ = [
     "GELU",
@@ -57,6 +57,7 @@ __all__ = [
     "Lion",
     "RMSNorm",
     "ReLU",
+    "ReferenceModel",
     "SiLU",
     "add",
     "check_graph",
@@ -68,6 +69,7 @@ __all__ = [
     "ddp_hook",
     "dropout",
     "embedding",
+    "exact_step",
     "fork",
     "gelu",
     "layer_norm",
