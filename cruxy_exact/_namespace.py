@@ -13,8 +13,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def replaceable(function: Function) -> Function:
     """Lets a namespace bring a faster version of a function, which has to give the same bits.
 
-    An `xp` that has an attribute `exact_NAME` is asked for the function `NAME`. The version of this
-    package remains there as `function.reference`.
+    An `xp` that has an attribute `exact_NAME` is asked for the function `NAME`.
     """
     name = f"exact_{function.__name__}"
 
@@ -22,8 +21,12 @@ def replaceable(function: Function) -> Function:
     def call(*args: Any, xp: Any, **options: Any) -> Any:
         return getattr(xp, name, function)(*args, xp=xp, **options)
 
-    call.reference = function  # pyright: ignore[reportFunctionMemberAccess]
     return call  # pyright: ignore[reportReturnType]
+
+
+def original(function: Any) -> Any:
+    """The version of a `replaceable` function that this package has."""
+    return function.__wrapped__
 
 
 def is_torch(xp: Any) -> bool:

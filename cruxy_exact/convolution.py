@@ -101,7 +101,8 @@ def convolution_forward(
     kernel = (w.shape[0], w.shape[1])
     wide = x
     if any(padding):
-        wide = pad(x, [(0, 0), (padding[0],) * 2, (padding[1],) * 2, (0, 0)], xp=xp)
+        top, left = padding
+        wide = pad(x, [(0, 0), (top, top), (left, left), (0, 0)], xp=xp)
     patches = unfold(wide, kernel, stride, xp=xp)
     flat = w.reshape(-1, w.shape[-1])
     y, kept = linear_forward(patches, flat, b, precision=precision, xp=xp)

@@ -44,7 +44,9 @@ def quantize(x: Any, axes: int | tuple[int, ...], bits: int, *, xp: Any) -> tupl
 
 
 @replaceable
-def total(x: Any, axes: int | tuple[int, ...] | None = None, *, keepdims: bool = False, xp: Any):
+def total(
+    x: Any, axes: int | tuple[int, ...] | None = None, *, keepdims: bool = False, xp: Any
+) -> Any:
     """The sum over axes, rounded once; at most `n max|x| 2^-30 + 2^-24 |sum|` off.
 
     Args:
@@ -75,7 +77,9 @@ def total(x: Any, axes: int | tuple[int, ...] | None = None, *, keepdims: bool =
     return out if keepdims else out.reshape([d for i, d in enumerate(x.shape) if i not in axes])
 
 
-def mean(x: Any, axes: int | tuple[int, ...] | None = None, *, keepdims: bool = False, xp: Any):
+def mean(
+    x: Any, axes: int | tuple[int, ...] | None = None, *, keepdims: bool = False, xp: Any
+) -> Any:
     """`total` times the float32 reciprocal of the number of summands; arguments as of `total`."""
     axes = normal(tuple(range(x.ndim)) if axes is None else axes, x.ndim)
     n = math.prod(x.shape[axis] for axis in axes)

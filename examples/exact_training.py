@@ -22,7 +22,7 @@ FRAMEWORKS = ("torch", "jax")
 
 def main(argv: Sequence[str] | None = None) -> str:
     """Trains with the command line `argv`, by default the process's own; returns the checksum."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Bit-exact training.")
     parser.add_argument("--framework", choices=FRAMEWORKS, default="torch")
     parser.add_argument("--model", choices=("gpt", "vit"), default="gpt")
     parser.add_argument("--steps", type=int, default=10, help="the step at which to stop")

@@ -181,7 +181,7 @@ class Off:
     def exact_softmax_forward(self, z, *, xp):
         from cruxy_exact.attention import softmax_forward
 
-        p, _ = softmax_forward.reference(z, xp=np)
+        p, _ = softmax_forward.__wrapped__(z, xp=np)
         self.calls -= 1
         if self.calls < 0:
             p = p.copy()

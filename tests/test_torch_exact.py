@@ -7,10 +7,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import torch.nn.functional as F  # noqa: E402, N812
 from torch import nn  # noqa: E402
 
 from cruxy_exact import verify as check  # noqa: E402
-from cruxy_exact.engines import ENGINES  # noqa: E402
+from cruxy_exact.engines import ENGINES, Precision  # noqa: E402
 from cruxy_exact.reference import Reference  # noqa: E402
 from cruxy_torch import exact  # noqa: E402
 from exact_models import Checkpointed, batch, reference_state, train  # noqa: E402
@@ -208,3 +209,47 @@ def test_verify_finds_what_is_published():
         expected["checksum"],
         "",
     )
+
+
+def loss64(r, params, x, y):
+    """The reference's loss without dropout, in float64 and PyTorch's own functions."""
+    h = params["tok"][x] + params["pos"][: x.shape[1]]
+
+    def norm(name, h):
+        return F.layer_norm(h, (r.width,), params[f"{name}.w"], params[f"{name}.b"])
+
+    def linear(name, h):
+        return h @ params[f"{name}.w"] + params[f"{name}.b"]
+
+    for i in range(r.blocks):
+        parts = linear(f"{i}.qkv", norm(f"{i}.ln1", h)).chunk(3, -1)
+        q, k, v = (t.unflatten(-1, (r.heads, -1)).transpose(1, 2) for t in parts)
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        h = h + linear(f"{i}.o", a)
+        up = F.gelu(linear(f"{i}.up", norm(f"{i}.ln2", h)), approximate="tanh")
+        h = h + linear(f"{i}.dn", up)
+    logits = linear("head", norm("ln", h))
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten().long(), reduction="sum")
+
+
+@pytest.mark.parametrize(("bits", "bound"), [(20, 1e-5), (22, 2e-6)])
+def test_gradients_of_the_whole_gpt_are_near_those_of_float64(bits, bound):
+    r = Reference(keep=256, precision=Precision(bits=bits))
+    like = torch.zeros(1)
+    params = {name: p.double().requires_grad_() for name, p in r.init(like, xp=torch).items()}
+    x, y = r.data(0, like, xp=torch)
+    true = torch.autograd.grad(loss64(r, params, x, y), list(params.values()))
+    keys = r.dropout_keys(0, 0, like, xp=torch)
+    start = {name: p.detach().float() for name, p in params.items()}
+    _, ours = r.gradients(start, x, y, keys, xp=torch)
+    pairs = [(ours[name].double(), t) for name, t in zip(params, true, strict=True)]
+    errors = sorted(float((a - b).norm() / b.norm()) for a, b in pairs)
+    whole = torch.cat([(a - b).flatten() for a, b in pairs]).norm()
+    assert errors[len(errors) // 2] <= bound
+    assert whole <= bound * torch.cat([t.flatten() for t in true]).norm()
+
+
+def test_an_empty_batch_has_gradients_of_zero():
+    layer = nn.Sequential(exact.Linear(3, 4), exact.LayerNorm(4), exact.GELU(), exact.SiLU())
+    exact.sum(layer(torch.zeros(0, 3))).backward()
+    assert all(not p.grad.any() for p in layer.parameters())

@@ -12,7 +12,7 @@ from cruxy_torch import exact
 
 
 def steps(
-    size: Mapping[str, int], engines: Sequence[str]
+    size: Mapping[str, Any], engines: Sequence[str]
 ) -> tuple[dict[str, Callable[[], float]], int]:
     """What is timed, by name, and the number of parameters.
 

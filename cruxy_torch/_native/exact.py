@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cruxy_exact import attention, layers, optimizers, sums
-from cruxy_exact._namespace import normal
+from cruxy_exact._namespace import normal, original
 from cruxy_exact.arithmetic import f32
 from cruxy_exact.engines import DEFAULT, Precision
 from cruxy_torch._native import library
@@ -63,7 +63,7 @@ def _call(
     library.call(f"cruxy_exact_{name}", arguments)
 
 
-def _rows(x: Tensor) -> dict[str, int]:
+def _rows(x: Tensor) -> dict[str, Any]:
     return {"rows": x.numel() // x.shape[-1], "columns": x.shape[-1]}
 
 
@@ -105,11 +105,11 @@ class Namespace:
         """`sums.total` over the first axes, the last ones, or all of them."""
         over = normal(tuple(range(x.ndim)) if axes is None else axes, x.ndim)
         if not _is_plain(x) or not over:
-            return sums.total.reference(x, axes, keepdims=keepdims, xp=torch)
+            return original(sums.total)(x, axes, keepdims=keepdims, xp=torch)
         over = tuple(sorted(over))
         last = over == tuple(range(x.ndim - len(over), x.ndim))
         if not last and over != tuple(range(len(over))):
-            return sums.total.reference(x, axes, keepdims=keepdims, xp=torch)
+            return original(sums.total)(x, axes, keepdims=keepdims, xp=torch)
         kept = [1 if i in over else d for i, d in enumerate(x.shape)]
         out = torch.empty(kept, dtype=torch.float32, device="cpu")
         n = math.prod(x.shape[i] for i in over)
@@ -125,7 +125,7 @@ class Namespace:
         fits = fits and a.shape[-1] == b.shape[-2] and a.shape[-1] <= precision.block
         fits = fits and (b.ndim == 2 or a.shape[:-2] == b.shape[:-2]) and a.numel() * b.numel() > 0
         if not fits or a.is_neg() or b.is_neg():
-            return sums.matmul.reference(a, b, precision=precision, xp=torch)
+            return original(sums.matmul)(a, b, precision=precision, xp=torch)
         shape = (*a.shape[:-1], b.shape[-1])
         if b.ndim == 2 and a.ndim > 2:
             a = a.reshape(-1, a.shape[-1])
@@ -149,7 +149,7 @@ class Namespace:
     def exact_gelu_forward(x: Tensor, *, xp: Any) -> tuple[Tensor, Kept]:
         """`layers.gelu_forward`."""
         if not _is_plain(x):
-            return layers.gelu_forward.reference(x, xp=torch)
+            return original(layers.gelu_forward)(x, xp=torch)
         y, square, s = (torch.empty_like(x) for _ in range(3))
         numbers = (layers.GELU_0, layers.GELU_1)
         _call("gelu_forward", (x,), (y, square, s), numbers, columns=x.numel())
@@ -160,7 +160,7 @@ class Namespace:
         """`layers.gelu_backward`."""
         g = g.contiguous()
         if not _is_plain(*kept, g):
-            return layers.gelu_backward.reference(kept, g, xp=torch)
+            return original(layers.gelu_backward)(kept, g, xp=torch)
         dx = torch.empty_like(g)
         numbers = (layers.GELU_0, layers.GELU_3)
         _call("gelu_backward", (*kept, g), (dx,), numbers, columns=g.numel())
@@ -172,7 +172,7 @@ class Namespace:
     ) -> tuple[Tensor, Kept]:
         """`layers.layer_norm_forward`."""
         if not _is_plain(x, w, b) or not w.shape == b.shape == x.shape[-1:]:
-            return layers.layer_norm_forward.reference(x, w, b, eps=eps, xp=torch)
+            return original(layers.layer_norm_forward)(x, w, b, eps=eps, xp=torch)
         y, h = torch.empty_like(x), torch.empty_like(x)
         r = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device="cpu")
         numbers = (f32(1 / x.shape[-1]), f32(eps))
@@ -184,7 +184,7 @@ class Namespace:
         """`layers.layer_norm_backward`."""
         g = g.contiguous()
         if not _is_plain(*kept, g):
-            return layers.layer_norm_backward.reference(kept, g, xp=torch)
+            return original(layers.layer_norm_backward)(kept, g, xp=torch)
         dx, settled, gh = (torch.empty_like(g) for _ in range(3))
         numbers = (f32(1 / g.shape[-1]),)
         _call("layer_norm_backward", (*kept, g), (dx, settled, gh), numbers, **_rows(g))
@@ -195,7 +195,7 @@ class Namespace:
     def exact_softmax_forward(z: Tensor, *, xp: Any) -> tuple[Tensor, Kept]:
         """`attention.softmax_forward`."""
         if not _is_plain(z):
-            return attention.softmax_forward.reference(z, xp=torch)
+            return original(attention.softmax_forward)(z, xp=torch)
         p = torch.empty_like(z)
         _call("softmax_forward", (z,), (p,), **_rows(z))
         return p, (p,)
@@ -204,7 +204,7 @@ class Namespace:
     def exact_softmax_backward(kept: Kept, g: Tensor, *, xp: Any) -> Kept:
         """`attention.softmax_backward`."""
         if not _is_plain(*kept, g):
-            return attention.softmax_backward.reference(kept, g, xp=torch)
+            return original(attention.softmax_backward)(kept, g, xp=torch)
         dz = torch.empty_like(g)
         _call("softmax_backward", (*kept, g), (dz,), **_rows(g))
         return (dz,)
@@ -214,7 +214,7 @@ class Namespace:
         """`layers.cross_entropy_forward`; labels out of range are an error, as in PyTorch."""
         n = logits.shape[-1]
         if not _is_plain(logits) or logits.shape[:-1] != labels.shape or not labels.is_cpu:
-            return layers.cross_entropy_forward.reference(logits, labels, xp=torch)
+            return original(layers.cross_entropy_forward)(logits, labels, xp=torch)
         whole = labels.to(torch.int64).contiguous()
         if bool(((whole < 0) | (whole >= n)).any()):
             raise IndexError(f"labels must be from 0 to {n - 1}, the classes; mask others out.")
@@ -227,10 +227,10 @@ class Namespace:
     def exact_dropout_forward(x: Tensor, key: Tensor, keep: int, *, xp: Any) -> tuple[Tensor, Kept]:
         """`layers.dropout_forward`."""
         if not _is_plain(x) or not key.is_cpu or not 1 <= keep <= 256 or x.numel() > 2**31:
-            return layers.dropout_forward.reference(x, key, keep, xp=torch)
+            return original(layers.dropout_forward)(x, key, keep, xp=torch)
         factor, y = f32(256 / keep), torch.empty_like(x)
         mask = torch.empty(x.shape, dtype=torch.bool, device="cpu")
-        sizes = {"columns": x.numel(), "along": keep, "bits": int(key)}
+        sizes: dict[str, Any] = {"columns": x.numel(), "along": keep, "bits": int(key)}
         _call("dropout_forward", (x,), (y, mask), (factor,), **sizes)
         return y, (mask, factor)
 
@@ -242,7 +242,7 @@ class Namespace:
         out = p.clone(), m.clone(), v.clone()
         if Namespace.adamw_(*out, g, factors, **options):
             return out
-        return optimizers.adamw.reference(p, g, m, v, factors, **{**options, "xp": torch})
+        return original(optimizers.adamw)(p, g, m, v, factors, **{**options, "xp": torch})
 
     @staticmethod
     def adamw_(p: Tensor, m: Tensor, v: Tensor, g: Tensor, factors: Any, **options: Any) -> bool:

@@ -60,7 +60,8 @@ def _tested(wanted: Precision, kind: str, index: int | None) -> Precision:
             "or an NVIDIA GPU."
         )
     with torch.no_grad(), torch.autocast(kind, enabled=False):
-        like = torch.zeros(1, dtype=torch.float32, device=torch.device(kind, index))
+        device = kind if index is None else f"{kind}:{index}"
+        like = torch.zeros(1, dtype=torch.float32, device=device)
         return engines.choose(wanted, like, xp=torch)
 
 

@@ -93,7 +93,7 @@ def reduced(sums: list[Grains], group: Any = None) -> list[Grains]:
     ]
 
 
-def ddp_hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def ddp_hook(group: Any, bucket: Any) -> torch.futures.Future[Tensor]:
     """A communication hook of `DistributedDataParallel`: each process's batch is one grain.
 
     The gradients become the exact sum over processes, not their mean. It is the same for any order
@@ -101,7 +101,7 @@ def ddp_hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor
 
     Args:
         group: as the hook's state: the processes, or `None` for all.
-        bucket: what DDP hands over.
+        bucket: what DDP hands over, a `torch.distributed.GradBucket`.
 
     Examples:
         >>> from torch.nn.parallel import DistributedDataParallel

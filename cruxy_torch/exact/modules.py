@@ -250,7 +250,8 @@ class Attention(nn.Module):
         found = self._tables.get((length, device))
         if found is None:
             base = self.rotary_base or 1.0
-            tables = rotary_table(length, self.width, base)
-            found = tuple(torch.tensor(t, dtype=torch.float32, device=device) for t in tables)
+            cosine, sine = rotary_table(length, self.width, base)
+            options = {"dtype": torch.float32, "device": device}
+            found = torch.tensor(cosine, **options), torch.tensor(sine, **options)
             self._tables[length, device] = found
         return found

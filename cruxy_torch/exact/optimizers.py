@@ -96,7 +96,8 @@ class AdamW(_Optimizer):
             [numpy.float32(x) for x in state["products"]], group["betas"], xp=numpy
         )
         state["products"] = tuple(float(x) for x in products)
-        factors = tuple(float(x) for x in core.adam_factors(*products, xp=numpy))
+        factor1, factor2 = core.adam_factors(*products, xp=numpy)
+        factors = float(factor1), float(factor2)
         b1, b2 = group["betas"]
         options = {name: group[name] for name in ("lr", "eps", "weight_decay")}
         m, v = state["exp_avg"], state["exp_avg_sq"]
