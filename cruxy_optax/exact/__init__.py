@@ -12,17 +12,22 @@ import jax
 
 from cruxy_exact.accumulate import Grains
 from cruxy_exact.engines import Precision
+from cruxy_optax.exact._attention import (
+    attention,
+    fused_attention,
+    rotary,
+    rotary_table,
+    softmax,
+)
 from cruxy_optax.exact._checksum import checksum
 from cruxy_optax.exact._frame import check_flags
 from cruxy_optax.exact._functional import (
     add,
-    attention,
     convolution,
     dropout,
     dropout_key,
     embed,
     fork,
-    fused_attention,
     gelu,
     layer_norm,
     linear,
@@ -32,13 +37,16 @@ from cruxy_optax.exact._functional import (
     patch_embedding,
     relu,
     rms_norm,
-    rotary,
-    rotary_table,
     scale,
     silu,
-    softmax,
     softmax_cross_entropy_with_integer_labels,
     sum,
+)
+from cruxy_optax.exact._gradients import (
+    apply_updates,
+    clip_by_global_norm,
+    global_norm,
+    scale_by_count,
 )
 from cruxy_optax.exact._grains import (
     AccumulateGrainsState,
@@ -54,16 +62,14 @@ from cruxy_optax.exact._optimizers import (
     LionState,
     SGDState,
     adamw,
-    apply_updates,
-    clip_by_global_norm,
-    global_norm,
     lion,
-    scale_by_count,
     sgd,
+)
+from cruxy_optax.exact._plain import plain_step
+from cruxy_optax.exact._schedules import (
     warmup_cosine,
     warmup_stable_decay,
 )
-from cruxy_optax.exact._plain import plain_step
 
 __all__ = [
     "AccumulateGrainsState",

@@ -17,7 +17,8 @@ def checksum(tree: Any, *, bits: int = 20, grain: int | None = None) -> str:
 
     Args:
         tree: any pytree of float32 arrays, whose names are the keys of their paths, joined by dots;
-            or a Flax nnx module, whose names and layout are those of PyTorch (`exact.nnx.state_dict`).
+            or a Flax nnx module, whose names and layout are then those of PyTorch
+            (`exact.nnx.state_dict`).
         bits: of the matrix products; `Precision.bits`.
         grain: samples in a grain; `None` where gradients were not accumulated in grains.
 
@@ -41,9 +42,9 @@ def named(tree: Any) -> dict[str, jax.Array]:
     """The arrays of a tree by name."""
     flax: Any = sys.modules.get("flax.nnx")
     if flax is not None and isinstance(tree, flax.Module):
-        from cruxy_optax.exact import nnx
+        from cruxy_optax.exact._state_dict import state_dict
 
-        return nnx.state_dict(tree)
+        return state_dict(tree)
     if flax is not None and isinstance(tree, flax.State):
         tree = flax.to_pure_dict(tree)
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)

@@ -35,8 +35,8 @@ def check_flags(flags: str) -> None:
             fast = value.lower() in ("", "true", "1")
     if fast:
         raise RuntimeError(
-            f"exact arithmetic needs XLA to keep float arithmetic as it is written, got --{FAST_MATH} "
-            f"in XLA_FLAGS; remove it, or set it to false."
+            "exact arithmetic needs XLA to keep float arithmetic as it is written, got "
+            f"--{FAST_MATH} in XLA_FLAGS; remove it, or set it to false."
         )
 
 
@@ -114,7 +114,8 @@ def tested(precision: Precision) -> Precision:
     """
     if not isinstance(precision, Precision):
         raise TypeError(
-            f"precision must be an exact.Precision, got {precision!r}; use exact.Precision(bits=20)."
+            f"precision must be an exact.Precision, got {precision!r}; use "
+            "exact.Precision(bits=20)."
         )
     return _tested(precision, platform())
 

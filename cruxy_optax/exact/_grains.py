@@ -11,7 +11,7 @@ from cruxy_exact import accumulate as core
 from cruxy_exact.accumulate import Grains
 from cruxy_exact.arithmetic import f32, mul
 from cruxy_optax.exact._frame import frame
-from cruxy_optax.exact._optimizers import settled
+from cruxy_optax.exact._gradients import settled
 
 
 def no_grains(like: Any) -> Any:

@@ -1,7 +1,5 @@
 """Exact layers as Flax nnx modules, with the parameters of their namesakes in Flax."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,11 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cruxy_control.checks import check_count, check_range
-from cruxy_exact import initial
 from cruxy_exact.engines import DEFAULT, Precision
-from cruxy_exact.random_bits import stream_key
+from cruxy_optax.exact import _attention as attention
 from cruxy_optax.exact import _functional as functional
-from cruxy_optax.exact._frame import frame
+from cruxy_optax.exact._initial import Initializer, normal_init, uniform_init
+from cruxy_optax.exact._state_dict import load_state_dict, state_dict
 
 __all__ = [
     "Attention",
@@ -30,47 +28,7 @@ __all__ = [
     "uniform_init",
 ]
 
-Initializer = Callable[..., jax.Array]
-
-
-def uniform_init(scale: float | None = None) -> Initializer:
-    """Uniform initial values that are the same everywhere.
-
-    Args:
-        scale: of the numbers, from `-scale` up to `scale`; `None` for one over the root of all axes
-            but the last, multiplied.
-
-    Returns:
-        A function of a key of `jax.random`, a shape and a dtype, which has to be float32.
-    """
-    return _init(initial.uniform, scale)
-
-
-def normal_init(stddev: float | None = None) -> Initializer:
-    """Nearly normal initial values that are the same everywhere; none is beyond 6 deviations.
-
-    Args:
-        stddev: the standard deviation; `None` as in `uniform_init`.
-
-    Returns:
-        See `uniform_init`.
-    """
-    return _init(initial.normal, stddev)
-
-
-def _init(values: Any, scale: float | None) -> Initializer:
-    def init(key: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
-        if jnp.dtype(dtype) != jnp.float32:
-            raise TypeError(f"exact layers have float32 parameters, got {dtype}; leave it out.")
-        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            key = jax.random.key_data(key)
-        size = 1 / math.sqrt(math.prod(shape[:-1])) if scale is None else scale
-        with frame():
-            words = jax.lax.bitcast_convert_type(key, jnp.int32)
-            mixed = stream_key(words[0], 0, words[-1], xp=jnp)
-            return values(shape, size, mixed, xp=jnp)
-
-    return init
+_UNIFORM, _NORMAL = uniform_init(), normal_init(0.02)
 
 
 class Linear(nnx.Module):
@@ -99,7 +57,7 @@ class Linear(nnx.Module):
         out_features: int,
         *,
         use_bias: bool = True,
-        kernel_init: Initializer = uniform_init(),
+        kernel_init: Initializer = _UNIFORM,
         precision: Precision = DEFAULT,
         rngs: nnx.Rngs,
     ) -> None:
@@ -175,7 +133,7 @@ class Embed(nnx.Module):
         num_embeddings: int,
         features: int,
         *,
-        embedding_init: Initializer = normal_init(0.02),
+        embedding_init: Initializer = _NORMAL,
         rngs: nnx.Rngs,
     ) -> None:
         self.num_embeddings, self.features = num_embeddings, features
@@ -256,7 +214,7 @@ class Conv(nnx.Module):
         *,
         padding: tuple[int, int] = (0, 0),
         use_bias: bool = True,
-        kernel_init: Initializer = uniform_init(),
+        kernel_init: Initializer = _UNIFORM,
         precision: Precision = DEFAULT,
         rngs: nnx.Rngs,
     ) -> None:
@@ -292,7 +250,7 @@ class PatchEmbedding(Conv):
         patch_size: tuple[int, int],
         *,
         use_bias: bool = True,
-        kernel_init: Initializer = uniform_init(),
+        kernel_init: Initializer = _UNIFORM,
         precision: Precision = DEFAULT,
         rngs: nnx.Rngs,
     ) -> None:
@@ -343,7 +301,7 @@ class Attention(nnx.Module):
         causal: bool = False,
         rotary_base: float | None = None,
         use_bias: bool = True,
-        kernel_init: Initializer = uniform_init(),
+        kernel_init: Initializer = _UNIFORM,
         precision: Precision = DEFAULT,
         rngs: nnx.Rngs,
     ) -> None:
@@ -379,10 +337,10 @@ class Attention(nnx.Module):
         b, t, features = x.shape
         q, k, v = self._heads(x)
         if self.rotary_base is not None:
-            table = functional.rotary_table(t, self.width, self.rotary_base)
-            q, k = functional.rotary(q, *table), functional.rotary(k, *table)
+            table = attention.rotary_table(t, self.width, self.rotary_base)
+            q, k = attention.rotary(q, *table), attention.rotary(k, *table)
         options = {"causal": self.causal, "precision": self.precision}
-        y = functional.attention(q, k, v, mask, **options)
+        y = attention.attention(q, k, v, mask, **options)
         return self.out(jnp.swapaxes(y, 1, 2).reshape(b, t, features))
 
     def _heads(self, x: jax.Array) -> tuple[jax.Array, ...]:
@@ -396,71 +354,3 @@ class Attention(nnx.Module):
         return tuple(
             heads(layer(copy)) for layer, copy in zip(layers, functional.fork(x, 3), strict=True)
         )
-
-
-_TORCH: dict[str, tuple[str, Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]]
-_TORCH = {
-    "kernel": (
-        "weight",
-        lambda x: jnp.transpose(x, (*range(x.ndim - 1, x.ndim - 3, -1), *range(x.ndim - 2))),
-        lambda x: jnp.transpose(x, (*range(2, x.ndim), 1, 0)),
-    ),
-    "scale": ("weight", lambda x: x, lambda x: x),
-    "embedding": ("weight", lambda x: x, lambda x: x),
-}
-"""PyTorch's name of a parameter, and the way to its layout and back."""
-
-
-def state_dict(model: nnx.Module) -> dict[str, jax.Array]:
-    """The parameters of a model under PyTorch's names and in its layout.
-
-    A model built of the same modules under the same names in `cruxy_torch.exact` loads them and
-    goes on with the same bits; `exact.checksum` of both is the same.
-
-    Args:
-        model: of any nnx modules. `kernel`, `scale` and `embedding` become `weight`; a kernel's
-            last two axes come first, the other way round.
-
-    Returns:
-        Arrays by name.
-    """
-    return {name: there(param[...]) for name, param, there, _ in _named(model)}
-
-
-def load_state_dict(model: nnx.Module, arrays: Mapping[str, Any]) -> None:
-    """Gives a model the parameters that `state_dict` or PyTorch's returned; in place.
-
-    Args:
-        model: the model.
-        arrays: by name; NumPy's, JAX's, or PyTorch's on CPU.
-
-    Raises:
-        ValueError: where a name or a shape is another. The model is then as it was.
-    """
-    found = list(_named(model))
-    names = {name for name, *_ in found}
-    if names != set(arrays):
-        raise ValueError(
-            f"arrays must have the names of the model, got {sorted(set(arrays) - names)} too many "
-            f"and {sorted(names - set(arrays))} too few; rename them."
-        )
-    new = {name: back(jnp.asarray(arrays[name])) for name, _, _, back in found}
-    for name, param, _, _ in found:
-        if new[name].shape != param.shape or new[name].dtype != param.dtype:
-            raise ValueError(
-                f"{name} must be {param.dtype} of a shape that fits {param.shape}, got "
-                f"{new[name].dtype} {tuple(arrays[name].shape)}; build the same model."
-            )
-    for name, param, _, _ in found:
-        param[...] = new[name]
-
-
-def _named(model: nnx.Module) -> Any:
-    """PyTorch's name, the parameter, and the way to PyTorch's layout and back."""
-    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        name, there, back = _TORCH.get(str(path[-1]), (str(path[-1]), _same, _same))
-        yield ".".join([*map(str, path[:-1]), name]), param, there, back
-
-
-def _same(x: jax.Array) -> jax.Array:
-    return x
