@@ -20,7 +20,7 @@ from cruxy_torch._orders import Orders
 
 T = TypeVar("T")
 
-Wanted = tuple[Tensor, int | None | Callable[[Tensor], Tensor]]
+Wanted = tuple[Tensor, int | Callable[[Tensor], Tensor] | None]
 """A sum over this rank's part of a tensor, and the axis that was summed over, `None` for all; or
 this rank's part of a tensor, and a function of the whole, of whose result its part is wanted."""
 
