@@ -1,4 +1,4 @@
-"""What ranks of a mesh do for the tests of scale: one of eight that are not there, four that are."""
+"""What ranks do for the tests of scale: one of eight that are not there, and four that are."""
 
 import json
 import os
