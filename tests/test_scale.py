@@ -215,7 +215,7 @@ TEXT = """
 ENTRY %main (p: f32[4]) -> f32[4] {
   %r = (f32[], f32[16]{0}) all-reduce(%a, %b), replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}
   %q = bf16[8]{0} all-to-all(%a), replica_groups={{0,1},{2,3},{4,5},{6,7}}
-  %s = f32[4]{0} all-reduce(%a), replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_0'}
+  %s = f32[4]{0} all-reduce(%a), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}
   %w = (s32[]) while(%t), body=%body, backend_config={"known_trip_count":{"n":"3"}}
 }
 """

@@ -1,0 +1,57 @@
+"""What PyTorch's steps send between ranks, counted: sums packed, each matrix whole on one rank."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import torch_scale_workers as workers  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="needs torch.distributed"
+)
+AXES = 2
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """The collectives of every optimizer's step, in a process of its own."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(here / "torch_scale_workers.py")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", workers.OPTIMIZERS)
+def test_sums_of_all_tensors_go_together(counted, name):
+    _, stages = workers.OPTIMIZERS[name]
+    sums = {op: n for op, n in counted[name].items() if "reduce" in op}
+    assert sum(sums.values()) <= stages * AXES
+
+
+@pytest.mark.parametrize("name", workers.OPTIMIZERS)
+def test_nothing_is_gathered(counted, name):
+    assert not [op for op in counted[name] if "gather" in op]
+
+
+def test_each_rank_takes_one_matrix_at_a_time(counted):
+    """Four matrices of four shapes on eight ranks: two messages to all."""
+    sent = {op: n for op, n in counted["muon"].items() if "alltoall" in op or "all_to_all" in op}
+    assert sum(sent.values()) == 2
+
+
+@pytest.mark.slow
+def test_four_ranks_train_as_one(tmp_path):
+    torch.multiprocessing.spawn(workers.run, (str(tmp_path),), nprocs=4)
+    for rank in range(4):
+        seen = torch.load(tmp_path / f"rank{rank}.pt")
+        assert {name: off for name, off in seen.items() if off > 1e-5} == {}

@@ -1,0 +1,122 @@
+"""What ranks do for the tests of scale: one of eight that are not there, and four that are."""
+
+import json
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+import cruxy_torch as ours
+from cruxy_control.slices import blocks
+
+SHAPES = [(64, 32), (32, 64), (63, 31), (64, 32), (32,), (64,), (31,)]
+"""Matrices first; of some the shards are uneven."""
+LAYOUT = blocks(8, 12, 12, axis=1)
+
+
+def _directed(direction):
+    return lambda ps: ours.CruxyOptimizer(ps, direction=direction)
+
+
+def _sliced(direction):
+    return lambda ps: ours.CruxyOptimizer([ps[0]], direction=direction)
+
+
+def _muon(ps):
+    groups = [{"params": ps[:4], "role": "mlp.up"}, {"params": ps[4:], "role": "norm"}]
+    return ours.CruxyOptimizer(groups, mode="self_driving", direction="muon")
+
+
+def _everything(ps):
+    inner = ours.AdaptiveGradientClip(ours.SignBlend(), 0.1)
+    return ours.CruxyOptimizer(ps, direction=ours.TrustRatio(ours.ClipRms(inner), decay=0.9))
+
+
+OPTIMIZERS = {
+    "adamw": (torch.optim.AdamW, 0),
+    "cruxy": (ours.CruxyOptimizer, 1),
+    "lion": (lambda ps: ours.CruxyOptimizer(ps, use_lion=True), 1),
+    "low bit": (lambda ps: ours.CruxyOptimizer(ps, state_bits=8), 1),
+    "self_driving": (lambda ps: ours.CruxyOptimizer(ps, mode="self_driving"), 2),
+    "axiom": (ours.AXIOM, 4),
+    "axiom_all": (lambda ps: ours.AXIOM(ps, momentum=0.9, relative_step=True, snr_floor=0.1), 5),
+    "cosmic": (lambda ps: ours.Cosmic(ps, state_budget="60KB"), 2),
+    "tiger": (ours.Tiger, 2),
+    "blend": (_directed(ours.SignBlend()), 2),
+    "trust": (_directed(ours.TrustRatio(ours.SignBlend(), decay=0.9)), 3),
+    "trust of rows": (_directed(ours.TrustRatio(ours.SignBlend(), per="row")), 3),
+    "agc": (_directed(ours.AdaptiveGradientClip(ours.SignBlend())), 3),
+    "clip_rms": (_directed(ours.ClipRms(ours.SignBlend(), 1.0)), 3),
+    "lora_pid": (_directed(ours.BlendByLoraPid()), 5),
+    "all": (_everything, 5),
+    "balance": (_sliced(ours.BalanceSlices(ours.SignBlend(), LAYOUT, every=1)), 3),
+    "slices": (_sliced(ours.ScaleSlices(ours.SignBlend(), LAYOUT, {"k": 0.5})), 2),
+    "muon": (_muon, 2),
+}
+"""Maker, and how many packed sums wait for one another along each axis of the mesh."""
+
+
+def placed(mesh):
+    """Parameters, and gradients of a step; matrices along both axes, vectors on all ranks."""
+    generator = torch.Generator().manual_seed(0)
+    both, copies = [Shard(0), Shard(1)][: mesh.ndim], [Replicate()] * mesh.ndim
+
+    def place(shape):
+        value = torch.randn(shape, generator=generator)
+        return distribute_tensor(value, mesh, both if len(shape) > 1 else copies)
+
+    return [torch.nn.Parameter(place(s)) for s in SHAPES], lambda: [place(s) for s in SHAPES]
+
+
+def train(optimizer, params, gradients, steps=3):
+    for _ in range(steps):
+        for p, g in zip(params, gradients(), strict=True):
+            p.grad = g
+        optimizer.step(loss=1.0)
+
+
+def count():
+    """The collectives of a step of every optimizer, by name."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    mesh = dist.init_device_mesh("cpu", (4, 2), mesh_dim_names=("data", "model"))
+    seen = {}
+    for name, (make, _) in OPTIMIZERS.items():
+        params, gradients = placed(mesh)
+        optimizer = make(params)
+        for _ in range(2):
+            for p, g in zip(params, gradients(), strict=True):
+                p.grad = g
+            with CommDebugMode() as counted:
+                optimizer.step(**({} if name == "adamw" else {"loss": 1.0}))
+        seen[name] = {str(op): n for op, n in counted.get_comm_counts().items()}
+    return seen
+
+
+def run(rank, folder):
+    """Every optimizer on a mesh of two by two, against one process; leaves the differences."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), 4)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=4)
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    seen = {}
+    for name, (make, _) in OPTIMIZERS.items():
+        if name in ("adamw", "low bit"):
+            continue  # blocks of codes are those of a shard
+        params, gradients = placed(mesh)
+        train(make(params), params, gradients)
+        whole, same = placed(mesh)
+        alone = [torch.nn.Parameter(p.detach().full_tensor()) for p in whole]
+        train(make(alone), alone, lambda same=same: [g.full_tensor() for g in same()])
+        pairs = zip(params, alone, strict=True)
+        seen[name] = max((p.full_tensor() - q).abs().max().item() for p, q in pairs)
+    torch.save(seen, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(count()))
