@@ -20,7 +20,7 @@ _TYPES = {Tensor, torch.nn.Parameter}
 """Whose memory is their own; what wraps other tensors has none."""
 
 
-class SetAside(Exception):
+class SetAsideError(Exception):
     """A library could not take what it was given, and has changed nothing."""
 
 

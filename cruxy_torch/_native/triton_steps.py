@@ -16,7 +16,8 @@ from cruxy_torch._native.triton_kernels import (
 
 @jit
 def _measured(
-    total0, total1, total2, total3, total4, grad, first, first_scales, param, at, left, scale, gamma,
+    total0, total1, total2, total3, total4, grad, first, first_scales, param, at, left, scale,
+    gamma,
     G: constexpr, M: constexpr, M_SHIFT: constexpr, M_TOP: constexpr, P: constexpr,
     POWER: constexpr, MASKED: constexpr, ALIGNED: constexpr, ROWS: constexpr,
 ):  # fmt: skip
@@ -106,7 +107,7 @@ def sums_of_tensors(partial, count, starts, table, tensors, out, WIDTH: constexp
         partial: from `sums_of_chunks`.
         count: of chunks.
         starts: number of each tensor's first chunk, and `count`.
-        table: see there; the sign of `g m` is taken from it.
+        table: see there; the sign of `g m` is taken from it, and what `p^2` is divided by.
         tensors: how many there are.
         out: `(5, tensors)`, float32.
         WIDTH: chunks that are added at a time.
@@ -120,11 +121,13 @@ def sums_of_tensors(partial, count, starts, table, tensors, out, WIDTH: constexp
     value = tl.sum(total, axis=0)
     if which == 2:
         value = value * tl.load(table + 12 * tensors + index)
+    if which == 4:
+        value = value / tl.load(table + 14 * tensors + index).to(tl.float64)
     tl.store(out + which * tensors + index, value.to(tl.float32))
 
 
 @jit
-def sums_of_all(partial, count, chunks, table, tensors, out, SUMS: constexpr, WIDTH: constexpr):
+def sums_of_all(partial, count, chunks, table, tensors, out, WIDTH: constexpr):
     """The sums over all chunks, in their order; arguments as of `sums_of_tensors`.
 
     Args:
@@ -133,8 +136,7 @@ def sums_of_all(partial, count, chunks, table, tensors, out, SUMS: constexpr, WI
         chunks: tensor and number in it of each chunk.
         table: see there.
         tensors: likewise.
-        out: `(SUMS,)`, float32.
-        SUMS: how many are asked for.
+        out: as many as there are programs, float32.
         WIDTH: chunks that are added at a time.
     """
     which = tl.program_id(0)
@@ -168,9 +170,7 @@ def _moved(
         x = x + decay * p
     rest1, rest2 = 1.0 - beta1, 1.0 - beta2
     if V >= 0:
-        v = moment(
-            second, second_scales, at, left, V, False, V_SHIFT, V_TOP, MASKED, ALIGNED, ROWS
-        )
+        v = moment(second, second_scales, at, left, V, False, V_SHIFT, V_TOP, MASKED, ALIGNED, ROWS)
         m = beta1 * m + rest1 * x
         v = v * beta2 + (x * rest2) * x
         u = m

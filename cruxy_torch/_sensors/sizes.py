@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cruxy_torch._distributed.shards import add_shards, local
 from cruxy_torch._kept import compute_dtype, plain
-from cruxy_torch._native import passes
+from cruxy_torch._native.fit import Passes, SetAsideError
 
 
 class Sizes(NamedTuple):
@@ -26,12 +26,12 @@ class Sizes(NamedTuple):
     counts: list[int]
 
 
-def sizes(tensors: Sequence[Tensor], *, native: bool) -> Sizes:
+def sizes(tensors: Sequence[Tensor], *, native: Passes | None) -> Sizes:
     """Of each tensor, of a `DTensor` over all its shards.
 
     Args:
         tensors: of any devices and real dtypes.
-        native: takes the C library for what it can take.
+        native: a library that takes what it can take; `None` for none.
 
     Returns:
         With a vector on the device of the first tensor.
@@ -39,10 +39,14 @@ def sizes(tensors: Sequence[Tensor], *, native: bool) -> Sizes:
     device = tensors[0].device
     shards = list(map(local, tensors))
     counts = [max(1, tensor.numel()) for tensor in tensors]
-    fast, slow = passes.parts([shards]) if native else ([], list(range(len(shards))))
+    fast, slow = ([], list(range(len(shards)))) if native is None else native.parts([shards])
     means: dict[int, Tensor] = {}
-    for part in fast:
-        values = passes.mean_squares([shards[i] for i in part], [counts[i] for i in part])
+    for part in fast if native is not None else ():
+        try:
+            values = native.mean_squares([shards[i] for i in part], [counts[i] for i in part])
+        except SetAsideError:
+            slow = [*slow, *part]
+            continue
         means |= zip(part, values.to(device).unbind(), strict=True)
     for i in slow:
         flat = shards[i].detach().reshape(-1).to(compute_dtype(shards[i]))
