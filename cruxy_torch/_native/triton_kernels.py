@@ -18,7 +18,7 @@ tl: Any = None if triton is None else triton.language
 jit: Any = (lambda function: function) if triton is None else triton.jit
 constexpr: Any = "constexpr" if triton is None else tl.constexpr
 
-ROWS = 8
+ROWS = 4
 """Blocks of 256 elements in a tile."""
 
 TILE = 256 * ROWS

@@ -19,7 +19,7 @@ from cruxy_torch._orders import Orders
 
 NAME = "triton"
 
-WARPS = 8
+WARPS = 4
 """Groups of 32 threads to a program."""
 
 _PLAIN = frozenset({torch.float32, torch.bfloat16})

@@ -20,7 +20,7 @@ ROWS = (
 )  # fmt: skip
 """The rows of a table, as the kernels count them."""
 
-CHUNKS, MOST = 4096, 32
+CHUNKS, MOST = 4096, 64
 """Chunks grow with the model, so that there are about so many, up to so many tiles each."""
 
 _KEPT = 64
