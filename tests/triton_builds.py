@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-
 import triton
+from triton.backends.compiler import GPUTarget
+
 from cruxy_exact import BlockCode
 from cruxy_torch._kept import Coded, Rounded
 from cruxy_torch._native import triton_passes, triton_steps
 from cruxy_torch._native.triton_kernels import ROWS
 from cruxy_torch._native.triton_passes import Form
-from triton.backends.compiler import GPUTarget
 
 CAPABILITIES = (75, 80, 89, 90)
 _POINTERS = {
@@ -120,8 +120,9 @@ def build(name: str, capability: int) -> Built:
     kernel = getattr(triton_steps, kernel_name)
     signature = {argument: _type(argument, constants) for argument in kernel.arg_names}
     target = GPUTarget("cuda", capability, 32)
-    warps = triton_passes.WARPS if kernel_name.endswith("chunks") else 4
-    options = {"num_warps": warps, "enable_fp_fusion": False}
+    options = {
+        "sums_of_chunks": triton_passes.OPTIONS, "update_of_chunks": triton_passes.UPDATE_OPTIONS
+    }.get(kernel_name, {})  # fmt: skip
     source = _source(kernel, signature, constants)
     return _read(triton.compile(source, target=target, options=options).asm)
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-OLDEST = (3, 0)
-"""The oldest version of Triton that the kernels were compiled with."""
+OLDEST = (3, 2)
+"""The oldest version of Triton that compiles the kernels, that of PyTorch 2.6."""
 
 CAPABILITY = (7, 0)
 """The smallest compute capability that Triton has code for."""

@@ -25,7 +25,12 @@ WARPS = 4
 _PLAIN = frozenset({torch.float32, torch.bfloat16})
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 _POWERS = {1.5: 0, 2.0: 1}
-_OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
+
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
+"""What the kernels over chunks are compiled with."""
+
+UPDATE_OPTIONS = OPTIONS | {"maxnreg": 128}
+"""Left to itself the assembler spills a few numbers to have more programs at a time."""
 
 
 def parts(
@@ -167,7 +172,7 @@ def _sums_of_chunks(
         of.values, of.tensors, of.chunks, of.tiles, of.count, partial,
         scale.to(of.values.device, torch.float32, non_blocking=True), gamma,
         G=of_grads.format, M=of_first.format, M_SHIFT=of_first.shift, M_TOP=of_first.top,
-        P=of_params.format, POWER=_POWERS.get(gamma, 2), ALIGNED=of.aligned, ROWS=ROWS, **_OPTIONS,
+        P=of_params.format, POWER=_POWERS.get(gamma, 2), ALIGNED=of.aligned, ROWS=ROWS, **OPTIONS,
     )  # fmt: skip
     return of, partial
 
@@ -247,7 +252,7 @@ def update(
         V_TOP=of_second.top, V_LEAST=of_second.least,
         NESTEROV=nesterov, COUPLED=bool(l2), AVERAGED=bool(columns.averages),
         LIMITED=bool(columns.limits), STEERED=steered, ALIGNED=of.aligned, ROWS=ROWS,
-        **_OPTIONS,
+        **UPDATE_OPTIONS,
     )  # fmt: skip
     torch.autograd.graph.increment_version(params)  # as torch's own in-place operations do
 
