@@ -27,8 +27,10 @@ class SetAsideError(Exception):
 class Passes(Protocol):
     """What a library does: the C library in `passes`, Triton in `triton_passes`."""
 
-    NAME: str
-    """Of the method of a `Direction` that calls `update`."""
+    @property
+    def NAME(self) -> str:  # noqa: N802
+        """Of the method of a `Direction` that calls `update`."""
+        ...
 
     def parts(
         self,

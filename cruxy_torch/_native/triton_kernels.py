@@ -6,6 +6,9 @@ roots and quotients are rounded as IEEE says, and bfloat16 is handled as the upp
 float32, so that a step gives the numbers of the reference and needs no bfloat16 in hardware.
 """
 
+# What is known at compile time is written as a type, and an `if` of it leaves names unset.
+# pyright: reportInvalidTypeForm=false, reportPossiblyUnboundVariable=false, reportMissingImports=false
+
 from typing import Any
 
 try:

@@ -262,7 +262,7 @@ def _in_one(limits: Sequence[Tensor], device: torch.device) -> tuple[Tensor, lis
     storages = {limit.untyped_storage().data_ptr() for limit in limits}
     if len(storages) > 1 or limits[0].device != device or limits[0].dtype != torch.float32:
         return torch.stack([t.to(device, torch.float32) for t in limits]), list(range(len(limits)))
-    places = [limit.storage_offset() for limit in limits]
+    places = [int(limit.storage_offset()) for limit in limits]
     return limits[0].as_strided((max(places) + 1,), (1,), 0), places
 
 

@@ -1,5 +1,8 @@
 """What is launched: sums over chunks, sums over those, and the update of every chunk."""
 
+# What is known at compile time is written as a type, and an `if` of it leaves names unset.
+# pyright: reportInvalidTypeForm=false, reportPossiblyUnboundVariable=false, reportMissingImports=false
+
 from cruxy_torch._native.triton_kernels import (
     constexpr,
     jit,

@@ -39,21 +39,31 @@ def sizes(tensors: Sequence[Tensor], *, native: Passes | None) -> Sizes:
     device = tensors[0].device
     shards = list(map(local, tensors))
     counts = [max(1, tensor.numel()) for tensor in tensors]
-    fast, slow = ([], list(range(len(shards)))) if native is None else native.parts([shards])
-    means: dict[int, Tensor] = {}
-    for part in fast if native is not None else ():
-        try:
-            values = native.mean_squares([shards[i] for i in part], [counts[i] for i in part])
-        except SetAsideError:
-            slow = [*slow, *part]
-            continue
-        means |= zip(part, values.to(device).unbind(), strict=True)
+    means, slow = _by(native, shards, counts, device)
     for i in slow:
         flat = shards[i].detach().reshape(-1).to(compute_dtype(shards[i]))
         means[i] = (torch.dot(flat, flat) / counts[i]).to(device, torch.float32)
     total = plain(torch.stack([means[i] for i in range(len(tensors))]))
     add_shards(total, tensors)
     return Sizes(total, [tensor.numel() for tensor in tensors])
+
+
+def _by(
+    native: Passes | None, shards: list[Tensor], counts: list[int], device: torch.device
+) -> tuple[dict[int, Tensor], list[int]]:
+    """The mean squares that a library finds, by number of the tensor, and the others' numbers."""
+    means: dict[int, Tensor] = {}
+    if native is None:
+        return means, list(range(len(shards)))
+    fast, slow = native.parts([shards])
+    for part in fast:
+        try:
+            values = native.mean_squares([shards[i] for i in part], [counts[i] for i in part])
+        except SetAsideError:
+            slow = [*slow, *part]
+            continue
+        means |= zip(part, values.to(device).unbind(), strict=True)
+    return means, slow
 
 
 def whole_mean_square(sizes: Sequence[Sizes]) -> Tensor | None:
