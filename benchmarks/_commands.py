@@ -21,6 +21,7 @@ MODULES = {
     "step-time": "step_time",
     "memory": "memory",
     "resume": "resume",
+    "gpu": "gpu",
 }
 """The module that holds each, in the order of the report."""
 
