@@ -6,22 +6,26 @@ ARGS ?=
 
 demo_EXTRAS := jax,examples
 dev_EXTRAS := jax,torch,hf,examples,bench,test
+# Triton is a download of 290 MB, so it has an environment of its own.
+triton_EXTRAS := torch,test,triton
 docs_EXTRAS := docs
 
 DEMO := $(VENV)-demo/bin
 DEV := $(VENV)-dev/bin
 DOCS := $(VENV)-docs/bin
+TRITON := $(VENV)-triton/bin
 
 # The blocks of a documentation page build on one another, so a file stays on one worker.
 PYTEST := $(DEV)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help demo test test-all lint docs bench clean
+.PHONY: help demo test test-all test-triton lint docs bench clean
 .SECONDARY:
 
 help:
 	@echo "make demo      train a small GPT on Shakespeare with AdamW, Meta3 and Meta-Lion"
 	@echo "make test      the fast tests and every example in the documentation"
 	@echo "make test-all  the whole test matrix"
+	@echo "make test-triton  the Triton kernels, by its interpreter and compiled ahead of time"
 	@echo "make lint      ruff and pyright"
 	@echo "make docs      the documentation, into site/"
 	@echo "make bench     step times, resume, and every optimizer on the digits; the rest: docs/evidence.md"
@@ -36,6 +40,11 @@ test: $(VENV)-dev/.installed
 
 test-all: $(VENV)-dev/.installed
 	$(PYTEST) $(ARGS)
+
+test-triton: $(VENV)-triton/.installed
+	TRITON_INTERPRET=1 $(TRITON)/python -m pytest tests/test_torch_triton.py \
+	tests/test_torch_triton_paths.py $(ARGS)
+	$(TRITON)/python tests/triton_builds.py
 
 lint: $(VENV)-dev/.installed
 	$(DEV)/ruff check .
@@ -52,7 +61,7 @@ bench: $(VENV)-dev/.installed
 	$(DEV)/python -m benchmarks tuned-baselines --workload digits-conv
 
 clean:
-	rm -rf $(VENV)-demo $(VENV)-dev $(VENV)-docs
+	rm -rf $(VENV)-demo $(VENV)-dev $(VENV)-docs $(VENV)-triton $(VENV)-lowest
 	rm -rf site demo-output benchmark-output build dist
 	rm -rf .pytest_cache .jax_cache .ruff_cache .hypothesis
 

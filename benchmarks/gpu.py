@@ -135,10 +135,12 @@ def _rows(result: dict[str, Any]) -> Rows:
             of.get(("step", framework, "adamw", size)),
         )
         count = None if copy is None or "failed" in copy else copy["moved_bytes"] / 8
-        ratio = row["milliseconds"] / adamw["milliseconds"] if _is_step(row, adamw) else None
+        ratio = None
+        if adamw is not None and _is_step(row, adamw):
+            ratio = row["milliseconds"] / adamw["milliseconds"]
         moved = row.get("moved_bytes") or 4 * FLOOR.get(row["name"], 0) * (count or 0)
         share = None
-        if _is_step(row, copy) and moved and copy is not None:
+        if copy is not None and _is_step(row, copy) and moved:
             speed = copy["moved_bytes"] / copy["milliseconds"]
             share = moved / row["milliseconds"] / speed
         found.append(

@@ -152,8 +152,8 @@ def _launches(step: Callable[[], Any]) -> int | None:
     with torch.profiler.profile(activities=activities) as profile:
         step()
         torch.cuda.synchronize()
-    on_device = torch.autograd.DeviceType.CUDA
-    return sum(1 for event in profile.events() if event.device_type == on_device)
+    events = profile.events() or ()
+    return sum(1 for event in events if event.device_type.name == "CUDA")
 
 
 def waits(name: str, shapes: Shapes) -> dict[str, Any]:

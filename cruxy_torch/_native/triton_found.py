@@ -95,7 +95,7 @@ def _unless_set_aside(kind: str, version: str) -> Found:
 @functools.cache
 def _version() -> str:
     try:
-        import triton
+        import triton  # pyright: ignore[reportMissingImports]
 
         return str(getattr(triton, "__version__", "")) or importlib.metadata.version("triton")
     except Exception:  # whatever a broken installation raises when it is imported

@@ -153,7 +153,7 @@ def _sums_of_chunks(
     params: Sequence[Tensor] | None = None,
     counts: Sequence[int] | None = None,
 ) -> tuple[Table, Tensor]:
-    tensors = grads or params or ()
+    tensors: Sequence[Tensor] = grads or params or ()
     columns: dict[str, Sequence[int]] = {"numel": list(map(Tensor.numel, tensors))}
     columns["count"] = counts or [1] * len(tensors)
     of_grads = of_first = of_params = _NOTHING
@@ -165,7 +165,7 @@ def _sums_of_chunks(
         columns["sign"] = [int(sign) for _, sign in momenta]
     if params:
         columns["param"], of_params = fit.addresses(params), Form.of(params[0])
-    of = table(columns, tensors[0].device)
+    of = table(columns, [*grads, *(params or ())][0].device)
     partial = torch.empty((5, of.count), dtype=torch.float32, device=of.values.device)
     _launch(
         of.values.device, triton_steps.sums_of_chunks, (of.count,),
