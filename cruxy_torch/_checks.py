@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cruxy_control.checks import check_bounds, check_range
 from cruxy_torch._distributed.shards import placed_like
-from cruxy_torch._native import library
+from cruxy_torch._native import library, triton_found
 
 BITS = (32, 16, 8, 4)
 """Bits an element in which moments can be kept."""
@@ -52,10 +52,11 @@ def check_choices(
             "at most one of foreach, fused and compile may be true, got "
             f"foreach={foreach}, fused={fused}, compile={compile}; leave all out for the default."
         )
-    if fused and not library.available():
+    if fused and not (triton_found.available() or library.available()):
         raise RuntimeError(
             "fused=True needs a C compiler (cc, gcc or clang, or the variable CC), got none that "
-            "works; leave fused out for the slower path."
+            f"works, or Triton, but {triton_found.found().why!r}; leave fused out for the slower "
+            "path."
         )
     if differentiable:
         raise ValueError(

@@ -18,6 +18,7 @@ from cruxy_torch._distributed.replicas import ReplicaCheck
 from cruxy_torch._distributed.shards import is_sharded
 from cruxy_torch._law_state import KEY
 from cruxy_torch._loading import load
+from cruxy_torch._native.fit import Passes
 from cruxy_torch._release import Release
 from cruxy_torch._sensors.clipped import ClippedCheck
 from cruxy_torch._sensors.loss import mean_loss, scalar_loss
@@ -359,8 +360,8 @@ class ControlledOptimizer(Diagnosed, Optimizer):
         """The dtype of a loaded first moment that is not coded; `None` for that which was saved."""
         return None
 
-    def _path(self, device: torch.device) -> tuple[bool, bool]:
-        """Whether to take the C library and whether to take foreach calls."""
+    def _path(self, device: torch.device) -> tuple[Passes | None, bool]:
+        """The library to take, and whether to take foreach calls for the rest."""
         return path(device)
 
     def _run(self) -> Callable[..., None]:

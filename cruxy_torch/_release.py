@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from cruxy_control.controls import clip_scale
 from cruxy_torch import _law_state, _step
 from cruxy_torch._distributed.shards import in_processes, is_sharded
+from cruxy_torch._native.fit import Passes
 from cruxy_torch._orders import Orders
 from cruxy_torch._sensors.loss import mean_loss
 from cruxy_torch._sensors.measure import conclude, signals, whole_sums
@@ -163,12 +164,12 @@ class Pass:
         self._meshes: dict[Any, None] = {}
         self._ordered: dict[int, Orders] = {}
 
-    def update(self, group: _step.Group, *, native: bool) -> None:
+    def update(self, group: _step.Group, *, native: Passes | None) -> None:
         """Measures and updates one parameter; what it measured counts at `close`.
 
         Args:
             group: with that parameter alone.
-            native: takes the C library where it can.
+            native: a library that takes what it can take; `None` for none.
         """
         (grad,) = group.grads
         if is_sharded(grad):
@@ -205,7 +206,7 @@ class Pass:
         for each in late:
             orders = self._orders(each)._replace(ok=controls.ok)
             orders = _step.with_limits(each, orders, count, None, None, xp=self._xp)
-            each.update(orders, native=False, foreach=False)
+            each.update(orders, native=None, foreach=False)
 
     def _orders(self, group: _step.Group) -> Orders:
         """What a group applies to a gradient that is finite and not clipped."""

@@ -19,6 +19,7 @@ from cruxy_control.signals import NOT_KNOWN
 from cruxy_exact.random_bits import stream_key
 from cruxy_torch import _law_state, _telemetry
 from cruxy_torch._kept import Kept
+from cruxy_torch._native.fit import Passes
 from cruxy_torch._orders import Orders
 from cruxy_torch._sensors.measure import measure
 from cruxy_torch._sensors.sizes import Sizes, sizes_by_group, whole_mean_square
@@ -83,12 +84,12 @@ class Group(abc.ABC):
         """Every tensor that a relative limit bounds; none for no limit."""
 
     @abc.abstractmethod
-    def update(self, orders: Orders, *, native: bool, foreach: bool) -> None:
+    def update(self, orders: Orders, *, native: Passes | None, foreach: bool) -> None:
         """Updates parameters, state and averages in place.
 
         Args:
             orders: what the controller decided.
-            native: takes the C library for what it can take.
+            native: a library that takes what it can take; `None` for none.
             foreach: takes torch's foreach calls for the rest.
         """
 
@@ -102,7 +103,7 @@ def run(
     found_inf: Tensor | None,
     process_group: dist.ProcessGroup | None,
     *,
-    native: bool,
+    native: Passes | None,
     foreach: bool,
 ) -> None:
     """One step of everything, in place.
@@ -115,7 +116,7 @@ def run(
         grad_scale: what the gradients have been multiplied with; `None` for nothing.
         found_inf: positive where a `GradScaler` wants the step skipped.
         process_group: see `_sensors.measure`.
-        native: takes the C library for what it can take.
+        native: a library that takes what it can take; `None` for none.
         foreach: takes torch's foreach calls for the rest.
     """
     device = law_state["step"].device

@@ -54,8 +54,8 @@ def current_backend_priority() -> list[str]:
         ['foreach', 'reference']
         >>> configure_backends()
     """
-    first = {"auto": ["native"], "native": ["native"], "foreach": ["foreach"], "reference": []}
-    return [*first[chosen()], "reference"]
+    first = {"foreach": ["foreach"], "reference": []}
+    return [*first.get(chosen(), ["native"]), "reference"]
 
 
 def configure_backends(
@@ -116,8 +116,8 @@ def _names(variable: str) -> list[str]:
 
 def _first(preferred: Sequence[str], disabled: Sequence[str]) -> str | None:
     """The backend that a preference comes to; `None` for automatic."""
-    known = ("native", "foreach", "reference")
-    stand_for = {"rust": ["native"], "julia": ["native"], "all": ["native", "foreach"]}
+    known = ("native", "triton", "foreach", "reference")
+    stand_for = {"rust": ["native"], "julia": ["native"], "all": ["native", "triton", "foreach"]}
     wanted, barred = (
         [own for name in names for own in stand_for.get(name, [name])]
         for names in (preferred, disabled)

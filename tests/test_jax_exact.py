@@ -7,10 +7,10 @@ import pytest
 
 pytest.importorskip("torch")  # which the cases are compared with elsewhere
 
-from cruxy_exact.engines import ENGINES  # noqa: E402
-from cruxy_optax import exact  # noqa: E402
-from exact_arrays import normal, run, same  # noqa: E402
-from test_exact_layers import CASES, WITH_PRODUCTS, inputs, pair  # noqa: E402
+from cruxy_exact.engines import ENGINES
+from cruxy_optax import exact
+from exact_arrays import normal, run, same
+from test_exact_layers import CASES, WITH_PRODUCTS, inputs, pair
 
 FUNCTIONS = {
     "gelu_exact": lambda x: exact.gelu(x, approximate=False),

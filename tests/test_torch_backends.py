@@ -17,8 +17,14 @@ import cruxy_torch  # noqa: E402
 import torch_models as models  # noqa: E402
 from cruxy_torch import AXIOM, Cosmic, CruxyOptimizer  # noqa: E402
 from cruxy_torch._actuators import apply  # noqa: E402
-from cruxy_torch._native import library, passes  # noqa: E402
-from cruxy_torch.backends import VARIABLE, _choices, _of_environment, chosen  # noqa: E402
+from cruxy_torch._native import library, passes, triton_found  # noqa: E402
+from cruxy_torch.backends import (  # noqa: E402
+    VARIABLE,
+    _choices,
+    _of_environment,
+    chosen,
+    path,
+)
 from torch_low_bit import gradients, parameters  # noqa: E402
 
 TESTS = Path(__file__).parent
@@ -110,7 +116,7 @@ def test_an_unknown_value_of_the_variable_is_refused_at_the_first_step(monkeypat
     (p,) = parameters((3,))
     optimizer = CruxyOptimizer([p])
     gradients([p], 0)
-    words = "must be one of 'auto', 'native', 'foreach', 'reference', got 'cuda'"
+    words = "must be one of 'auto', 'native', 'triton', 'foreach', 'reference', got 'cuda'"
     with pytest.raises(ValueError, match=words):
         optimizer.step(loss=1.0)
 
@@ -273,6 +279,42 @@ def test_released_gradients_are_taken_one_by_one():
     assert optimizer.backend.tensors == {"reference": 2}
 
 
+def test_triton_that_is_not_there_is_refused_with_its_reason(monkeypatch):
+    monkeypatch.setattr(triton_found, "_version", lambda: "")
+    assert cruxy_torch.backends()[1][:3] == (
+        "triton", False, "Triton is not installed; CUDA builds of PyTorch bring it"
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"'triton' needs Triton and .* not installed"):
+        cruxy_torch.use_backend("triton")
+    assert chosen() == "auto"
+
+
+@pytest.mark.parametrize(
+    ("version", "why"),
+    [("3.1.0", "Triton 3.1.0 is older than 3.2"), ("3.10.0+git1", "no CUDA device")],
+)
+def test_why_triton_cannot_be_used(version, why, monkeypatch):
+    monkeypatch.setattr(triton_found, "_version", lambda: version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert triton_found.found() == (why, version, False)
+
+
+def test_the_variable_may_name_triton_on_a_cpu_whose_tensors_take_their_default(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    _of_environment.cache_clear()
+    try:
+        assert chosen() == "triton"
+        with_it = path(torch.device("cpu"))
+        assert with_it == (passes if library.available() else None, False)
+        with pytest.raises(RuntimeError, match="'triton' needs Triton and a CUDA device"):
+            path(torch.device("cuda"))
+    finally:
+        monkeypatch.undo()
+        _of_environment.cache_clear()
+
+
 class TestTheLibrary:
     @pytest.fixture(autouse=True)
     def _cache(self, monkeypatch, tmp_path):
@@ -280,7 +322,7 @@ class TestTheLibrary:
         library._library.cache_clear()
 
     def test_nothing_is_built_unless_asked_for(self, tmp_path):
-        native, foreach, reference, _ = cruxy_torch.backends()
+        native, _, foreach, reference, _ = cruxy_torch.backends()
         assert (native.name, native.available, native.path) == ("native", False, None)
         assert (foreach.available, reference.available) == (True, True)
         assert not list(tmp_path.rglob("*.so"))
@@ -311,7 +353,7 @@ class TestTheLibrary:
 
     def test_a_compiler_of_cpp_that_is_no_command_leaves_its_reason(self, monkeypatch):
         monkeypatch.setenv("CXX", '"x')
-        assert cruxy_torch.backends()[3][1:3] == (
+        assert cruxy_torch.backends()[4][1:3] == (
             False,
             "CXX must be a command, got '\"x': No closing quotation",
         )
@@ -350,8 +392,8 @@ class TestTheLibrary:
 def test_the_command_prints_the_table():
     out = finished(python("-W", "error::RuntimeWarning", "-m", "cruxy_torch.backends"))
     assert f"torch {torch.__version__}" in out
-    names = [line.split()[0] for line in out.splitlines()[-5:]]
-    assert names == ["backend", "native", "foreach", "reference", "compile"]
+    names = [line.split()[0] for line in out.splitlines()[-6:]]
+    assert names == ["backend", "native", "triton", "foreach", "reference", "compile"]
 
 
 def test_the_command_prints_the_rule_that_the_variable_breaks():

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 import torch_models as models  # noqa: E402
 from cruxy_control import SelfDriving  # noqa: E402
 from cruxy_torch import CruxyOptimizer, _blocks  # noqa: E402
-from cruxy_torch._native import library  # noqa: E402
+from cruxy_torch._native import library, passes  # noqa: E402
 from cruxy_torch._sensors.sizes import sizes  # noqa: E402
 from torch_low_bit import parameters  # noqa: E402
 from torch_models import OPTIONS  # noqa: E402
@@ -162,7 +162,7 @@ def test_native_mean_squares_are_those_of_the_reference():
     tensors = [*parameters((300, 200), (7,), (), (0, 3)), torch.randn(30, 20).t()[::2]]
     tensors += parameters((20, 5), dtype=torch.bfloat16)
     with torch.no_grad():
-        ours, theirs = (sizes(tensors, native=n) for n in (True, False))
+        ours, theirs = (sizes(tensors, native=n) for n in (passes, None))
     torch.testing.assert_close(ours.mean_squares, theirs.mean_squares, rtol=1e-6, atol=0.0)
     assert ours.counts == theirs.counts == [60_000, 7, 1, 0, 300, 100]
 

@@ -17,7 +17,7 @@ from cruxy_torch._columns import Columns
 from cruxy_torch._distributed.shards import any_sharded, local
 from cruxy_torch._kept import Coded, Kept, Rounded
 from cruxy_torch._memory.state import as_stepped
-from cruxy_torch._native import passes
+from cruxy_torch._native.fit import Passes, SetAsideError
 from cruxy_torch._orders import Orders
 from cruxy_torch._step import Group
 
@@ -54,20 +54,24 @@ class DirectedGroup(Group):
         """Every tensor that a relative limit bounds; see `Group`."""
         return () if self.relative_limit is None else self.params
 
-    def update(self, orders: Orders, *, native: bool, foreach: bool) -> None:
+    def update(self, orders: Orders, *, native: Passes | None, foreach: bool) -> None:
         """Updates parameters, state and averages in place; see `Group`."""
         if self.frame.centralize:
             check_centralizable(self.grads)
         columns = self.columns
         if orders.limits is not None:
             columns = columns._replace(limits=orders.limits.unbind())
-        if native and self.direction.native is not None and columns.params:
+        take = None if native is None else self.direction.pass_of(native.NAME)
+        if native is not None and take is not None and columns.params:
             whole = [c for c in (columns.grads, columns.params, columns.averages) if c]
             moments = list(columns.moments.values())
-            fast, slow = passes.parts(whole, moments, centralize=self.frame.centralize)
+            fast, slow = native.parts(whole, moments, centralize=self.frame.centralize)
             frame = self.frame.under(orders)
             for part in fast:
-                self.direction.native(columns.select(part), orders, frame)
+                try:
+                    take(columns.select(part), orders, frame)
+                except SetAsideError:
+                    slow = sorted([*slow, *part])
             columns = columns.select(slow)
         step = _foreach if foreach and self.direction.foreach is not None else _single
         for device, indices in by_device(columns.params).items():

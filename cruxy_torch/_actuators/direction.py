@@ -67,6 +67,13 @@ class Direction:
     native: Any = None
     """`native(columns, orders, frame)`, the whole update in one pass over CPU tensors; `None`."""
 
+    triton: Any = None
+    """The same over CUDA tensors, which counts only where `native` is not `None`."""
+
+    def pass_of(self, name: str) -> Any:
+        """The whole update in one pass by a library, `"native"` or `"triton"`; `None` for none."""
+        return None if self.native is None else getattr(self, name)
+
     def start(self, state: dict[str, Any], param: Tensor, add: Callable[[str], None]) -> None:
         """Adds what is missing from a parameter's state.
 

@@ -111,6 +111,22 @@ class Adam(Direction):
             centralize=frame.centralize,
         )
 
+    def triton(self, columns: Columns, orders: Orders, frame: Frame) -> None:
+        """The whole update in one launch; the law's factor on the decay stays on the device."""
+        from cruxy_torch._native import triton_passes
+
+        triton_passes.update(
+            columns,
+            orders,
+            self.moments,
+            self.clocks,
+            decay=0.0 if frame.coupled else frame.weight_decay,
+            l2=frame.weight_decay if frame.coupled else 0.0,
+            eps=self.eps,
+            nesterov=self.nesterov,
+            centralize=frame.centralize,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Lion(Direction):
@@ -140,6 +156,15 @@ class Lion(Direction):
         """The whole update in one pass."""
         decay = float(frame.decay or 0.0)
         passes.update(columns, orders, self.moments, decay=decay, centralize=frame.centralize)
+
+    def triton(self, columns: Columns, orders: Orders, frame: Frame) -> None:
+        """The whole update in one launch."""
+        from cruxy_torch._native import triton_passes
+
+        decay = frame.weight_decay
+        triton_passes.update(
+            columns, orders, self.moments, decay=decay, centralize=frame.centralize
+        )
 
 
 def advanced(products: list[Tensor], beta: Tensor) -> Tensor:

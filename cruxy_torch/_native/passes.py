@@ -1,12 +1,8 @@
-"""The passes of the C library over tensors: which can take it, and how they are handed over.
-
-Nothing that reaches a pointer is believed unchecked: a tensor that is not a plain one on the CPU,
-in order, without gaps and of the shape of its parameter takes the slower path.
-"""
+"""The passes of the C library over tensors on the CPU, and how they are handed over."""
 
 import array
 import ctypes
-import operator
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,124 +12,14 @@ from torch import Tensor
 
 from cruxy_exact.codes import TINY
 from cruxy_torch._columns import Columns
-from cruxy_torch._kept import BLOCK_SIZE, Coded, Kept, Rounded, raw
-from cruxy_torch._native import library
+from cruxy_torch._kept import Coded, Kept, raw
+from cruxy_torch._native import fit, library
 from cruxy_torch._orders import Orders
 
-_PLAIN = {torch.float32, torch.bfloat16}
-_TYPES = {Tensor, torch.nn.Parameter}
-"""Whose memory is their own; what wraps other tensors has none."""
-
-
-def parts(
-    whole: Sequence[Sequence[Kept]],
-    moments: Sequence[Sequence[Any]] = (),
-    *,
-    centralize: bool = False,
-) -> tuple[list[list[int]], list[int]]:
-    """The rows of equally long columns that can take this path, by how moments are kept; the rest.
-
-    All of a row must lie on the CPU, in one order without gaps, and have one shape. What is coded
-    or rounded belongs to a row that lies row by row and is not centralized.
-
-    Args:
-        whole: columns that must be float32, plain tensors in the first.
-        moments: columns that may also be kept in fewer bits.
-        centralize: whether gradients of two or more axes are.
-    """
-    if _all_fit(whole, moments):
-        return [list(range(len(whole[0])))] if whole[0] else [], []
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    slow = []
-    for i, row in enumerate(zip(*whole, *moments, strict=True)):
-        forms = tuple(map(_form, row))
-        if _misfit(row, forms, len(whole), centralize):
-            slow.append(i)
-        else:
-            alike.setdefault(forms, []).append(i)
-    return list(alike.values()), slow
-
-
-_DTYPE, _SHAPE, _IS_CPU = map(operator.attrgetter, ("dtype", "shape", "is_cpu"))
-_IS_CONTIGUOUS, _IS_NEG = map(operator.methodcaller, ("is_contiguous", "is_neg"))
-
-
-def _all_fit(whole: Sequence[Sequence[Kept]], moments: Sequence[Sequence[Any]]) -> bool:
-    """Whether all rows fit and are kept alike: what `misfit` says, a column at a time.
-
-    Most models are so, and a step of many small tensors is mostly this check.
-    """
-    shapes = None
-    for column in (*whole, *moments):
-        if not _TYPES.issuperset(map(type, column)):
-            return False
-        shapes = shapes or list(map(_SHAPE, column))
-        alike = len(set(map(_DTYPE, column))) <= 1 and list(map(_SHAPE, column)) == shapes
-        if not (alike and all(map(_IS_CPU, column)) and all(map(_IS_CONTIGUOUS, column))):
-            return False
-        if any(map(_IS_NEG, column)):
-            return False
-    return {torch.float32}.issuperset(_DTYPE(column[0]) for column in whole if column) and (
-        _PLAIN.issuperset(_DTYPE(column[0]) for column in moments if column)
-    )
-
-
-def _form(kept: Kept) -> Any:
-    if isinstance(kept, Tensor):
-        return kept.dtype
-    return kept.code if isinstance(kept, Coded) else Rounded
-
-
-def misfit(whole: Sequence[Kept], moments: Sequence[Any], *, centralize: bool = False) -> str:
-    """Why a row of columns cannot take this path, in a few words; empty where it can."""
-    row = (*whole, *moments)
-    return _misfit(row, tuple(map(_form, row)), len(whole), centralize)
-
-
-def _misfit(row: Sequence[Any], forms: tuple[Any, ...], wholes: int, centralize: bool) -> str:
-    shape = row[0].shape  # of a gradient, which is kept as it is
-    for form in forms[:wholes]:
-        if form is not torch.float32:
-            return "bfloat16 rounded by chance" if form is Rounded else f"dtype {form}"
-    plain = _PLAIN.issuperset(forms)
-    if not plain and centralize and len(shape) > 1:
-        return "centralized, with moments in few bits"
-    tensors = row if plain else [raw(kept) for kept in row if not isinstance(kept, Coded)]
-    for tensor in tensors:
-        if type(tensor) not in _TYPES:
-            return f"class {type(tensor).__name__}"
-        if not tensor.is_cpu:
-            return f"device {tensor.device.type}"
-        if tensor.shape != shape:
-            return "shapes that differ"
-        if tensor.dtype not in _PLAIN:
-            return f"dtype {tensor.dtype} of a moment"
-        if tensor.is_neg():
-            return "a view that is negated when it is read"
-    if plain and all(map(_channels_last, tensors)):
-        return ""
-    if not all(map(_IS_CONTIGUOUS, tensors)):
-        return "layout: not all in one order without gaps"
-    whole = plain or all(_is_whole(kept, shape) for kept in row if isinstance(kept, Coded))
-    return "" if whole else "codes that do not fill their tensor"
-
-
-def _is_whole(kept: Coded, shape: torch.Size) -> bool:
-    """Whether codes and scales are those of a tensor of this shape, as the library takes them."""
-    count = -(-shape.numel() // BLOCK_SIZE)
-    wanted = ((kept.codes, (count, BLOCK_SIZE * kept.code.bits // 8)), (kept.scales, (count,)))
-    return kept.shape == shape and all(
-        type(tensor) in _TYPES
-        and tensor.is_cpu
-        and tuple(tensor.shape) == size
-        and tensor.is_contiguous()
-        and tensor.element_size() == width
-        for (tensor, size), width in zip(wanted, (1, 2), strict=True)
-    )
-
-
-def _channels_last(tensor: Tensor) -> bool:
-    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+NAME = "native"
+_RULES = fit.Rules("cpu", frozenset({torch.float32}), rounded=False, centralized=True)
+parts = functools.partial(fit.parts, _RULES)
+misfit = functools.partial(fit.misfit, _RULES)
 
 
 def sums(
@@ -211,7 +97,7 @@ def update(
         grads=_addresses(grads),
         first=_Moments.of(first),
         numel=_counts(list(map(Tensor.numel, grads))),
-        numbers=_counts(_first_numbers(first)),
+        numbers=_counts(fit.first_numbers(first)),
         rate=float(orders.rate),
         beta1=float(orders.beta1),
         beta2=float(orders.beta2),
@@ -237,12 +123,6 @@ def update(
         arguments.hold(row=_counts(rows))
     library.call("cruxy_update", arguments)
     torch.autograd.graph.increment_version(params)  # as torch's own in-place operations do
-
-
-def _first_numbers(column: Sequence[Any]) -> list[int]:
-    """The number of each tensor's first element; 0 where nothing is rounded by chance."""
-    plain = isinstance(column[0], Tensor)
-    return [0] * len(column) if plain else [kept.first for kept in column]
 
 
 class _Struct(ctypes.Structure):
@@ -331,18 +211,7 @@ class _Moments(_Struct):
 
 
 def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array:
-    """Where tensors lie.
-
-    Raises:
-        RuntimeError: where one lies nowhere, since its storage was given back.
-    """
-    addresses = list(map(Tensor.data_ptr, tensors))
-    if 0 in addresses and any(t.numel() for t in tensors if not t.data_ptr()):
-        raise RuntimeError(
-            "a tensor has elements and no storage, which something has freed or resized; gather "
-            "parameters before step()."
-        )
-    return _counts(addresses)
+    return _counts(fit.addresses(tensors))
 
 
 def _counts(values: list[int]) -> ctypes.Array:
@@ -351,16 +220,4 @@ def _counts(values: list[int]) -> ctypes.Array:
 
 
 def _numbers(tensors: Sequence[Tensor]) -> ctypes.Array:
-    """The addresses of numbers that the library reads and writes as float32.
-
-    Raises:
-        ValueError: where one is anything else.
-    """
-    kinds = {(t.dtype, t.numel(), t.is_cpu) for t in tensors}
-    if not kinds <= {(torch.float32, 1, True)}:
-        raise ValueError(
-            "the counters beside a parameter must be single float32 numbers on its device, got "
-            f"{sorted(map(str, kinds))}; load the state with load_state_dict, which keeps them as "
-            "they were."
-        )
-    return _addresses(tensors)
+    return _counts(fit.numbers(tensors, "cpu"))

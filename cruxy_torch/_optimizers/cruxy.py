@@ -18,10 +18,11 @@ from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.moments import Adam, Lion
 from cruxy_torch._actuators.orthogonal import Orthogonal
 from cruxy_torch._actuators.stepped import Frame
-from cruxy_torch._native import library
+from cruxy_torch._native.fit import Passes
 from cruxy_torch._optimizers import muon, voting
 from cruxy_torch._optimizers.directed import DirectedOptimizer
 from cruxy_torch._optimizers.modes import LIONS, Mode, law_of, refuse_of_adamw
+from cruxy_torch.backends import fastest
 
 
 class CruxyOptimizer(DirectedOptimizer):
@@ -61,7 +62,8 @@ class CruxyOptimizer(DirectedOptimizer):
     each gradient inside `backward`, `stochastic_rounding` lets bfloat16 parameters learn.
 
     On CPU, float32 tensors take a small C library that is built on the first step where there is
-    a C compiler (about a second, once per machine); everything else takes torch's own operations.
+    a C compiler (about a second, once per machine); on CUDA devices float32 and bfloat16 tensors
+    take Triton, many to a launch; everything else takes torch's own operations.
     No step waits for the device. Under `torch.compile` give `lr` as a tensor.
 
     Args:
@@ -107,9 +109,11 @@ class CruxyOptimizer(DirectedOptimizer):
             is found in the first fifth of them and then falls to 0 from twice of it, under twice
             the relative limit; `cooldown` begins that at any step. `None` for a run without end.
         maximize: climbs instead of descending.
-        foreach: torch's foreach operations; by default on every device but the CPU.
-        fused: the C library on CPU. `None` takes it where it can be built and the tensors fit, or
-            what `use_backend` says; `True` insists on it, `False` does without. See `backend`.
+        foreach: torch's foreach operations for all tensors; by default on every device but the CPU,
+            for what no library takes.
+        fused: the C library on CPU, Triton on CUDA devices. `None` takes them where they are there
+            and the tensors fit, or what `use_backend` says; `True` insists on one of them, `False`
+            does without. See `backend`.
         capturable: kept for code that looks for it: a step can always be captured in a CUDA graph.
         differentiable: must be false.
         state_bits: bits an element in which moments are kept between steps: 32; 16 for bfloat16; 8
@@ -144,8 +148,8 @@ class CruxyOptimizer(DirectedOptimizer):
     Raises:
         ValueError: where an argument is outside its range or two exclude each other.
         TypeError: where an argument has the wrong type, such as a law's class for an instance.
-        RuntimeError: where `fused=True` and the library cannot be built; from `step` where a
-            gradient is sparse.
+        RuntimeError: where `fused=True` and neither library is there; from `step` where a gradient
+            is sparse.
 
     Examples:
         >>> import torch
@@ -338,13 +342,13 @@ class CruxyOptimizer(DirectedOptimizer):
     def _saved_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype | None:
         return None if group["state_bits"] == 16 else self._moment_dtype(param, "exp_avg")
 
-    def _path(self, device: torch.device) -> tuple[bool, bool]:
+    def _path(self, device: torch.device) -> tuple[Passes | None, bool]:
         if self._foreach is None and self._fused is None and not self._compile:
             return super()._path(device)
         foreach = device.type != "cpu" if self._foreach is None else self._foreach
         tracing = torch.compiler.is_compiling() or self._compile
         native = not tracing and self._fused is not False and not self._foreach
-        return native and device.type == "cpu" and library.available(), foreach
+        return fastest(device) if native else None, foreach
 
     def _run(self) -> Callable[..., None]:
         return _compiled_run() if self._compile else _step.run

@@ -18,7 +18,7 @@ from cruxy_torch._actuators.stepped import Frame
 from cruxy_torch._controlled_optimizer import ControlledOptimizer
 from cruxy_torch._kept import compute_dtype
 from cruxy_torch._memory.state import add_moment, bits_of, numbered
-from cruxy_torch._native import library, passes
+from cruxy_torch._native import library, triton_found
 from cruxy_torch._optimizers import cooldown
 from cruxy_torch.backends import BackendUse
 
@@ -35,7 +35,7 @@ class DirectedOptimizer(ControlledOptimizer):
 
     @property
     def backend(self) -> BackendUse:
-        """What would take a step now: how many tensors each backend, and why the rest not `native`.
+        """What would take a step now: how many tensors each backend, and why the rest no library.
 
         It is found out when it is asked for, from the choice, gradients, parameters and state as
         they are now, and costs a step nothing. It is what took the last step where none of them was
@@ -74,10 +74,10 @@ class DirectedOptimizer(ControlledOptimizer):
         direction, frame = self._direction_of(group, stepped), self._frame(group)
         has_foreach = foreach and direction.foreach is not None and self._release is None
         rest = "foreach" if has_foreach else "reference"
-        reason = "" if native else _why_no_library(device)
-        if native and direction.native is None:
+        reason = "" if native is not None else _why_no_library(device)
+        if native is not None and direction.pass_of(native.NAME) is None:
             reason = f"{type(direction).__name__} has no native pass"
-        if reason:
+        if native is None or reason:
             tensors[rest] += len(stepped)
             why[reason] += len(stepped)
             return
@@ -90,8 +90,8 @@ class DirectedOptimizer(ControlledOptimizer):
         whole = [c for c in (columns.grads, columns.params, columns.averages) if c]
         for row in zip(*whole, *columns.moments.values(), strict=True):
             own, moments = row[: len(whole)], row[len(whole) :]
-            reason = passes.misfit(own, moments, centralize=frame.centralize)
-            tensors[rest if reason else "native"] += 1
+            reason = native.misfit(own, moments, centralize=frame.centralize)
+            tensors[rest if reason else native.NAME] += 1
             if reason:
                 why[reason] += 1
 
@@ -286,7 +286,9 @@ class DirectedOptimizer(ControlledOptimizer):
 
 
 def _why_no_library(device: torch.device) -> str:
-    """Why a step does not ask for the C library."""
+    """Why a step asks for no library."""
+    if device.type == "cuda":
+        return triton_found.found(device).why or "another backend was chosen"
     if device.type != "cpu":
         return f"device {device.type}"
     missing = library.found(build=False).why

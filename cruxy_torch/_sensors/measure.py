@@ -16,7 +16,7 @@ from cruxy_control.signals import alignment, momentum_ratio
 from cruxy_torch._blocks import blocks, buckets
 from cruxy_torch._distributed.shards import by_mesh, local, over_mesh
 from cruxy_torch._kept import Kept, compute_dtype, plain, read
-from cruxy_torch._native import passes
+from cruxy_torch._native.fit import Passes, SetAsideError
 
 
 def sums(
@@ -25,7 +25,7 @@ def sums(
     scale: Tensor,
     momenta: Sequence[tuple[Kept, float]] | None = None,
     *,
-    native: bool,
+    native: Passes | None,
     foreach: bool,
 ) -> Tensor:
     """`sum g^2` and `sum |g|^gamma` over plain tensors, multiplied by `scale` first (WP 1).
@@ -35,7 +35,7 @@ def sums(
         gamma: the exponent.
         scale: factor on every gradient (one over the loss scale); 0-d.
         momenta: see `products`, whose sums are appended; `None` for none.
-        native: takes the C library for what it can take.
+        native: a library that takes what it can take; `None` for none.
         foreach: takes torch's foreach calls for the rest.
 
     Returns:
@@ -43,11 +43,14 @@ def sums(
         or in float64 for a float64 gradient.
     """
     totals = []
-    if native:
+    if native is not None:
         moments = [] if momenta is None else [[kept for kept, _ in momenta]]
-        fast, slow = passes.parts([grads], moments)
+        fast, slow = native.parts([grads], moments)
         for part in fast:
-            totals.append(passes.sums(_at(grads, part), gamma, scale, _at(momenta, part)))
+            try:
+                totals.append(native.sums(_at(grads, part), gamma, scale, _at(momenta, part)))
+            except SetAsideError:
+                slow = [*slow, *part]
         grads, momenta = _at(grads, slow), _at(momenta, slow)
     if grads or not totals:
         totals.append(_sums(grads, gamma, scale, momenta, foreach=foreach))
@@ -70,7 +73,7 @@ def _sums(
     *,
     foreach: bool,
 ) -> Tensor:
-    """`sums` without the C library."""
+    """`sums` without a library."""
     parts = _foreach_parts if foreach else _single_parts
     norms = [
         torch.stack(pair).to(scale.device, torch.float32, non_blocking=True)
@@ -148,7 +151,7 @@ def measure(
     scale: Tensor,
     found_inf: Tensor | None,
     process_group: dist.ProcessGroup | None,
-    native: bool,
+    native: Passes | None,
     foreach: bool,
 ) -> Signals:
     """What the law sees, the same on every rank that shares the parameters.
@@ -166,7 +169,7 @@ def measure(
         scale: factor on every gradient; 0-d, float32.
         found_inf: what a `GradScaler` found, positive where the step is to be skipped.
         process_group: ranks that hold the same gradients but a loss of their own.
-        native: takes the C library for what it can take.
+        native: a library that takes what it can take; `None` for none.
         foreach: takes torch's foreach calls for the rest.
     """
 
@@ -200,7 +203,7 @@ def measure(
     return signals(total, _mean(losses), gamma)
 
 
-def whole_sums(grad: Tensor, gamma: float, scale: Tensor, *, native: bool) -> Tensor:
+def whole_sums(grad: Tensor, gamma: float, scale: Tensor, *, native: Passes | None) -> Tensor:
     """The two sums over one gradient, of a `DTensor` over all its shards; float32, `(2,)`."""
 
     def sums_of(indices: list[int]) -> Tensor:

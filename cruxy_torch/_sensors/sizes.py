@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cruxy_torch._distributed.shards import add_shards, local
 from cruxy_torch._kept import compute_dtype, plain
-from cruxy_torch._native import passes
+from cruxy_torch._native.fit import Passes, SetAsideError
 
 
 class Sizes(NamedTuple):
@@ -26,12 +26,12 @@ class Sizes(NamedTuple):
     counts: list[int]
 
 
-def sizes(tensors: Sequence[Tensor], *, native: bool) -> Sizes:
+def sizes(tensors: Sequence[Tensor], *, native: Passes | None) -> Sizes:
     """Of each tensor, of a `DTensor` over all its shards.
 
     Args:
         tensors: of any devices and real dtypes.
-        native: takes the C library for what it can take.
+        native: a library that takes what it can take; `None` for none.
 
     Returns:
         With a vector on the device of the first tensor.
@@ -39,11 +39,7 @@ def sizes(tensors: Sequence[Tensor], *, native: bool) -> Sizes:
     device = tensors[0].device
     shards = list(map(local, tensors))
     counts = [max(1, tensor.numel()) for tensor in tensors]
-    fast, slow = passes.parts([shards]) if native else ([], list(range(len(shards))))
-    means: dict[int, Tensor] = {}
-    for part in fast:
-        values = passes.mean_squares([shards[i] for i in part], [counts[i] for i in part])
-        means |= zip(part, values.to(device).unbind(), strict=True)
+    means, slow = _by(native, shards, counts, device)
     for i in slow:
         flat = shards[i].detach().reshape(-1).to(compute_dtype(shards[i]))
         means[i] = (torch.dot(flat, flat) / counts[i]).to(device, torch.float32)
@@ -52,12 +48,14 @@ def sizes(tensors: Sequence[Tensor], *, native: bool) -> Sizes:
     return Sizes(total, [tensor.numel() for tensor in tensors])
 
 
-def sizes_by_group(groups: Sequence[Sequence[Tensor]], *, native: bool) -> list[Sizes | None]:
+def sizes_by_group(
+    groups: Sequence[Sequence[Tensor]], *, native: Passes | None
+) -> list[Sizes | None]:
     """`sizes` of each group, `None` of one without tensors; shards of all are added up together.
 
     Args:
         groups: the tensors of each.
-        native: takes the C library for what it can take.
+        native: a library that takes what it can take; `None` for none.
     """
     everything = [tensor for group in groups for tensor in group]
     if not everything:
@@ -70,6 +68,24 @@ def sizes_by_group(groups: Sequence[Sequence[Tensor]], *, native: bool) -> list[
         found.append(Sizes(squares[begin:end], counts[begin:end]) if group else None)
         begin = end
     return found
+
+
+def _by(
+    native: Passes | None, shards: list[Tensor], counts: list[int], device: torch.device
+) -> tuple[dict[int, Tensor], list[int]]:
+    """The mean squares that a library finds, by number of the tensor, and the others' numbers."""
+    means: dict[int, Tensor] = {}
+    if native is None:
+        return means, list(range(len(shards)))
+    fast, slow = native.parts([shards])
+    for part in fast:
+        try:
+            values = native.mean_squares([shards[i] for i in part], [counts[i] for i in part])
+        except SetAsideError:
+            slow = [*slow, *part]
+            continue
+        means |= zip(part, values.to(device).unbind(), strict=True)
+    return means, slow
 
 
 def whole_mean_square(sizes: Sequence[Sizes]) -> Tensor | None:

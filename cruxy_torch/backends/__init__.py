@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from cruxy_torch._native import library
+from cruxy_torch._native import library, passes, triton_found
+from cruxy_torch._native.fit import Passes
 
-CHOICES = ("auto", "native", "foreach", "reference")
+CHOICES = ("auto", "native", "triton", "foreach", "reference")
 """What can be chosen for a whole process."""
 
 VARIABLE = "CRUXY_TORCH_BACKEND"
@@ -32,13 +33,15 @@ class Backend(NamedTuple):
     """One of the ways a step can be computed. All give the same result but for rounding.
 
     Attributes:
-        name: `"native"`, the C library on CPU; `"foreach"`, torch's foreach calls on whole lists of
-            tensors; `"reference"`, tensor by tensor, which all others are held to; `"compile"`,
+        name: `"native"`, the C library on CPU; `"triton"`, kernels on CUDA devices; `"foreach"`,
+            torch's foreach calls on whole lists of tensors; `"reference"`, tensor by tensor, which
+            all others are held to; `"compile"`,
             `torch.compile` of the whole step.
         available: whether it can be taken on this machine, as far as is known without building.
-        why: why it cannot be taken, in one line; of `"native"` the last line of the compiler.
+        why: why it cannot be taken, in one line; of `"native"` the last line of the compiler, of
+            `"triton"` of what a kernel failed with.
         path: the file of the library, where there is one.
-        flags: what it is compiled with.
+        flags: what it is compiled with; of `"triton"` its version.
     """
 
     name: str
@@ -53,7 +56,7 @@ class BackendUse(NamedTuple):
 
     Attributes:
         tensors: how many tensors each backend takes, by its name; those of 0 are left out.
-        why: how many do not take `"native"`, by the reason.
+        why: how many take neither `"native"` nor `"triton"`, by the reason.
     """
 
     tensors: Mapping[str, int]
@@ -68,16 +71,17 @@ def backends(build: bool = False) -> list[Backend]:
             Without it nothing is built, and a library that was built before is loaded.
 
     Returns:
-        `native`, `foreach`, `reference` and `compile`, in this order.
+        `native`, `triton`, `foreach`, `reference` and `compile`, in this order.
 
     Examples:
         >>> import cruxy_torch
         >>> [backend.name for backend in cruxy_torch.backends()]
-        ['native', 'foreach', 'reference', 'compile']
+        ['native', 'triton', 'foreach', 'reference', 'compile']
     """
     found = library.found(build=build)
     native = Backend("native", found.handle is not None, found.why, found.path, found.flags)
-    return [native, Backend("foreach", True), Backend("reference", True), _compile(build)]
+    others = [Backend(name, True) for name in ("foreach", "reference")]
+    return [native, _triton(), *others, _compile(build)]
 
 
 def use_backend(name: str | None) -> contextlib.AbstractContextManager[Any]:
@@ -88,8 +92,10 @@ def use_backend(name: str | None) -> contextlib.AbstractContextManager[Any]:
 
     Args:
         name: `"native"`, the C library, which must be there, for tensors on the CPU that it can
-            take; `"foreach"` or `"reference"` for all tensors; `None` or `"auto"` for the default,
-            the library on CPU where there is one, and foreach calls on other devices. The
+            take; `"triton"`, which must be there, for those on CUDA devices that it can take; each
+            leaves other devices their default. `"foreach"` or `"reference"` for all tensors; `None`
+            or `"auto"` for the default: the library on CPU where there is one, Triton on CUDA
+            devices likewise, and foreach calls for the rest on any device but the CPU. The
             environment variable `CRUXY_TORCH_BACKEND` takes the same words; it is read at the first
             step, and counts where this function was not called.
 
@@ -100,7 +106,8 @@ def use_backend(name: str | None) -> contextlib.AbstractContextManager[Any]:
 
     Raises:
         ValueError: where there is no backend of that name.
-        RuntimeError: where `"native"` was chosen and the library cannot be built.
+        RuntimeError: where `"native"` was chosen and the library cannot be built, or `"triton"`,
+            which cannot be used.
 
     Examples:
         >>> import torch
@@ -117,6 +124,8 @@ def use_backend(name: str | None) -> contextlib.AbstractContextManager[Any]:
     choice = _Choice(_checked("backend", name))
     if choice.name == "native":
         _insist()
+    if choice.name == "triton":
+        _insist_on_triton()
     if len(_choices) > 1 and not (_choices[-1].is_block or _choices[-2].is_block):
         del _choices[-2]  # the next one took its place for good
     _choices.append(choice)
@@ -128,25 +137,43 @@ def chosen() -> str:
     return _choices[-1].name if _choices else _of_environment()
 
 
-def path(device: torch.device) -> tuple[bool, bool]:
-    """Whether to take the C library, and whether to take foreach calls for the rest.
+def path(device: torch.device) -> tuple[Passes | None, bool]:
+    """The library to take, and whether to take foreach calls for the rest.
 
     Args:
         device: of the controller.
 
     Raises:
         ValueError: where the environment names a backend that there is not.
-        RuntimeError: where it names the library, which cannot be built.
+        RuntimeError: where it names a library that cannot be used on this device.
     """
-    on_cpu = device.type == "cpu"
+    foreach = device.type != "cpu"
     if torch.compiler.is_compiling():
-        return False, not on_cpu
+        return None, foreach
     choice = chosen()
     if choice in ("foreach", "reference"):
-        return False, choice == "foreach"
-    if choice == "native" and on_cpu:
+        return None, choice == "foreach"
+    if choice == "native" and device.type == "cpu":
         _insist()
-    return on_cpu and library.available(), not on_cpu
+    if choice == "triton" and device.type == "cuda":
+        _insist_on_triton(device)
+    return fastest(device), foreach
+
+
+def fastest(device: torch.device) -> Passes | None:
+    """The library for a device; `None` where it is not there.
+
+    On CUDA devices Triton, on the CPU the C library, or, where `"triton"` was chosen and
+    `TRITON_INTERPRET=1` is set, Triton's interpreter, by which kernels are tested.
+    """
+    interprets = device.type == "cpu" and chosen() == "triton" and triton_found.interpreted()
+    if device.type == "cuda" or interprets:
+        if not triton_found.available(device):
+            return None
+        from cruxy_torch._native import triton_passes  # what it imports takes a while
+
+        return triton_passes
+    return passes if device.type == "cpu" and library.available() else None
 
 
 class _Choice(contextlib.AbstractContextManager[Any]):
@@ -189,6 +216,22 @@ def _insist() -> None:
             "the backend 'native' needs a C compiler (cc, gcc or clang, or the variable CC), but "
             f"{library.found(build=True).why!r}; use 'auto' for the slower path."
         )
+
+
+def _insist_on_triton(device: torch.device | None = None) -> None:
+    found = triton_found.found(device)
+    if not found.usable and not found.failed:
+        raise RuntimeError(
+            f"the backend 'triton' needs Triton and a CUDA device, but {found.why!r}; use 'auto' "
+            "for the slower path."
+        )
+
+
+def _triton() -> Backend:
+    """Whether kernels can be compiled for what is there, or run by the interpreter."""
+    found = triton_found.found()
+    version = (f"triton {found.version}",) if found.version else ()
+    return Backend("triton", found.usable, found.why, flags=version)
 
 
 def _compile(build: bool) -> Backend:

@@ -1,0 +1,144 @@
+"""The rows of the GPU benchmark: which there are, in which order, and what each asks a room for."""
+
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks._frameworks import room
+from benchmarks._runs import Task
+from benchmarks._shapes import SIZES, Shapes, gpt_shapes
+
+FLOOR = {"adamw": 7, "meta3": 8, "meta_lion": 6, "self_driving": 11, "self_driving-no-average": 9}
+"""Words of 4 bytes a parameter that a step must move where each tensor is read and written once in
+each of its passes: gradients are read to be measured, and again to be used."""
+
+FIRST = ("adamw", "meta3", "meta_lion", "self_driving", "self_driving-no-average")
+SECOND = (
+    "meta3-8bit", "meta3-4bit", "meta_lion-8bit", "axiom", "adamw-foreach", "muon",
+    "torchao-adamw-8bit", "bitsandbytes-adamw-8bit",
+)  # fmt: skip
+OF_JAX = ("adamw", "meta3", "meta_lion", "self_driving", "self_driving-no-average")
+TRAJECTORIES = ("meta3", "meta_lion", "self_driving")
+
+GPU_SIZES: dict[str, Shapes] = {"tiny": gpt_shapes(1, 16, 65, 16), **SIZES}
+"""The parameter sets by name; `tiny` is for trying the command."""
+
+
+class Row(NamedTuple):
+    """Something to measure.
+
+    Attributes:
+        kind: `copy`, `step`, `waits`, `parity`, `exact`, `memory` or `training`.
+        framework: "jax" or "torch".
+        name: of the optimizer; empty for none.
+        size: a key of `GPU_SIZES`; empty for none.
+    """
+
+    kind: str
+    framework: str
+    name: str = ""
+    size: str = ""
+
+    @property
+    def key(self) -> str:
+        """By which a finished row is found again."""
+        return " ".join(filter(None, self))
+
+
+def rows(sizes: list[str], frameworks: list[str]) -> list[Row]:
+    """All rows, the most valuable first.
+
+    Args:
+        sizes: keys of `GPU_SIZES`, the most valuable first.
+        frameworks: of the rows.
+    """
+    found: list[Row] = []
+    if "torch" in frameworks:
+        for size in sizes:
+            found.append(Row("copy", "torch", size=size))
+            found += [Row("step", "torch", name, size) for name in FIRST]
+            if size == sizes[0]:
+                found += [Row("waits", "torch", n, size) for n in ("meta3", "self_driving")]
+                found += [Row("exact", "torch"), *(Row("parity", "torch", n) for n in TRAJECTORIES)]
+        found += [Row("step", "torch", name, sizes[0]) for name in SECOND]
+    if "jax" in frameworks:
+        found += [Row("parity", "jax", name) for name in TRAJECTORIES]
+        found += [Row("step", "jax", name, sizes[0]) for name in OF_JAX]
+    if "torch" in frameworks and "tiny" not in sizes:
+        found += [Row("memory", "torch", name) for name in ("axiom", "lion")]
+        found += [Row("step", "torch", name, s) for s in sizes[1:] for name in SECOND]
+    if "jax" in frameworks:
+        found += [Row("step", "jax", name, size) for size in sizes[1:] for name in OF_JAX]
+    if "torch" in frameworks and "tiny" not in sizes:
+        found += [Row("training", "torch", name) for name in ("self_driving", "adamw-cosine")]
+    return found
+
+
+def measured(row: Row, repeats: int) -> dict[str, Any]:
+    """What a row has, JSON values.
+
+    Raises:
+        Exception: whatever a framework or a device raises.
+    """
+    if row.kind == "memory":
+        return _memory(row.name)
+    if row.kind == "training":
+        return _training(row)
+    module = room(row.framework, "gpu", "gpu")
+    shapes = GPU_SIZES[row.size] if row.size else SIZES["0.1m"]
+    measures: Mapping[str, Callable[[], dict[str, Any]]] = {
+        "copy": lambda: module.copied(sum(map(math.prod, shapes.values())), repeats),
+        "step": lambda: module.stepped(row.name, shapes, repeats),
+        "waits": lambda: module.waits(row.name, shapes),
+        "exact": lambda: module.exact(),
+        "parity": lambda: _parity(row, module, shapes),
+    }
+    try:
+        return measures[row.kind]()
+    finally:
+        module.forget()
+
+
+def _parity(row: Row, module: Any, shapes: Shapes) -> dict[str, Any]:
+    """How far 50 steps on the device are from 50 steps of PyTorch on the CPU."""
+    steps = 50
+    ours = module.trajectory(row.name, shapes, steps)
+    torch = room("torch", "gpu", "gpu")
+    theirs = torch.trajectory(row.name, shapes, steps, device="cpu")
+    apart = {key: abs(ours[key] - value) for key, value in theirs.items()}
+    return {
+        "steps": steps,
+        "largest_difference": float(max(value.max() for value in apart.values())),
+        "above_1e-5": float(
+            sum((value > 1e-5).sum() for value in apart.values())
+            / sum(value.size for value in apart.values())
+        ),
+    }
+
+
+def _memory(name: str) -> dict[str, Any]:
+    """The peak of the 1.1B model's full training, in a process of its own, under 4 GiB."""
+    example = Path(__file__).parents[1] / "examples" / "full_finetune_4gb.py"
+    command = [sys.executable, str(example), "--steps", "5", "--optimizer", name]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    if run.returncode:
+        raise RuntimeError((run.stderr.strip().splitlines() or ["it failed"])[-1])
+    peak = re.search(r"peak GPU memory.*?: ([\d.]+) GiB", run.stdout)
+    alive = [line.strip() for line in run.stdout.splitlines() if "gradient" in line.lower()]
+    return {"peak_gib": float(peak[1]) if peak else None, "gradients": alive}
+
+
+def _training(row: Row) -> dict[str, Any]:
+    """Held-out losses of 1,000 steps of the small GPT; of AdamW at three rates the best."""
+    rates = (None,) if row.name == "self_driving" else (3e-4, 1e-3, 3e-3)
+    tasks = [
+        Task("shakespeare-10m", row.name, rate or 1e-3, 0, 1000, (1000,), framework="torch")
+        for rate in rates
+    ]
+    records = room("torch", "training", "training").train(tasks)
+    losses = {str(task.rate): r.held_out[-1] for task, r in zip(tasks, records, strict=True)}
+    return {"held_out": losses, "seconds": sum(record.seconds for record in records)}

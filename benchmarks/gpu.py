@@ -1,0 +1,221 @@
+"""Everything that is to be measured on a GPU, in one command, the most valuable first."""
+
+import argparse
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from benchmarks._environment import basis
+from benchmarks._frameworks import FRAMEWORKS, installed, room
+from benchmarks._gpu_rows import FLOOR, GPU_SIZES, Row, measured, rows
+from benchmarks._measured_optimizers import whole
+from benchmarks._plots import COLORS, bars, finish
+from benchmarks._protocol import Protocol, Rows
+
+ROOT = Path(__file__).parents[1]
+SIZES = ("100m", "1b", "10m")
+SOURCES = (
+    "cruxy_*/**/*.py",
+    "cruxy_*/**/*.[ch]",
+    "benchmarks/**/gpu.py",
+    "benchmarks/_gpu_rows.py",
+)
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    there = installed() or [*FRAMEWORKS]
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=8.0,
+        help="no row is begun after so many; the same command goes on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", choices=GPU_SIZES, default=list(SIZES), help="the first counts most"
+    )
+    parser.add_argument("--framework", nargs="+", choices=FRAMEWORKS, default=there)
+    parser.add_argument(
+        "--repeats", type=lambda text: whole(text, "--repeats", least=1), default=20
+    )
+    parser.add_argument(
+        "--device",
+        choices=("gpu", "cpu"),
+        default="gpu",
+        help="cpu tries the command where there is no GPU; its figures say nothing of one",
+    )
+
+
+def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    frameworks = [name for name in FRAMEWORKS if name in options.framework][::-1]
+    options.framework = frameworks  # PyTorch names the device
+    if options.device == "gpu":
+        missing = {name: room(name, "gpu", "gpu").there() for name in frameworks}
+        frameworks = [name for name in frameworks if not missing[name]]
+        if not frameworks:
+            raise ValueError(
+                f"there is no GPU to measure: {'; '.join(missing.values())}. Run this where there "
+                "is one, or try the command with --device cpu --sizes tiny."
+            )
+    wanted = rows(options.sizes, frameworks)
+    store = options.output / "gpu-rows.jsonl"
+    source = _source(frameworks, options.repeats)
+    done = _finished(store, source)
+    begun = time.monotonic()
+    left = [row for row in wanted if row.key not in done]
+    for number, row in enumerate(left, 1):
+        if time.monotonic() - begun > 60.0 * options.minutes:
+            console.print(f"{len(left) - number + 1} rows are left; the same command goes on.")
+            break
+        start = time.monotonic()
+        try:
+            found = measured(row, options.repeats)
+        except Exception as error:  # a row that fails is a row that says so
+            lines = str(error).strip().splitlines() or [""]
+            found = {"failed": f"{type(error).__name__}: {lines[0]}"}
+        done[row.key] = {**row._asdict(), **found, "took": time.monotonic() - start}
+        with store.open("a") as file:
+            file.write(json.dumps({"source": source, "row": done[row.key]}) + "\n")
+        shown = found.get("failed") or ", ".join(f"{k} {_short(v)}" for k, v in found.items())
+        console.print(f"[{number}/{len(left)}] {row.key}: {shown}", markup=False)
+    return {
+        "part": "-".join([*options.sizes, options.device]),
+        "device": options.device,
+        "rows": [done[row.key] for row in wanted if row.key in done],
+        "left": [row.key for row in wanted if row.key not in done],
+    }
+
+
+def _source(frameworks: list[str], repeats: int) -> str:
+    """What figures depend on: code, device, versions and repeats."""
+    digest = hashlib.sha256(repr([[basis(name) for name in frameworks], repeats]).encode())
+    for path in sorted({path for pattern in SOURCES for path in ROOT.glob(pattern)}):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _finished(store: Path, source: str) -> dict[str, dict[str, Any]]:
+    """The rows that were measured under the same circumstances, and did not fail, by key."""
+    found = {}
+    for line in store.read_text().splitlines() if store.exists() else ():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:  # a run that was killed as it wrote
+            continue
+        row = entry["row"]
+        if entry["source"] == source and "failed" not in row:
+            key = Row(**{name: row[name] for name in Row._fields}).key
+            found[key] = row
+    return found
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _rows(result: dict[str, Any]) -> Rows:
+    headers = (
+        "what", "framework", "parameters", "ms", "ratio to AdamW", "floor", "B/param moved",
+        "of copy", "launches", "B/param kept", "said",
+    )  # fmt: skip
+    found, of = [], {_key(row): row for row in result["rows"]}
+    for row in result["rows"]:
+        framework, size = row["framework"], row["size"]
+        what = row.get("label") or " ".join(filter(None, (row["kind"], row["name"])))
+        cells = [what, FRAMEWORKS[framework], size]
+        if "failed" in row:
+            found.append((*cells, *[""] * 7, row["failed"]))
+            continue
+        copy, adamw = (
+            of.get(("copy", "torch", "", size)),
+            of.get(("step", framework, "adamw", size)),
+        )
+        count = None if copy is None or "failed" in copy else copy["moved_bytes"] / 8
+        ratio = None
+        if adamw is not None and _is_step(row, adamw):
+            ratio = row["milliseconds"] / adamw["milliseconds"]
+        moved = row.get("moved_bytes") or 4 * FLOOR.get(row["name"], 0) * (count or 0)
+        share = None
+        if copy is not None and _is_step(row, copy) and moved:
+            speed = copy["moved_bytes"] / copy["milliseconds"]
+            share = moved / row["milliseconds"] / speed
+        found.append(
+            (
+                *cells,
+                _cell(row.get("milliseconds"), ".3f"),
+                _cell(ratio, ".2f"),
+                _cell(FLOOR[row["name"]] / FLOOR["adamw"] if _floored(row) else None, ".2f"),
+                _cell(moved / count if count and moved and row["kind"] == "step" else None, ".1f"),
+                _cell(share, ".0%"),
+                _cell(row.get("launches"), "d"),
+                _cell(row.get("state_bytes_per_parameter"), ".2f"),
+                _said(row),
+            )
+        )
+    return Rows(headers, found)
+
+
+def _floored(row: dict[str, Any]) -> bool:
+    return row["kind"] == "step" and row["name"] in FLOOR
+
+
+def _is_step(row: dict[str, Any], other: dict[str, Any] | None) -> bool:
+    return row["kind"] == "step" and other is not None and "failed" not in other
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row[name] for name in Row._fields)
+
+
+def _cell(value: Any, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _said(row: dict[str, Any]) -> str:
+    if row["kind"] in ("copy", "step"):
+        taken = row.get("backend") or {}
+        return ", ".join(f"{name} {count}" for name, count in taken.items())
+    shown = {k: v for k, v in row.items() if k not in (*Row._fields, "took")}
+    return ", ".join(f"{name} {_short(value)}" for name, value in shown.items())
+
+
+def _draw(result: dict[str, Any]) -> Figure:
+    steps = [r for r in result["rows"] if r["kind"] == "step" and "failed" not in r]
+    figure = Figure(figsize=(9, 1.5 + 0.28 * max(1, len(steps))), layout="constrained")
+    axes = figure.add_subplot()
+    finish(axes, f"Time of a step ({result['device']})")
+    drawn = [
+        (
+            f"{row['label']} ({FRAMEWORKS[row['framework']]}, {row['size']})",
+            row["milliseconds"],
+            f"{row['milliseconds']:.3g}",
+            COLORS[row["framework"] == "jax"],
+        )
+        for row in steps
+    ]
+    if drawn:
+        bars(axes, drawn, "milliseconds, median")
+    return figure
+
+
+PROTOCOL = Protocol(
+    name="gpu",
+    title="On a GPU.",
+    reading=(
+        "The most valuable rows come first, each is on disk as soon as it is finished, and the "
+        "same command goes on where it stopped. A step is the optimizer's alone, waited for, the "
+        "median of its repeats. Bytes are those that our kernels were handed, counted at their "
+        "launch, and for AdamW the least that a step can move; `of copy` is their share of the "
+        "speed at which the same run copies as many float32 numbers. The floor is what a step "
+        "must move over what AdamW must. Parity is the largest difference from PyTorch on the CPU "
+        "after 50 steps, and the share of parameters above 1e-5."
+    ),
+    arguments=_arguments,
+    measure=_measure,
+    rows=_rows,
+    draw=_draw,
+)

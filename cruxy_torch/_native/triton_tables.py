@@ -1,0 +1,142 @@
+"""Where many tensors lie, as one launch reads it: a table on their device, built once and reused.
+
+What a table holds follows from addresses, lengths and numbers alone, so one that was built for the
+same addresses is right whatever has become of the tensors, and a table is never out of date.
+"""
+
+import array
+import collections
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cruxy_torch._native.triton_kernels import TILE
+
+ROWS = (
+    "param", "grad", "first", "first_scales", "second", "second_scales", "average",
+    "product1", "product2", "numel", "first_number", "number", "sign", "limit", "count",
+)  # fmt: skip
+"""The rows of a table, as the kernels count them."""
+
+CHUNKS, MOST = 4096, 64
+"""Chunks grow with the model, so that there are about so many, up to so many tiles each."""
+
+_KEPT = 64
+
+
+class Table(NamedTuple):
+    """What a launch is given.
+
+    Attributes:
+        values: int64, `(15, tensors)`.
+        tensors: how many there are.
+        chunks: int32, `(count, 2)`: the tensor of each chunk and its number in it. A tensor without
+            elements has a chunk too.
+        tiles: in a chunk.
+        starts: int32, `(tensors + 1,)`: the number of each tensor's first chunk, and of all.
+        counters: int32 zeros, one for each tensor.
+        aligned: whether every tensor begins at a multiple of 16 bytes.
+    """
+
+    values: Tensor
+    tensors: int
+    chunks: Tensor
+    tiles: int
+    starts: Tensor
+    counters: Tensor
+    aligned: bool
+
+    @property
+    def count(self) -> int:
+        """How many chunks there are."""
+        return self.chunks.shape[0]
+
+
+_tables: collections.OrderedDict[tuple, Table] = collections.OrderedDict()
+_cuts: collections.OrderedDict[tuple, tuple[Tensor, Tensor, int]] = collections.OrderedDict()
+_of_graphs: list[object] = []
+"""What a CUDA graph reads when it is replayed, at any time until the process ends."""
+
+
+def table(columns: dict[str, Sequence[int]], device: torch.device) -> Table:
+    """The table of these columns.
+
+    Args:
+        columns: of `ROWS`, all equally long, with `numel` among them; rows that are left out are 0.
+        device: of the tensors.
+    """
+    count = len(columns["numel"])
+    flat = array.array("q")
+    for name in ROWS:
+        flat.extend(columns.get(name) or [0] * count)
+    capturing, stream = _stream(device)
+    key = (device, stream, flat.tobytes())
+    if key in _tables:
+        _tables.move_to_end(key)
+        if capturing:
+            _of_graphs.append(_tables[key])
+        return _tables[key]
+    chunks, starts, tiles = _cut(tuple(columns["numel"]), device)
+    lengths = columns["numel"]
+    aligned = all(
+        address % 16 == 0
+        for name in ("param", "grad", "first", "second", "average")
+        for address, length in zip(columns.get(name, ()), lengths, strict=False)
+        if length
+    )
+    values = torch.frombuffer(flat, dtype=torch.int64).clone().view(len(ROWS), count)
+    counters = torch.zeros(count, dtype=torch.int32, device=device)
+    made = Table(_there(values, device), count, chunks, tiles, starts, counters, aligned)
+    if not capturing:  # what is copied in a graph is there only when that is replayed
+        _tables[key] = made
+        if len(_tables) > _KEPT:
+            _tables.popitem(last=False)
+    return made
+
+
+def _cut(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """How tensors are cut into chunks: chunks, starts and tiles of a `Table`."""
+    capturing, stream = _stream(device)
+    key = (device, stream, lengths)
+    if key in _cuts:
+        _cuts.move_to_end(key)
+        if capturing:
+            _of_graphs.append(_cuts[key])
+        return _cuts[key]
+    tiles = 1
+    while tiles < MOST and sum(lengths) > CHUNKS * TILE * tiles:
+        tiles *= 2
+    each = [max(1, -(-length // (TILE * tiles))) for length in lengths]
+    counts = torch.tensor(each, dtype=torch.int64, device="cpu")
+    starts = torch.zeros(len(lengths) + 1, dtype=torch.int64, device="cpu")
+    starts[1:] = counts.cumsum(0)
+    index = torch.repeat_interleave(counts)
+    number = torch.arange(len(index), dtype=torch.int64, device="cpu") - starts[index]
+    chunks = torch.stack((index, number), dim=1).to(torch.int32)
+    cut = _there(chunks, device), _there(starts.to(torch.int32), device), tiles
+    if not capturing:
+        _cuts[key] = cut
+        if len(_cuts) > _KEPT:
+            _cuts.popitem(last=False)
+    return cut
+
+
+def _stream(device: torch.device) -> tuple[bool, int]:
+    """Whether a CUDA graph is being captured, and the stream that work is put on."""
+    if device.type != "cuda":
+        return False, 0
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return torch.cuda.is_current_stream_capturing(), stream
+
+
+def _there(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; not waited for."""
+    if device.type == "cpu":
+        return values
+    pinned = values.pin_memory()
+    there = pinned.to(device, non_blocking=True)
+    if torch.cuda.is_current_stream_capturing():
+        _of_graphs.append((pinned, there))  # a replay copies it again
+    return there

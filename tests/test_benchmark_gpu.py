@@ -1,0 +1,100 @@
+"""The GPU benchmark, tried where there is none: its order, that it goes on, what it counts."""
+
+import json
+
+import pytest
+
+import benchmarks.gpu as gpu
+from benchmarks._gpu_rows import FLOOR, Row, rows
+from benchmarks._protocol import run
+
+
+def measure(tmp_path, monkeypatch, found, *arguments):
+    """Runs the command with rows measured by `found`; what it wrote, and the rows it measured."""
+    asked = []
+
+    def measured(row, repeats):
+        asked.append(row.key)
+        return found(row)
+
+    monkeypatch.setattr(gpu, "measured", measured)
+    argv = ["--device", "cpu", "--sizes", "tiny", "--framework", "torch", *arguments]
+    run(gpu.PROTOCOL, [*argv, "--output", str(tmp_path)])
+    return json.loads((tmp_path / "gpu-tiny-cpu.json").read_text()), asked
+
+
+def quick(row):
+    numbers = {"copy": {"moved_bytes": 800, "milliseconds": 1.0}}
+    step = {"label": row.name, "milliseconds": 2.0, "moved_bytes": 1600, "launches": 3}
+    return numbers.get(row.kind, step if row.kind == "step" else {"error": ""})
+
+
+def test_the_most_valuable_rows_come_first_and_none_twice():
+    found = rows(["100m", "1b"], ["torch", "jax"])
+    assert len({row.key for row in found}) == len(found)
+    assert [row.key for row in found[:3]] == [
+        "copy torch 100m", "step torch adamw 100m", "step torch meta3 100m"
+    ]  # fmt: skip
+    assert found[-1].kind == "training"
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
+
+    def fails(row):
+        if row.name == "axiom":
+            raise MemoryError("no memory\nat all")
+        return quick(row)
+
+    result, asked = measure(tmp_path, monkeypatch, fails)
+    assert len(asked) == len(rows(["tiny"], ["torch"])) == len(result["rows"])
+    (failed,) = [row for row in result["rows"] if "failed" in row]
+    assert failed["failed"] == "MemoryError: no memory"
+    with (tmp_path / "gpu-rows.jsonl").open("a") as file:
+        file.write('{"source": "a run that was ki')
+    result, asked = measure(tmp_path, monkeypatch, quick)
+    assert asked == ["step torch axiom tiny"]
+    assert not any("failed" in row for row in result["rows"])
+    result, asked = measure(tmp_path, monkeypatch, quick, "--repeats", "3")
+    assert len(asked) == len(result["rows"])  # other figures
+    assert "On a GPU." in capsys.readouterr().out
+
+
+def test_no_row_is_begun_when_time_is_up(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
+    result, asked = measure(tmp_path, monkeypatch, quick, "--minutes", "-1")
+    assert (asked, result["rows"]) == ([], [])
+    assert len(result["left"]) == len(rows(["tiny"], ["torch"]))
+    assert "rows are left" in capsys.readouterr().out
+
+
+def test_bandwidth_is_a_share_of_the_copy_and_the_floor_one_of_adamw():
+    copy = {**Row("copy", "torch", size="tiny")._asdict(), **quick(Row("copy", "torch"))}
+    steps = [
+        {**(row := Row("step", "torch", name, "tiny"))._asdict(), **quick(row)} for name in FLOOR
+    ]
+    table = gpu.PROTOCOL.rows({"rows": [copy, *steps], "device": "cpu"}).rows
+    assert table[2][3:8] == ("2.000", "1.00", "1.14", "16.0", "100%")
+
+
+def test_bytes_of_a_step_are_those_of_every_tensor_read_and_written_once():
+    torch = pytest.importorskip("torch")
+    from benchmarks._torch.gpu import bytes_of
+
+    table = torch.zeros(15, 1, dtype=torch.int64)
+    table[9] = 1024
+    sums = {"G": 0, "M": -1, "P": -1}
+    adam = {"G": 0, "M": 0, "P": 0, "V": 0, "AVERAGED": False}
+    moved = [bytes_of((table,), form) / 4096 for form in (sums, adam)]
+    lion = bytes_of((table,), adam | {"V": -1}) / 4096
+    assert (sum(moved), moved[0] + lion) == (FLOOR["meta3"], FLOOR["meta_lion"])
+    assert bytes_of((table,), {"WIDTH": 256}) == 0
+
+
+def test_without_a_gpu_it_says_so(tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit):
+        run(gpu.PROTOCOL, ["--framework", "torch", "--output", str(tmp_path)])
+    assert "there is no GPU to measure" in capsys.readouterr().err

@@ -1,0 +1,180 @@
+"""Compiles the Triton kernels ahead of time, for any compute capability, and reads what came out.
+
+`python tests/triton_builds.py` prints registers, spills and wide loads of every form; it needs no
+GPU. Not under `TRITON_INTERPRET=1`, where kernels are no code.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from cruxy_exact import BlockCode
+from cruxy_torch._kept import Coded, Rounded
+from cruxy_torch._native import triton_passes, triton_steps
+from cruxy_torch._native.triton_kernels import ROWS
+from cruxy_torch._native.triton_passes import Form
+
+CAPABILITIES = (75, 80, 89, 90)
+_POINTERS = {
+    "table": "*i64", "chunks": "*i32", "starts": "*i32", "counters": "*i32", "ok_at": "*u8",
+    "key_at": "*i32",
+}  # fmt: skip
+_NUMBERS = {"tensors": "i32", "tiles": "i32", "count": "i32"}
+
+
+class Built(NamedTuple):
+    """What a kernel was compiled to."""
+
+    registers: int
+    spilled: int
+    wide_loads: int
+    narrow_loads: int
+    wide_stores: int
+
+
+def form(bits: Any, *, signed: bool) -> Form:
+    """Of a moment in so many bits."""
+    empty = torch.empty(0)
+    if bits in (8, 4):
+        return Form.of(Coded(empty, empty, BlockCode(bits, signed), torch.Size([0]), 0))
+    if bits == 16:
+        return Form.of(Rounded(empty.to(torch.bfloat16), 0))
+    return Form.of(empty.to(torch.bfloat16) if bits == "bfloat16" else empty)
+
+
+def update_constants(**of: Any) -> dict[str, Any]:
+    """What a form of the update knows at compile time.
+
+    Args:
+        of: `bits` of moments, `half` for bfloat16 parameters, `lion`, `averaged`, `aligned`,
+            `chance` for parameters rounded by chance.
+    """
+    bits, half = of.get("bits", 32), int(of.get("half", False))
+    first, second = form(bits, signed=True), form(bits, signed=False)
+    if of.get("lion"):
+        second = Form(-1)
+    return {
+        "P": half, "P_CHANCE": of.get("chance", False), "G": half,
+        "M": first.format, "M_CHANCE": first.chance, "M_SHIFT": first.shift, "M_TOP": first.top,
+        "M_LEAST": first.least,
+        "V": second.format, "V_CHANCE": second.chance, "V_SHIFT": second.shift,
+        "V_TOP": second.top, "V_LEAST": second.least,
+        "NESTEROV": not of.get("lion", False), "COUPLED": False,
+        "AVERAGED": of.get("averaged", False), "LIMITED": of.get("averaged", False),
+        "STEERED": False, "ALIGNED": of.get("aligned", True), "ROWS": ROWS,
+    }  # fmt: skip
+
+
+def sums_constants(**of: Any) -> dict[str, Any]:
+    """What a form of the sums knows at compile time; `momenta` for those of the alignment."""
+    first = form(of.get("bits", 32), signed=True)
+    return {
+        "G": int(of.get("half", False)), "M": first.format if of.get("momenta") else -1,
+        "M_SHIFT": first.shift, "M_TOP": first.top,
+        "P": int(of.get("half", False)) if of.get("params") else -1,
+        "POWER": of.get("power", 0), "ALIGNED": of.get("aligned", True), "ROWS": ROWS,
+    }  # fmt: skip
+
+
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sums": ("sums_of_chunks", sums_constants()),
+    "sums, any power": ("sums_of_chunks", sums_constants(power=2)),
+    "sums with moments": ("sums_of_chunks", sums_constants(momenta=True)),
+    "sums with moments and parameters": (
+        "sums_of_chunks", sums_constants(momenta=True, params=True)
+    ),
+    "sums with 8-bit moments": ("sums_of_chunks", sums_constants(momenta=True, bits=8)),
+    "sums with 4-bit moments": ("sums_of_chunks", sums_constants(momenta=True, bits=4)),
+    "sums of bfloat16": ("sums_of_chunks", sums_constants(half=True)),
+    "sums of tensors": ("sums_of_tensors", {"WIDTH": 256}),
+    "sums of all": ("sums_of_all", {"WIDTH": 1024}),
+    "Adam": ("update_of_chunks", update_constants()),
+    "Adam, not aligned": ("update_of_chunks", update_constants(aligned=False)),
+    "Adam with average and limit": ("update_of_chunks", update_constants(averaged=True)),
+    "Lion": ("update_of_chunks", update_constants(lion=True)),
+    "Adam, bfloat16": ("update_of_chunks", update_constants(half=True, bits=16, chance=True)),
+    "Adam, 16 bits": ("update_of_chunks", update_constants(bits=16)),
+    "Adam, 8 bits": ("update_of_chunks", update_constants(bits=8)),
+    "Adam, 4 bits": ("update_of_chunks", update_constants(bits=4)),
+    "Adam, 8 bits, bfloat16 by chance, average": (
+        "update_of_chunks", update_constants(bits=8, half=True, chance=True, averaged=True)
+    ),
+    "Adam, 4 bits, average": ("update_of_chunks", update_constants(bits=4, averaged=True)),
+    "Lion, 8 bits": ("update_of_chunks", update_constants(bits=8, lion=True)),
+    "Lion, 4 bits": ("update_of_chunks", update_constants(bits=4, lion=True)),
+}  # fmt: skip
+"""By name the kernel and what it knows at compile time."""
+
+
+def build(name: str, capability: int) -> Built:
+    """Compiles a form for a compute capability, such as 80 for 8.0."""
+    kernel_name, constants = FORMS[name]
+    kernel = getattr(triton_steps, kernel_name)
+    signature = {argument: _type(argument, constants) for argument in kernel.arg_names}
+    target = GPUTarget("cuda", capability, 32)
+    options = {
+        "sums_of_chunks": triton_passes.OPTIONS, "update_of_chunks": triton_passes.UPDATE_OPTIONS
+    }.get(kernel_name, {})  # fmt: skip
+    source = _source(kernel, signature, constants)
+    return _read(triton.compile(source, target=target, options=options).asm)
+
+
+def _type(argument: str, constants: dict[str, Any]) -> str:
+    if argument in constants:
+        return "constexpr"
+    numbers = {**_NUMBERS, **dict.fromkeys(("gamma", "decay", "eps"), "fp32")}
+    return {**numbers, **_POINTERS}.get(argument, "*fp32")
+
+
+def _source(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> Any:
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 2):
+        left = {kernel.arg_names.index(k): v for k, v in signature.items() if v != "constexpr"}
+        numbered = {kernel.arg_names.index(k): v for k, v in constants.items()}
+        return triton.compiler.ASTSource(kernel, left, constants=numbered)
+    return triton.compiler.ASTSource(kernel, signature, constants)
+
+
+def _read(asm: dict[str, Any]) -> Built:
+    ptx = asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        command = [str(tool), "--dump-resource-usage", str(cubin)]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", said))
+    count = {
+        word: len(re.findall(pattern, ptx))
+        for word, pattern in {
+            "wide": r"ld\.global(\.\w+)*\.v4\.b32",
+            "narrow": r"ld\.global(\.\w+)*\.b(8|16|32) ",
+            "stores": r"st\.global(\.\w+)*\.v4\.b32",
+        }.items()
+    }
+    spilled = int(used["STACK"]) + int(used["LOCAL"])
+    return Built(int(used["REG"]), spilled, count["wide"], count["narrow"], count["stores"])
+
+
+def main() -> None:
+    """Prints a table, or with `--json` what a test reads."""
+    names = [name for name in FORMS if not sys.argv[2:] or name in sys.argv[2:]]
+    built = {name: {c: build(name, c) for c in CAPABILITIES} for name in names}
+    if "--json" in sys.argv:
+        print(json.dumps({n: {c: b._asdict() for c, b in row.items()} for n, row in built.items()}))
+        return
+    print(f"triton {triton.__version__}; registers/spilled bytes/16-byte loads/stores")
+    for name, row in built.items():
+        cells = [f"{b.registers}/{b.spilled}/{b.wide_loads}/{b.wide_stores}" for b in row.values()]
+        print(f"{name:<44}", *(f"{cell:>14}" for cell in cells))
+
+
+if __name__ == "__main__":
+    main()
