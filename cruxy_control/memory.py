@@ -75,12 +75,12 @@ def adapter_count(model: Model, rank: int) -> int:
 class Sizes:
     """What an estimate says by name, as `info["int8_gb"]`: for both frameworks' `MemoryEstimate`.
 
-    A subclass has `model`, `device_bytes` and `ways`.
+    A subclass has a `Model` as `model`, `device_bytes`, and a mapping of bytes by way as `ways`.
     """
 
-    model: Model
+    model: Any
     device_bytes: int | None
-    ways: Mapping[str, int]
+    ways: Any
 
     @property
     def fp16_gb(self) -> float:

@@ -17,6 +17,7 @@ import torch_trainer_run as runs  # noqa: E402
 from cruxy_torch import AXIOM, AXIOM_Trainer, CruxyOptimizer, Trainer, state_bytes  # noqa: E402
 from cruxy_torch.training import checkpoint  # noqa: E402
 from cruxy_torch.training.evaluation import averages  # noqa: E402
+from cruxy_torch.training.losses import Loss  # noqa: E402
 
 SEED_KEYS = (
     "train_losses", "initial_train_loss", "final_train_loss", "train_improvement_pct",
@@ -528,6 +529,12 @@ def one_batch(loss_fn=None, loader=None, **options):
 def test_what_is_wrong_is_named(made, error, message):
     with pytest.raises(error, match=message):
         made().fit(2)
+
+
+def test_a_compiled_model_is_given_what_the_model_takes():
+    batch = {"input_ids": torch.ones(1, 3), "text": ["dropped"]}
+    found = Loss(None, torch.compile(Tiny())).arguments(batch)
+    assert sorted(found) == ["input_ids", "labels"]
 
 
 def test_a_model_without_a_loss_of_its_own_is_named():

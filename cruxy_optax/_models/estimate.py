@@ -80,17 +80,18 @@ def estimate_memory(
         >>> memory.arguments - memory.reused == batch.size * 4
         True
     """
-    if isinstance(model, optax.GradientTransformation):
-        model, tx = tx, model
-    if model is None or (tx is not None and not isinstance(tx, optax.GradientTransformation)):
+    source: Any = model
+    if isinstance(source, optax.GradientTransformation):
+        source, tx = tx, source
+    if source is None or (tx is not None and not isinstance(tx, optax.GradientTransformation)):
         raise TypeError(
             "estimate_memory needs parameters or the name of a model, and takes an optax "
-            f"transformation beside them, got {type(model).__name__} and {type(tx).__name__}; "
+            f"transformation beside them, got {type(source).__name__} and {type(tx).__name__}; "
             "call estimate_memory(params, tx)."
         )
-    if isinstance(model, str | Path):
-        model = skeleton(model)
-    params = jax.tree.map(shape_of, model)
+    if isinstance(source, str | Path):
+        source = skeleton(source)
+    params = jax.tree.map(shape_of, source)
     counted = count_memory(axiom() if tx is None else tx, params, train_step, args)
     return dataclasses.replace(
         counted,

@@ -65,12 +65,12 @@ def load_model(
             left to train or to be kept in few bits.
         OSError: where there is no such model.
     """
-    backend = _checked(source, bits, train, backend, rank)
+    codes = _checked(source, bits, train, backend, rank)
     needed("transformers", "hf", "load_model")
     needed("accelerate", "hf", "load_model")
     if train == "lora":
         needed("peft", "hf", "train='lora'")
-    quantized = _quantization(bits, backend)
+    quantized = _quantization(bits, codes)
     config = from_pretrained.pop("config", None) or config_of(source, **_where(from_pretrained))
     place = "cuda:0" if torch.cuda.is_available() else "cpu"
     options = {"dtype": torch.bfloat16, "device_map": {"": place}, **from_pretrained}
@@ -79,7 +79,7 @@ def load_model(
     model = class_of(config).from_pretrained(source, config=config, **options)
     if bits < 16 and not any(map(is_coded, model.parameters())):
         raise ValueError(
-            f"{backend} must have something to keep in {bits} bits, got no layer of its kind in "
+            f"{codes} must have something to keep in {bits} bits, got no layer of its kind in "
             f"{type(model).__name__}; try backend='bitsandbytes', which also takes GPT-2's Conv1D, "
             "or bits=16."
         )

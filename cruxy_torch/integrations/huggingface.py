@@ -150,7 +150,7 @@ class CruxyTrainer(Trainer):
         if for_resuming and self.is_fsdp_enabled:
             averaged = contextlib.nullcontext()
         elif for_resuming and output_dir is not None and self.args.should_save:
-            named = self.model.named_parameters()
+            named = cast(nn.Module, self.model).named_parameters()
             weights = {name: param.detach() for name, param in named if param.requires_grad}
             write(Path(output_dir) / _WEIGHTS, lambda file: torch.save(weights, file))
         with averaged:
@@ -163,7 +163,7 @@ class CruxyTrainer(Trainer):
         path = Path(resume_from_checkpoint) / _WEIGHTS
         if path.exists():
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            own = dict((self.model if model is None else model).named_parameters())
+            own = dict(cast(nn.Module, self.model if model is None else model).named_parameters())
             with torch.no_grad():
                 for name, value in saved.items():
                     own[name].copy_(value)

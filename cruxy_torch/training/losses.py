@@ -27,7 +27,8 @@ class Loss:
 
     def __init__(self, loss_fn: Callable[..., Any] | None, model: nn.Module) -> None:
         self._loss_fn = loss_fn
-        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+        inner: Any = getattr(model, "_orig_mod", model)  # what torch.compile is put around
+        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
         kind = getattr(inner, "loss_type", None)
         self.counts_tokens = loss_fn is None and kind in _TOKENS
         is_seq2seq = bool(getattr(getattr(inner, "config", None), "is_encoder_decoder", False))

@@ -15,7 +15,8 @@ def taken(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
     Args:
         generators: those of the user's own, beside the global ones of torch, NumPy and Python.
     """
-    kind, keys, *rest = numpy.random.get_state()
+    state: Any = numpy.random.get_state()
+    kind, keys, *rest = state
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {
         "torch": torch.get_rng_state(),
