@@ -122,7 +122,7 @@ def train(
     rng = np.random.default_rng(args.seed)
     windows = batches(corpus.train, args.batch_size, config.context, args.steps, rng)
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, opt_state, windows[0]).compile()
-    memory = estimate_memory(tx, params, train_step=compiled)
+    memory = estimate_memory(params, tx, train_step=compiled)
     for number, window in enumerate(windows, start=1):
         params, opt_state, loss = compiled(params, opt_state, window)
         if number % max(1, args.steps // REPORTS) == 0:

@@ -112,7 +112,7 @@ def make_optimizer(name: str, model: GPT, rate: float | None, log: Path) -> torc
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    given = {} if rate is None else {"lr": rate}
+    given: dict[str, Any] = {} if rate is None else {"lr": rate}
     if not OPTIMIZERS[name].controlled:
         return torch.optim.AdamW(groups, **given)
     return CruxyOptimizer(groups, **given, log_metrics=True, metrics_path=log, **OPTIONS[name])

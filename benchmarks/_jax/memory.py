@@ -37,4 +37,4 @@ def peak_bytes(name: str, trained: str, data: str | None) -> int | None:
         next(workload.batches(0)),
     )
     step = jax.jit(training_step(tx, workload), donate_argnums=(0, 1))
-    return estimate_memory(tx, params, train_step=step, args=(batch,)).peak
+    return estimate_memory(params, tx, train_step=step, args=(batch,)).peak

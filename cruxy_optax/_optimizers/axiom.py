@@ -98,7 +98,7 @@ def axiom(
         >>> jax.tree.map(lambda u: round(float(u.min()), 4), updates)
         {'b': -0.0075, 'w': -0.0075}
         >>> matrix = {"w": jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16)}
-        >>> print(cruxy_optax.estimate_memory(tx, matrix).state)
+        >>> print(cruxy_optax.estimate_memory(matrix, tx).state)
         16801
 
     References:

@@ -92,7 +92,7 @@ def cosmic(
         >>> state = tx.init(params)
         >>> dict(cruxy_optax.tier_plan(state).tiers)
         {"['b']": 2, "['w']": 1}
-        >>> cruxy_optax.estimate_memory(tx, params).state <= 2000
+        >>> cruxy_optax.estimate_memory(params, tx).state <= 2000
         True
     """
     if needs_alignment(law):
