@@ -20,6 +20,7 @@ from benchmarks._jax.our_optimizers import (
     ROLES,
     SCHEDULED,
     VARIED,
+    WIRED,
 )
 from benchmarks.faults import FAULTS
 
@@ -67,6 +68,7 @@ EVERY = [
     pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else [])
     for name in sorted(OPTIMIZERS)
     if not name.endswith("slices")  # of fused q, k and v, which the digits have none of
+    and name not in WIRED
 ]
 
 

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cruxy_torch
 from cruxy_torch import CruxyOptimizer
+from cruxy_torch._distributed.messages import GATHER
 
 RANKS = 4
 STEPS = 8
@@ -34,7 +35,7 @@ def parameters(net):
 
 
 class Counted:
-    """Bytes that the collectives are handed, counted where they are called.
+    """Bytes of messages that the collectives are handed, counted where they are called.
 
     Of what a rank hands over, its own part stays with it.
     """
@@ -46,9 +47,8 @@ class Counted:
         call = getattr(dist, name)
 
         def counting(output, given, *args, group=None, **kwargs):
-            self.bytes += round(
-                given.numel() * given.element_size() * share(dist.get_world_size(group))
-            )
+            if given.dtype == torch.uint8:  # parameters that `fully_shard` gathers are of float32
+                self.bytes += round(given.numel() * share(dist.get_world_size(group)))
             return call(output, given, *args, group=group, **kwargs)
 
         return call, counting
@@ -57,7 +57,7 @@ class Counted:
     def here(self):
         shares = {
             "all_to_all_single": lambda n: (n - 1) / n,
-            "all_gather_into_tensor": lambda n: n - 1,
+            GATHER: lambda n: n - 1,
         }
         kept = {}
         for name, share in shares.items():

@@ -43,6 +43,7 @@ class Wired(NamedTuple):
         default: the rate that it comes with.
         workers: into how many a batch is split.
         engine: the module that trains it.
+        grid: the rates to try, before `scale`.
     """
 
     label: str
@@ -53,10 +54,11 @@ class Wired(NamedTuple):
     default: float = 1e-3
     workers: int = 4
     engine: str = "wires"
+    grid: tuple[float, ...] = RATES
 
     def rates(self) -> tuple[float, ...]:
         """Its grid."""
-        return scaled(RATES, self.scale)
+        return scaled(self.grid, self.scale)
 
 
 class FeedbackState(NamedTuple):

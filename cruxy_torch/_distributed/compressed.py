@@ -10,6 +10,7 @@ from torch.futures import Future
 
 from cruxy_exact.codes import BlockCode, pack, unpack
 from cruxy_exact.random_bits import random_bits, stream_key
+from cruxy_torch._distributed.messages import gathered
 from cruxy_torch._kept import BLOCK_SIZE, numbers
 
 _OF_THE_MEAN = -1
@@ -142,8 +143,7 @@ class CompressedAllReduce(_Wire):
         mean = self.scattered_sum(blocks, first, group) / ranks
         rank = dist.get_rank(group)
         message = self.encode(mean[None], first[rank][None], _OF_THE_MEAN)
-        received = message.new_empty((ranks, message.shape[1]))
-        work = dist.all_gather_into_tensor(received, message, group=group, async_op=True)
+        received, work = gathered(message[0], group, wait=False)
         self.bytes_sent += (ranks - 1) * message.numel()
         self.bytes_uncompressed += 2 * (ranks - 1) * buffer.numel() * buffer.element_size() // ranks
         if bucket.is_last():
@@ -153,7 +153,7 @@ class CompressedAllReduce(_Wire):
             _join(self.decode(received).view(-1, BLOCK_SIZE), grads)
             return buffer
 
-        return cast(Any, work).get_future().then(finish)
+        return work.get_future().then(finish)
 
     def _cut(self, params: list[Tensor], grads: list[Tensor], ranks: int) -> tuple[Tensor, Tensor]:
         """Gradients in blocks of their own, a row for each rank, and the number of each block.

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cruxy_control.checks import check_count, check_range
+from cruxy_torch._distributed.messages import gathered
 
 
 class TopK(NamedTuple):
@@ -147,13 +148,11 @@ class AXIOM_DDP:  # noqa: N801
         Returns:
             float32, `(n,)`, the same on all ranks, to the bit.
         """
-        ranks = dist.get_world_size(process_group)
-        gathered = []
-        for part in (payload.values, payload.indices):
-            parts = part.new_empty((ranks, len(part)))
-            dist.all_gather_into_tensor(parts, part[None], group=process_group)
-            gathered.append(parts)
-        return self.decompress([TopK(v, i, payload.count) for v, i in zip(*gathered, strict=True)])
+        values, _ = gathered(payload.values, process_group)
+        indices, _ = gathered(payload.indices, process_group)
+        return self.decompress(
+            [TopK(v, i, payload.count) for v, i in zip(values, indices, strict=True)]
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What the last gradient left behind, which is this rank's own."""

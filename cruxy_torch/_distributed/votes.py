@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cruxy_exact.votes import majority, pack_votes, unpack_votes
+from cruxy_torch._distributed.messages import gathered
 
 
 def majority_of(
@@ -37,9 +38,7 @@ def majority_of(
     dist.all_to_all_single(received, message, group=group)
     ayes = unpack_votes(received, xp=torch).sum(0, dtype=torch.int32)
     won = majority(ayes, ranks, coin[dist.get_rank(group)], xp=torch)
-    result = pack_votes(won, xp=torch)[None]
-    gathered = result.new_empty((ranks, result.shape[1]))
-    dist.all_gather_into_tensor(gathered, result, group=group)
-    whole = unpack_votes(gathered, xp=torch).reshape(-1)
+    results, _ = gathered(pack_votes(won, xp=torch), group)
+    whole = unpack_votes(results, xp=torch).reshape(-1)
     parts = whole[: sum(sizes)].split(sizes)
     return [part.view(ballot.shape) for part, ballot in zip(parts, ballots, strict=True)]
