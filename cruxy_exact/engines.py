@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from cruxy_exact._namespace import count_up, is_torch, transposed, zeros
+from cruxy_exact._namespace import count_up, is_torch, join, transposed, zeros
 from cruxy_exact.arithmetic import up
 from cruxy_exact.codes import cast
 
@@ -173,7 +173,7 @@ _ENGINES: dict[str, Callable[..., Any]] = {
 def self_test(precision: Precision, like: Any, *, xp: Any) -> bool:
     """Whether an engine gives the right integers where `like` lies, at its largest length.
 
-    Multiplies matrices of the most extreme digits, all of one sign, alternating and mixed, at the
+    Multiplies matrices of the most extreme digits of both signs, alike and alternating, at the
     largest inner length that the engine takes at once, and compares with sums known beforehand.
 
     Args:
@@ -187,30 +187,44 @@ def self_test(precision: Precision, like: Any, *, xp: Any) -> bool:
     length, rows = precision.block, 24
     if precision.engine == "f64":
         length = min(length, 2**15)
-    number = _extreme(precision)
-    odd = count_up(rows, like, xp=xp) % 2 == 1
-    minus = (count_up(length, like, xp=xp) >> 1) % 2 == 1  # + + - -
-    size = zeros((rows, length), xp.float32, like, xp=xp) + number
-    a = xp.where(odd[:, None] & minus[None, :], -size, size)
+    place = count_up(length, like, xp=xp) % 4
+    low, high = _extremes(precision)
+    patterns = [
+        (low, low, low, low), (high, high, high, high), (low, low, high, high),
+        (high, low, high, low), (-low, -low, -low, -low), (-high, high, -high, high),
+    ]  # fmt: skip
+    parts, nothing = [], zeros((length,), xp.float32, like, xp=xp)
+    for pattern in patterns:
+        row = nothing
+        for i, number in enumerate(pattern):
+            row = xp.where(place == i, nothing + number, row)
+        parts.append(row[None, :])
+    a = join(parts * (rows // len(parts)), 0, xp=xp)
     got = multiply(a, transposed(a, xp=xp), precision, xp=xp)
-    # Rows of one kind: every product is number^2. Of two: the signs cancel in groups of four.
-    one = zeros((1,), xp.float64, like, xp=xp) + number**2
-    rest = (0, 1, 2, 1)[length % 4]
-    want = xp.where(odd[:, None] == odd[None, :], one * length, one * rest)
-    return bool((got == want).all())
+    # The length is a multiple of 4: whole numbers of Python, rounded once.
+    one = zeros((1, 1), xp.float64, like, xp=xp)
+    right = True
+    for i, p in enumerate(patterns):
+        for j, q in enumerate(patterns):
+            want = sum(int(x) * int(y) for x, y in zip(p, q, strict=True)) * (length // 4)
+            found = got[i :: len(patterns), j :: len(patterns)]
+            right = right and bool((found == one + float(want)).all())
+    return right
 
 
-def _extreme(precision: Precision) -> float:
-    """The number whose digits, and their sums in pairs, are as large as they get."""
+def _extremes(precision: Precision) -> tuple[float, float]:
+    """The numbers whose digits, and their sums in pairs, are as small and as large as they get."""
     if precision.engine == "f64":
-        return 2.0**precision.bits
-    # -64 in every lower digit, and the top digit as far down as the bits allow.
-    low = sum(-64 * 2 ** (DIGIT * i) for i in range(precision.digits - 1))
+        return -(2.0**precision.bits), 2.0**precision.bits
     shift = DIGIT * (precision.digits - 1)
-    top = min(64, 2 ** (precision.bits - shift))
-    while top * 2**shift - low > 2**precision.bits:
-        top -= 1
-    return float(low - top * 2**shift)
+    found = []
+    for digit in (-64, 63):
+        below = sum(digit * 2 ** (DIGIT * i) for i in range(precision.digits - 1))
+        sign, top = (1 if digit > 0 else -1), min(abs(digit), 2 ** (precision.bits - shift))
+        while abs(below + sign * top * 2**shift) > 2**precision.bits:
+            top -= 1
+        found.append(float(below + sign * top * 2**shift))
+    return found[0], found[1]
 
 
 def choose(precision: Precision, like: Any, *, xp: Any) -> Precision:
