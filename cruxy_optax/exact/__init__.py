@@ -20,6 +20,7 @@ from cruxy_optax.exact._attention import (
     softmax,
 )
 from cruxy_optax.exact._checksum import checksum
+from cruxy_optax.exact._controlled import ControlledState, controlled
 from cruxy_optax.exact._frame import check_flags
 from cruxy_optax.exact._functional import (
     add,
@@ -65,7 +66,7 @@ from cruxy_optax.exact._optimizers import (
     lion,
     sgd,
 )
-from cruxy_optax.exact._plain import plain_step
+from cruxy_optax.exact._reference import plain_step, reference_loss
 from cruxy_optax.exact._schedules import (
     warmup_cosine,
     warmup_stable_decay,
@@ -74,6 +75,7 @@ from cruxy_optax.exact._schedules import (
 __all__ = [
     "AccumulateGrainsState",
     "AdamWState",
+    "ControlledState",
     "Grains",
     "LionState",
     "Precision",
@@ -87,6 +89,7 @@ __all__ = [
     "attention",
     "checksum",
     "clip_by_global_norm",
+    "controlled",
     "convolution",
     "dropout",
     "dropout_key",
@@ -106,6 +109,7 @@ __all__ = [
     "no_grains",
     "patch_embedding",
     "plain_step",
+    "reference_loss",
     "relu",
     "rms_norm",
     "rotary",

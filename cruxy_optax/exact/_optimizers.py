@@ -82,7 +82,7 @@ def adamw(
 
     def init_fn(params: optax.Params) -> AdamWState:
         one = jnp.ones((), jnp.float32)
-        return AdamWState(jnp.zeros((), jnp.int32), _zeros(params), _zeros(params), one, one)
+        return AdamWState(jnp.zeros((), jnp.int32), zeros(params), zeros(params), one, one)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
@@ -99,7 +99,7 @@ def adamw(
                 return -core.change(p, u, lr=lr, weight_decay=decay, xp=jnp), m, v
 
             trees = state.mu, state.nu
-            out, mu, nu = _leaf_by_leaf(one, updates, params, weight_decay, mask, *trees)
+            out, mu, nu = leaf_by_leaf(one, updates, params, weight_decay, mask, *trees)
         return out, AdamWState(optax.safe_increment(state.count), mu, nu, *decays)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -150,7 +150,7 @@ def lion(
     weight_decay = _decay(weight_decay)
 
     def init_fn(params: optax.Params) -> LionState:
-        return LionState(jnp.zeros((), jnp.int32), _zeros(params))
+        return LionState(jnp.zeros((), jnp.int32), zeros(params))
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
@@ -162,7 +162,7 @@ def lion(
                 m, u = core.lion_direction(g, m, b1=b1, b2=b2, xp=jnp)
                 return -core.change(p, u, lr=lr, weight_decay=decay, xp=jnp), m
 
-            out, mu = _leaf_by_leaf(one, updates, params, weight_decay, mask, state.mu)
+            out, mu = leaf_by_leaf(one, updates, params, weight_decay, mask, state.mu)
         return out, LionState(optax.safe_increment(state.count), mu)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -206,7 +206,7 @@ def sgd(
         raise ValueError(f"nesterov needs a momentum above 0, got {momentum!r}; use momentum=0.9.")
 
     def init_fn(params: optax.Params) -> SGDState:
-        return SGDState(jnp.zeros((), jnp.int32), _zeros(params) if decay else None)
+        return SGDState(jnp.zeros((), jnp.int32), zeros(params) if decay else None)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
@@ -220,13 +220,13 @@ def sgd(
                 return (-mul(u, core.rounded(lr), xp=jnp), *([new] if m else []))
 
             trees = [] if state.trace is None else [state.trace]
-            out, *trace = _leaf_by_leaf(one, updates, params, weight_decay, mask, *trees)
+            out, *trace = leaf_by_leaf(one, updates, params, weight_decay, mask, *trees)
         return out, SGDState(optax.safe_increment(state.count), trace[0] if trace else None)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _leaf_by_leaf(
+def leaf_by_leaf(
     one: Callable[..., tuple[Any, ...]],
     updates: optax.Updates,
     params: optax.Params | None,
@@ -253,7 +253,7 @@ def _leaf_by_leaf(
     return tuple(treedef.unflatten(column) for column in zip(*rows, strict=True))
 
 
-def _zeros(params: optax.Params) -> Any:
+def zeros(params: optax.Params) -> Any:
     return jax.tree.map(lambda p: jnp.zeros_like(as_float32(p)), params)
 
 

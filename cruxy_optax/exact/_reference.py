@@ -1,6 +1,7 @@
-"""The reference model without exact arithmetic, for its cost."""
+"""The reference model built of exact functions, and without exact arithmetic for its cost."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,6 +10,46 @@ import numpy as np
 import optax
 
 from cruxy_exact.reference import Reference
+from cruxy_optax.exact import _attention as attention
+from cruxy_optax.exact import _functional as functional
+
+
+def reference_loss(
+    reference: Reference, params: Mapping[str, Any], x: Any, y: Any, step: Any, grain: Any = 0
+) -> jax.Array:
+    """The loss of the reference GPT, whose gradients are those that the reference trains with.
+
+    Args:
+        reference: `cruxy_exact.Reference`: sizes, seed and precision.
+        params: its parameters by name, as `Reference.init` makes them.
+        x: tokens, `[n, length]`.
+        y: the tokens that follow.
+        step: its number, for dropout; an int or an int32 array `()`.
+        grain: the number of the grain in the whole batch, where gradients are accumulated.
+
+    Returns:
+        The sum of the cross entropy; float32, `()`.
+    """
+    linear = functools.partial(functional.linear, precision=reference.precision)
+
+    def at(name: str, h: Any, layer: Callable[..., Any] = linear) -> Any:
+        return layer(h, params[f"{name}.w"], params[f"{name}.b"])
+
+    def residual(name: str, h: Any, branch: Any, layer: int) -> Any:
+        key = functional.dropout_key(step, 1000 + layer, seed=reference.seed, grain=grain)
+        branch = functional.dropout(at(name, branch), key, 1 - reference.keep / 256)
+        return functional.add(h, branch)
+
+    places = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape)
+    h = functional.add(functional.embed(params["tok"], x), functional.embed(params["pos"], places))
+    for i in range(reference.blocks):
+        qkv = at(f"{i}.qkv", at(f"{i}.ln1", h, functional.layer_norm))
+        a = attention.fused_attention(qkv, reference.heads, precision=reference.precision)
+        h = residual(f"{i}.o", h, a, 2 * i)
+        a = functional.gelu(at(f"{i}.up", at(f"{i}.ln2", h, functional.layer_norm)))
+        h = residual(f"{i}.dn", h, a, 2 * i + 1)
+    logits = at("head", at("ln", h, functional.layer_norm))
+    return functional.sum(functional.softmax_cross_entropy_with_integer_labels(logits, y))
 
 
 def plain_step(reference: Reference, like: Any) -> Callable[[int], None]:
@@ -21,7 +62,7 @@ def plain_step(reference: Reference, like: Any) -> Callable[[int], None]:
     Returns:
         A function of the number of the step that trains and waits.
     """
-    device = next(iter(like.devices()))
+    (device,) = like.devices()
     tx = optax.chain(optax.clip_by_global_norm(reference.clip), optax.adamw(reference.lr))
     with jax.enable_x64(True):
         start = reference.init(like, xp=jnp)
