@@ -50,7 +50,7 @@ test-triton: $(VENV)-triton/.installed
 	tests/test_torch_triton_paths.py $(ARGS)
 	$(TRITON)/python tests/triton_builds.py
 
-# JAX alone: PyPI has PyTorch before 2.13 for Linux only with gigabytes of CUDA.
+# JAX alone: PyPI has old versions of PyTorch for Linux only with gigabytes of CUDA.
 test-lowest: $(VENV)-lowest/.installed
 	$(VENV)-lowest/bin/python -m pytest -m "not slow" \
 	tests/test_control_law.py tests/test_codes.py tests/test_optax_*.py $(ARGS)
