@@ -53,7 +53,7 @@ def test_a_function_has_numpys_bits_forward_and_backward(case):
 @pytest.mark.parametrize("engine", ENGINES[1:])
 @pytest.mark.parametrize("case", ["linear", pytest.param("attention", marks=pytest.mark.slow)])
 def test_engines_have_the_same_bits(case, engine):
-    case, rest, options, near = case, *CASES[case][1:]
+    options = CASES[case][2]
     assert case in WITH_PRODUCTS
     function = getattr(exact, case)
     calls = [
