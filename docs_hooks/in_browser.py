@@ -21,8 +21,8 @@ from typing import Any
 WIDTHS = (1400, 390)
 """Of the window, in CSS pixels: a desk and a phone."""
 
-TALLEST = 12_000
-"""A picture ends here, in CSS pixels; the check reads all of the page."""
+TALLEST = 4_000
+"""Where a picture ends by default, in CSS pixels; the check reads all of the page."""
 
 # What is wider than the page and not inside a box of its own that scrolls.
 _TOO_WIDE = """
@@ -57,6 +57,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=Path("site-pictures"),
         help="where the pictures go (default: %(default)s)",
     )
+    parser.add_argument(
+        "--tallest",
+        type=int,
+        default=TALLEST,
+        help="where a picture ends, in CSS pixels (default: %(default)s)",
+    )
     parser.add_argument("--page", nargs="+", help="names of pages (default: all)")
     options = parser.parse_args(argv)
     pages = addresses(options.site)
@@ -66,15 +72,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown := set(wanted) - set(pages):
         parser.error(f"--page must be of {', '.join(pages)}, got {', '.join(sorted(unknown))}.")
     options.output.mkdir(parents=True, exist_ok=True)
-    complaints = []
+    complaints = 0
     with served(options.site) as root, browser() as driver:
         for name in wanted:
             for width in WIDTHS:
                 picture = options.output / f"{name.replace('/', '-')}-{width}.png"
-                found = look(driver, f"{root}/{pages[name]}", width, picture)
-                complaints += [f"{name} at {width}: {complaint}" for complaint in found]
+                for complaint in look(
+                    driver, f"{root}/{pages[name]}", width, picture, tallest=options.tallest
+                ):
+                    complaints += 1
+                    print(f"{name} at {width}: {complaint}", flush=True)
     print(f"{len(wanted)} pages at {len(WIDTHS)} widths; pictures are in {options.output}/")
-    sys.exit("\n".join(complaints) or None)
+    sys.exit(f"{complaints} complaints" if complaints else None)
 
 
 def addresses(site: Path) -> dict[str, str]:
@@ -123,14 +132,14 @@ def browser() -> Iterator[Any]:
         driver.quit()
 
 
-def look(driver: Any, address: str, width: int, picture: Path) -> list[str]:
-    """Opens a page, keeps its picture, and says what is wrong with it."""
+def look(driver: Any, address: str, width: int, picture: Path, *, tallest: int) -> list[str]:
+    """Opens a page, keeps its picture as far as `tallest`, and says what is wrong with it."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     driver.get(address)
     found = [f"slides sideways: {what}" for what in driver.execute_script(_TOO_WIDE)]
     height = driver.execute_script("return document.documentElement.scrollHeight")
-    clip = {"x": 0, "y": 0, "width": width, "height": min(height, TALLEST), "scale": 1}
+    clip = {"x": 0, "y": 0, "width": width, "height": min(height, tallest), "scale": 1}
     shot = {"format": "png", "captureBeyondViewport": True, "clip": clip}
     data = driver.execute_cdp_cmd("Page.captureScreenshot", shot)["data"]
     picture.write_bytes(base64.b64decode(data))

@@ -4,7 +4,7 @@
 
 writes the address into pyproject.toml, into the install lines of the README and the quickstart, and
 into the README's links, which have to be absolute on a package page. The site reads it when it is
-built: with an address its pages link to the repository and to their source, and else they do not.
+built: with an address its pages link to the repository and to their source.
 """
 
 import re

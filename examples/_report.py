@@ -32,7 +32,7 @@ PANELS = (
     ("learning_rate", "learning rate"),
     ("alignment", "alignment of gradient and momentum: self-driving steers it to -0.25"),
     ("limit_scale", "share of the rate that the relative limit leaves: below 1 it binds"),
-    ("phase", "phase (0.5: a steady gradient): Meta3 brakes above"),
+    ("phase", "phase (0.5: a steady gradient): the higher, the more Meta3 brakes"),
     ("clip_threshold", "clip threshold (norm of the gradient)"),
     ("beta1", "beta1"),
 )

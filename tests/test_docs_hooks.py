@@ -4,6 +4,7 @@ import pytest
 
 from docs_hooks.in_browser import addresses
 from docs_hooks.repository import absolute, repository, set_repository
+from docs_hooks.whole_words import whole
 
 ADDRESS = "https://github.com/someone/something"
 
@@ -63,3 +64,11 @@ def test_every_built_page_is_looked_at(tmp_path):
         "api/parts": "api/parts/index.html",
         "law": "law/index.html",
     }
+
+
+def test_an_option_stays_whole_and_the_code_is_the_same():
+    marked = whole("python -m benchmarks step-time --repeats 60")
+    words = ("-m", "step-time", "--repeats")
+    assert all(f'<span class="whole">{word}</span>' in marked for word in words)
+    plain = marked.replace('<span class="whole">', "").replace("</span>", "")
+    assert plain == "python -m benchmarks step-time --repeats 60"
