@@ -114,11 +114,13 @@ def train(options: argparse.Namespace) -> str:
                 params, state, some = call(params, state, x[part], y[part], part, jnp.int32(step))
                 losses.append(some)
             if step % 10 == 0 or step == options.steps - 1:
-                print(f"step {step}: loss {float(sum(map(jnp.sum, losses))) / count:.3f}")
+                total = sum(float(jnp.sum(some)) for some in losses)
+                print(f"step {step}: loss {total / count:.3f}")
     checksum = exact.checksum(params, grain=REFERENCE.grain)
     print(f"checksum {checksum}")
     if options.save:
-        save(options.save, params, state.inner_state[1], options.steps)
+        now: Any = state
+        save(options.save, params, now.inner_state[1], options.steps)
     return checksum
 
 
@@ -126,7 +128,7 @@ def save(path: Any, params: Any, adam: exact.AdamWState, steps: int) -> None:
     """Parameters, moments, products of decay rates and the number of steps."""
     kinds = {"p": params, "m": adam.mu, "v": adam.nu}
     arrays = {f"{kind}/{name}": x for kind, tree in kinds.items() for name, x in tree.items()}
-    products = np.float32([adam.mu_decay, adam.nu_decay])
+    products = np.asarray([adam.mu_decay, adam.nu_decay], np.float32)
     np.savez(path, steps=np.int32(steps), products=products, **arrays)
 
 
@@ -134,7 +136,8 @@ def load(path: Any, like: Any, tx: optax.GradientTransformation) -> tuple[int, A
     """The steps, the parameters and the optimizer's state of a saved run."""
     arrays = np.load(path)
     params, mu, nu = ({k: jnp.asarray(arrays[f"{kind}/{k}"]) for k in like} for kind in "pmv")
-    clip, adam = (state := tx.init(params)).inner_state
+    state: Any = tx.init(params)
+    clip, _ = state.inner_state
     count, products = jnp.int32(arrays["steps"]), map(jnp.float32, arrays["products"])
     adam = exact.AdamWState(count, mu, nu, *products)
     return int(arrays["steps"]), params, state._replace(inner_state=(clip, adam))

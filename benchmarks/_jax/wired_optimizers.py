@@ -80,9 +80,7 @@ def average_with_feedback(bits: int, workers: int) -> optax.GradientTransformati
         own = jnp.zeros_like(cut(params, workers))
         return FeedbackState(jnp.zeros((), jnp.int32), own, own[:1])
 
-    def update_fn(
-        updates: Any, state: FeedbackState, params: Any = None
-    ) -> tuple[Any, FeedbackState]:
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, FeedbackState]:
         del params
         wire = Wire(BlockCode(bits, signed=True), state.count, 0)
         rows, rank = cut(updates, workers) + state.own, lax.axis_index(AXIS)

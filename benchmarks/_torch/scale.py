@@ -112,7 +112,8 @@ class Watch(TorchDispatchMode):
         operation = next(known for key, known in _OPERATIONS.items() if key in name)
         sent = [x for x in tree_iter(args[0]) if isinstance(x, torch.Tensor)]
         group = next(_group_name(a) for a in args if _group_name(a) is not None)
-        size = dist.get_world_size(dist.distributed_c10d._resolve_process_group(group))
+        resolved = dist.distributed_c10d._resolve_process_group(group)  # pyright: ignore
+        size = dist.get_world_size(resolved)
         axes = self._axes.get(group, self._everything)
         total = sum(x.numel() * x.element_size() for x in sent)
         self.messages.append(Message(operation, total, axes, size))
@@ -155,11 +156,12 @@ def _group_name(argument: Any) -> str | None:
 
 def stepped(name: str, model: str, sizes: Mapping[str, int], *, stacked: bool) -> dict[str, Any]:
     """The same in this process, which joins a group of ranks that are not there."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     world = math.prod(sizes.values())
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
-    mesh = dist.init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     by_role: dict[str, list[nn.Parameter]] = {}
     for own in tensors(MODELS[model], stacked=stacked).values():
         spec = split(own, sizes)

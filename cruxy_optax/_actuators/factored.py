@@ -63,8 +63,10 @@ def scale_by_factored_rms(
         moments: Any = state
         fields = (moments.v_row, moments.v_col, moments.v)
         factors = [
-            Factors.of(g, *own, min_dim)
-            for g, *own in zip(leaves, *map(treedef.flatten_up_to, fields), strict=True)
+            Factors.of(g, row, column, whole, min_dim)
+            for g, row, column, whole in zip(
+                leaves, *map(treedef.flatten_up_to, fields), strict=True
+            )
         ]
         one = after([size for own in factors for size in own.sizes], leaves)
         return treedef.unflatten(

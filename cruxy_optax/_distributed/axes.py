@@ -7,6 +7,7 @@ sharded, which would gather it, and `together` makes a stage of what belongs to 
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +144,8 @@ def whatever_the_axes(
     if not any(any(explicit_spec(leaf)) for leaf in arrays):
         return f(arrays)
     out = [jax.typeof(leaf).sharding for leaf in arrays]
-    return jax.sharding.auto_axes(f, out_sharding=out)(arrays)
+    automatic: Any = jax.sharding.auto_axes(f, out_sharding=out)
+    return automatic(arrays)
 
 
 def map_over_devices(

@@ -80,7 +80,8 @@ def encode(
     kept = (codes, offset.astype(jnp.bfloat16), step.astype(jnp.bfloat16))
     if barrier:
         kept = lax.optimization_barrier(kept)
-    return CodedActivation(*kept, code, x.shape, x.dtype)
+    codes, offset, step = kept
+    return CodedActivation(codes, offset, step, code, x.shape, x.dtype)
 
 
 @encode.defjvp

@@ -152,7 +152,8 @@ def in_step(
 def _alone(tensor: SteppedTensor, part: Tensor, how: Any) -> Tensor:
     """What one tensor gets of what it wants, whatever the others want."""
     if callable(how):
-        return tensor.scatter(how(tensor.gather(part)))
+        whole: Any = how(tensor.gather(part))
+        return tensor.scatter(whole)
     return tensor.total(part, how)
 
 

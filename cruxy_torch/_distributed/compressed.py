@@ -1,5 +1,8 @@
 """Means of gradients over ranks whose wire carries 8 or 4 bits an element."""
 
+# torch documents `dist.GradBucket`, and does not export it by name.
+# pyright: reportPrivateImportUsage=false
+
 import math
 from typing import Any, cast
 

@@ -47,7 +47,7 @@ def each_on_one_rank(
 
 
 def _in_one_round(
-    mesh: Any, parts: list[Tensor], wholes: list[Tensor], functions: list[Function]
+    mesh: Any, parts: list[Tensor], wholes: list[Any], functions: list[Function]
 ) -> list[Tensor]:
     """As many tensors as the mesh has ranks, or fewer; the first goes to the first rank."""
     places = list(itertools.product(*map(range, mesh.shape)))

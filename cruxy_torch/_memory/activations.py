@@ -226,7 +226,7 @@ class ActivationStore:
         if entry is None:
             entry = self._encode(flat)
             known[key] = weakref.ref(entry)
-        return _View(entry, tensor.shape, stride, offset)
+        return _View(entry, tensor.shape, stride, int(offset))
 
     def _encode(self, flat: Tensor) -> _Entry:
         key = None
