@@ -79,7 +79,7 @@ def train(options: argparse.Namespace) -> str:
     is_gpt = options.model == "gpt"
     count = REFERENCE.batch * (REFERENCE.length if is_gpt else 1)
     adamw = exact.adamw(REFERENCE.lr)
-    tx = exact.accumulate_grains(
+    tx: Any = exact.accumulate_grains(
         optax.chain(exact.clip_by_global_norm(REFERENCE.clip), adamw),
         every=options.micro_batches,
         count=count,
@@ -114,7 +114,7 @@ def train(options: argparse.Namespace) -> str:
                 params, state, some = call(params, state, x[part], y[part], part, jnp.int32(step))
                 losses.append(some)
             if step % 10 == 0 or step == options.steps - 1:
-                print(f"step {step}: loss {float(sum(map(jnp.sum, losses))) / count:.3f}")
+                print(f"step {step}: loss {float(np.concatenate(losses).sum()) / count:.3f}")
     checksum = exact.checksum(params, grain=REFERENCE.grain)
     print(f"checksum {checksum}")
     if options.save:
@@ -130,7 +130,7 @@ def save(path: Any, params: Any, adam: exact.AdamWState, steps: int) -> None:
     np.savez(path, steps=np.int32(steps), products=products, **arrays)
 
 
-def load(path: Any, like: Any, tx: optax.GradientTransformation) -> tuple[int, Any, Any]:
+def load(path: Any, like: Any, tx: Any) -> tuple[int, Any, Any]:
     """The steps, the parameters and the optimizer's state of a saved run."""
     arrays = np.load(path)
     params, mu, nu = ({k: jnp.asarray(arrays[f"{kind}/{k}"]) for k in like} for kind in "pmv")

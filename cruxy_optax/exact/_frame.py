@@ -58,7 +58,7 @@ def check_platform(platform: str) -> None:
 
 def platform() -> str:
     """The platform that JAX puts arrays on here."""
-    device = jax.config.jax_default_device
+    device: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform

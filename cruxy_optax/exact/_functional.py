@@ -315,7 +315,7 @@ def patch_embedding(x: Any, w: Any, b: Any = None, *, precision: Precision = DEF
         ValueError: where the patches do not fill the image.
         TypeError: where an array is not float32.
     """
-    (height, width), kernel = jnp.shape(x)[1:3], tuple(jnp.shape(w)[:2])
+    (height, width), kernel = jnp.shape(x)[1:3], (jnp.shape(w)[0], jnp.shape(w)[1])
     if height % kernel[0] or width % kernel[1]:
         raise ValueError(
             f"patches must fill the image, got {kernel} for {(height, width)}; pad or crop it."

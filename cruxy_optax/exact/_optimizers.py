@@ -100,7 +100,7 @@ def adamw(
 
             trees = state.mu, state.nu
             out, mu, nu = leaf_by_leaf(one, updates, params, weight_decay, mask, *trees)
-        return out, AdamWState(optax.safe_increment(state.count), mu, nu, *decays)
+        return out, AdamWState(_next(state.count), mu, nu, *decays)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -163,7 +163,7 @@ def lion(
                 return -core.change(p, u, lr=lr, weight_decay=decay, xp=jnp), m
 
             out, mu = leaf_by_leaf(one, updates, params, weight_decay, mask, state.mu)
-        return out, LionState(optax.safe_increment(state.count), mu)
+        return out, LionState(_next(state.count), mu)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -172,7 +172,7 @@ class SGDState(NamedTuple):
     """What `sgd` keeps."""
 
     count: jax.Array  # steps so far; shape=(), dtype=int32
-    trace: optax.Updates | None  # the momentum, like the parameters; None without
+    trace: Any  # the momentum, like the parameters; None without
 
 
 def sgd(
@@ -221,7 +221,7 @@ def sgd(
 
             trees = [] if state.trace is None else [state.trace]
             out, *trace = leaf_by_leaf(one, updates, params, weight_decay, mask, *trees)
-        return out, SGDState(optax.safe_increment(state.count), trace[0] if trace else None)
+        return out, SGDState(_next(state.count), trace[0] if trace else None)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -272,3 +272,7 @@ def _beta(name: str, value: float) -> float:
 
 def _decay(value: float) -> float:
     return check_range("weight_decay", value, 0.0, remedy="0 switches it off")
+
+
+def _next(count: jax.Array) -> jax.Array:
+    return jnp.asarray(optax.safe_increment(count))
