@@ -109,7 +109,7 @@ def train(options: argparse.Namespace) -> str:
         )  # fmt: skip
         for step in range(begin, options.steps):
             x, y = REFERENCE.data(step, HOST, xp=np) if is_gpt else images(step)
-            losses = []
+            losses: list[Any] = []
             for part in np.split(np.arange(len(x), dtype=np.int32), options.micro_batches):
                 params, state, some = call(params, state, x[part], y[part], part, jnp.int32(step))
                 losses.append(some)
