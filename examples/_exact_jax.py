@@ -79,7 +79,7 @@ def train(options: argparse.Namespace) -> str:
     is_gpt = options.model == "gpt"
     count = REFERENCE.batch * (REFERENCE.length if is_gpt else 1)
     adamw = exact.adamw(REFERENCE.lr)
-    tx = exact.accumulate_grains(
+    tx: Any = exact.accumulate_grains(
         optax.chain(exact.clip_by_global_norm(REFERENCE.clip), adamw),
         every=options.micro_batches,
         count=count,
@@ -109,18 +109,16 @@ def train(options: argparse.Namespace) -> str:
         )  # fmt: skip
         for step in range(begin, options.steps):
             x, y = REFERENCE.data(step, HOST, xp=np) if is_gpt else images(step)
-            losses = []
+            losses: list[Any] = []
             for part in np.split(np.arange(len(x), dtype=np.int32), options.micro_batches):
                 params, state, some = call(params, state, x[part], y[part], part, jnp.int32(step))
                 losses.append(some)
             if step % 10 == 0 or step == options.steps - 1:
-                total = sum(float(jnp.sum(some)) for some in losses)
-                print(f"step {step}: loss {total / count:.3f}")
+                print(f"step {step}: loss {float(np.concatenate(losses).sum()) / count:.3f}")
     checksum = exact.checksum(params, grain=REFERENCE.grain)
     print(f"checksum {checksum}")
     if options.save:
-        now: Any = state
-        save(options.save, params, now.inner_state[1], options.steps)
+        save(options.save, params, state.inner_state[1], options.steps)
     return checksum
 
 
@@ -128,16 +126,15 @@ def save(path: Any, params: Any, adam: exact.AdamWState, steps: int) -> None:
     """Parameters, moments, products of decay rates and the number of steps."""
     kinds = {"p": params, "m": adam.mu, "v": adam.nu}
     arrays = {f"{kind}/{name}": x for kind, tree in kinds.items() for name, x in tree.items()}
-    products = np.asarray([adam.mu_decay, adam.nu_decay], np.float32)
+    products = np.float32([adam.mu_decay, adam.nu_decay])
     np.savez(path, steps=np.int32(steps), products=products, **arrays)
 
 
-def load(path: Any, like: Any, tx: optax.GradientTransformation) -> tuple[int, Any, Any]:
+def load(path: Any, like: Any, tx: Any) -> tuple[int, Any, Any]:
     """The steps, the parameters and the optimizer's state of a saved run."""
     arrays = np.load(path)
     params, mu, nu = ({k: jnp.asarray(arrays[f"{kind}/{k}"]) for k in like} for kind in "pmv")
-    state: Any = tx.init(params)
-    clip, _ = state.inner_state
+    clip, adam = (state := tx.init(params)).inner_state
     count, products = jnp.int32(arrays["steps"]), map(jnp.float32, arrays["products"])
     adam = exact.AdamWState(count, mu, nu, *products)
     return int(arrays["steps"]), params, state._replace(inner_state=(clip, adam))

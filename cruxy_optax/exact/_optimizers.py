@@ -100,7 +100,7 @@ def adamw(
 
             trees = state.mu, state.nu
             out, mu, nu = leaf_by_leaf(one, updates, params, weight_decay, mask, *trees)
-        return out, AdamWState(jnp.asarray(optax.safe_increment(state.count)), mu, nu, *decays)
+        return out, AdamWState(_next(state.count), mu, nu, *decays)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -163,7 +163,7 @@ def lion(
                 return -core.change(p, u, lr=lr, weight_decay=decay, xp=jnp), m
 
             out, mu = leaf_by_leaf(one, updates, params, weight_decay, mask, state.mu)
-        return out, LionState(jnp.asarray(optax.safe_increment(state.count)), mu)
+        return out, LionState(_next(state.count), mu)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -221,8 +221,7 @@ def sgd(
 
             trees = [] if state.trace is None else [state.trace]
             out, *trace = leaf_by_leaf(one, updates, params, weight_decay, mask, *trees)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return out, SGDState(count, trace[0] if trace else None)
+        return out, SGDState(_next(state.count), trace[0] if trace else None)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -273,3 +272,7 @@ def _beta(name: str, value: float) -> float:
 
 def _decay(value: float) -> float:
     return check_range("weight_decay", value, 0.0, remedy="0 switches it off")
+
+
+def _next(count: jax.Array) -> jax.Array:
+    return jnp.asarray(optax.safe_increment(count))
