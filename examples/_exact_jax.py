@@ -126,7 +126,7 @@ def save(path: Any, params: Any, adam: exact.AdamWState, steps: int) -> None:
     """Parameters, moments, products of decay rates and the number of steps."""
     kinds = {"p": params, "m": adam.mu, "v": adam.nu}
     arrays = {f"{kind}/{name}": x for kind, tree in kinds.items() for name, x in tree.items()}
-    products = np.float32([adam.mu_decay, adam.nu_decay])
+    products = np.asarray([adam.mu_decay, adam.nu_decay], np.float32)
     np.savez(path, steps=np.int32(steps), products=products, **arrays)
 
 
