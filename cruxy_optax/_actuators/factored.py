@@ -133,17 +133,19 @@ def limited_rms(clip_rms: float | None) -> list[optax.GradientTransformation]:
         return []
     remedy = "1 is Adafactor's, None switches it off"
     limit = check_range("clip_rms", clip_rms, 0.0, lower_open=True, remedy=remedy)
+    of_optax = optax.clip_by_block_rms(limit)
 
     def update_fn(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        del params
         leaves, treedef = jax.tree.flatten(updates)
+        if not any(map(is_spread, leaves)):
+            return of_optax.update(updates, state, params)
         sizes = [root(mean_square(u)) for u in leaves]
         scales = together([rms_clip_scale(rms, limit, xp=jnp) for rms in sizes], leaves)
         return treedef.unflatten([u * s for u, s in zip(leaves, scales, strict=True)]), state
 
-    return [optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)]
+    return [optax.GradientTransformation(of_optax.init, update_fn)]
 
 
 def scale_by_size(smallest: float = 1e-3) -> optax.GradientTransformation:
@@ -152,6 +154,7 @@ def scale_by_size(smallest: float = 1e-3) -> optax.GradientTransformation:
     Args:
         smallest: the root mean square of a tensor counts as at least this.
     """
+    of_optax = optax.scale_by_param_block_rms(smallest)
 
     def update_fn(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
@@ -163,10 +166,12 @@ def scale_by_size(smallest: float = 1e-3) -> optax.GradientTransformation:
             )
         leaves, treedef = jax.tree.flatten(updates)
         weights = list(map(jnp.asarray, treedef.flatten_up_to(params)))
+        if not any(map(is_spread, weights)):
+            return of_optax.update(updates, state, params)
         sizes = together([jnp.maximum(root(mean_square(p)), smallest) for p in weights], weights)
         return treedef.unflatten([u * s for u, s in zip(leaves, sizes, strict=True)]), state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)
+    return optax.GradientTransformation(of_optax.init, update_fn)
 
 
 def momentum_of_directions(

@@ -13,7 +13,7 @@ from cruxy_control.controls import Controls, meta_learning_rate
 from cruxy_control.formulas.limits import RELATIVE_FLOOR, rate_share
 from cruxy_control.formulas.limits import relative_limit as limit_of
 from cruxy_optax._controls import require_controls
-from cruxy_optax._distributed.axes import as_axes, mean_square, whole_mean_square
+from cruxy_optax._distributed.axes import as_axes, is_spread, mean_square, whole_mean_square
 from cruxy_optax._tree import materialize
 
 
@@ -152,7 +152,10 @@ def scale_by_meta_learning_rate(
             limit = limit_of(square, share, relative_floor, xp=jnp, whole=whole)
             return jnp.minimum(rate, limit)
 
-        return treedef.unflatten(materialize(*map(one, squares)) if squares else ())
+        limits = tuple(map(one, squares))
+        if any(map(is_spread, leaves)):
+            limits = materialize(*limits)
+        return treedef.unflatten(limits)
 
     def update_fn(
         updates: optax.Updates,

@@ -132,8 +132,8 @@ def whole_mean_square(
     ]
     total = max(1, sum(counts))
     shares = [square * (n / total) for square, n in zip(squares, counts, strict=True)]
-    (whole,) = materialize(sum(shares, jnp.zeros((), jnp.float32)))
-    return whole
+    whole = sum(shares, jnp.zeros((), jnp.float32))
+    return materialize(whole)[0] if any(map(is_spread, leaves)) else whole
 
 
 def whatever_the_axes(
