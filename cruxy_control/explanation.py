@@ -64,7 +64,7 @@ def _what_binds(values: Mapping[str, Any], phase: str) -> str:
     )
     if limit == 0.0:
         return "The rate that was set is 0: nothing moves and nothing is learned."
-    if schedule < 1.0:
+    if schedule < 1.0 and phase != "search":
         return (
             f"The schedule has left {schedule:.2f} of the highest rate that was set, and is obeyed."
         )

@@ -9,6 +9,9 @@ from cruxy_control.controls import DRIVEN, RUN_PHASES, Controls
 from cruxy_control.sensing import SENSED, SensorState, V2Sensors
 from cruxy_control.signals import NOT_KNOWN, Signals, known
 
+SEARCH = 0.1
+"""While the rate may still move by more than this in one step, it is looked for."""
+
 
 class Cooldown(NamedTuple):
     """A fall of the rate to 0 that was begun on the way; `total_steps` is the law's own.
@@ -95,9 +98,10 @@ class SelfDriving(V2Sensors):
     of `total_steps`. The end is the law's and not the state's: a run that is resumed under another
     `total_steps` ends there.
 
-    A schedule is obeyed where it lowers the rate: below `schedule_share` of the highest that was
-    set so far (`Signals.base_rate`) the scale is held, since the sensor would ask for what the
-    schedule has just taken. A rise, as of a warm-up, only moves the place of the search.
+    A schedule is obeyed where it lowers the rate, once the search is over (`gain_t` below
+    `SEARCH`): below `schedule_share` of the highest rate that was set so far (`Signals.base_rate`)
+    the scale is held, since the sensor would ask for what the schedule has just taken. Before that,
+    and where it rises, as a warm-up does, the law corrects the rate as it does without one.
 
     With `limit_yield` the relative limit gives way where nothing opposes the steps, as on a policy
     that improves or a net that has fitted its data. Of the steps in which the limit holds every
@@ -236,7 +240,7 @@ class SelfDriving(V2Sensors):
 
     def _phase(self, state: SelfDrivingState, falls: Any, multiple: Any, xp: Any) -> Any:
         search, trunk, cooldown, end = map(float, range(len(RUN_PHASES)))
-        young = self._gain(state.step) > 0.1
+        young = self._gain(state.step) > SEARCH
         if self.total_steps is not None:  # the whole of the first part
             young = state.cooldown.start == filters.MAX_COUNT
         falling = xp.where(multiple > 0.0, cooldown, end)
@@ -253,7 +257,8 @@ class SelfDriving(V2Sensors):
         # A rate that falls tells nothing of the one that was found.
         base = _of(signals.base_rate, 0.0, state)
         peak = xp.maximum(state.hold.peak, base)
-        free = moved & ~held & (_share(base, peak, xp) >= self.schedule_share)
+        obeys = (_share(base, peak, xp) < self.schedule_share) & (self._gain(state.step) <= SEARCH)
+        free = moved & ~held & ~obeys
         sure = known(signals.alignment) & free
         sensed = xp.where(sure, signals.alignment, 0.0)
         alignment = filters.ema(state.alignment, sensed, self.alignment_decay, debias=True)

@@ -91,13 +91,16 @@ def explain(opt_state: Any) -> str:
         ValueError: where there is no controller in it.
 
     Examples:
-        >>> import jax.numpy as jnp, cruxy_optax
+        >>> import textwrap, jax.numpy as jnp, cruxy_optax
         >>> tx = cruxy_optax.self_driving(100.0)
         >>> params, state = jnp.ones(3), tx.init(jnp.ones(3))
         >>> for _ in range(3):
         ...     _, state = tx.update(params, state, params)
-        >>> for sentence in cruxy_optax.explain(state).split(". "):
-        ...     print(sentence)
+        >>> print(textwrap.fill(cruxy_optax.explain(state), 80))
+        The rate is still looked for (step 3, rate 0.239). The relative limit, not the
+        law, sets the rate of every tensor and has for 2 steps: gradients do not oppose
+        the steps (alignment 1.00). The gradient, 1.73 long, was clipped to 0.87 of
+        that.
     """
     shown = jax.device_get(telemetry(opt_state))
     if "ok" in shown:

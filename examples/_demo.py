@@ -213,6 +213,7 @@ def main(
     plot(runs, args.output / "curves.png", title=title)
     console.print("", table(runs, seed=args.seed))
     if _STOP.asked:
+        _STOP.asked = False
         console.print(f"Stopped by Ctrl-C. What there is of the runs is in {args.output}/")
         raise SystemExit(STOPPED)
     console.print(

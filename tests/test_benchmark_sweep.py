@@ -106,7 +106,7 @@ def test_source_of_each_of_ours_depends_on_the_same_packages(framework):
 def test_change_in_any_room_of_a_package_changes_the_source(
     framework, package, tmp_path, monkeypatch
 ):
-    unread = shutil.ignore_patterns("__pycache__", "py.typed")
+    unread = shutil.ignore_patterns("__pycache__", "py.typed", "published.json")
     for folder in ("benchmarks", *PACKAGES[framework]):
         shutil.copytree(_sweep.ROOT / folder, tmp_path / folder, ignore=unread)
     monkeypatch.setattr(_sweep, "ROOT", tmp_path)

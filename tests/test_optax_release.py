@@ -111,7 +111,7 @@ def test_without_a_controller_it_equals_the_ordinary_step(name):
 
 def reference(tx, params, stacked):
     """The documented step with a whole gradient, a Python loop and the law from outside."""
-    inner, law, _ = loop_of(tx)
+    inner, law, *_ = loop_of(tx)
     parts = [params.embed, params.head]
     parts += [jax.tree.map(lambda leaf, i=i: leaf[i], params.layers) for i in range(LAYERS)]
     states = [inner.init(part) for part in parts]

@@ -5,6 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from cruxy_control import SelfDriving  # noqa: E402
+from cruxy_control.controls import DRIVEN  # noqa: E402
 from cruxy_torch import AXIOM, Cosmic, CruxyOptimizer, state_bytes  # noqa: E402
 from torch_low_bit import parameters, train  # noqa: E402
 
@@ -159,4 +160,4 @@ def test_telemetry_of_a_law_has_what_that_law_decides():
     )
     assert "alignment" in law_of["self_driving"]
     assert law_of["meta3"].keys() == law_of["stability_v2"].keys()
-    assert law_of["self_driving"].keys() - law_of["meta3"].keys() == {"alignment"}
+    assert law_of["self_driving"].keys() - law_of["meta3"].keys() == {"alignment", *DRIVEN}

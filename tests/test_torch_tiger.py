@@ -421,7 +421,7 @@ class TestBackendsNames:
 
     def test_they_tell_what_there_is(self):
         there = names.available_backends()
-        assert list(there) == ["native", "foreach", "reference", "compile"]
+        assert list(there) == ["native", "triton", "foreach", "reference", "compile"]
         assert names.backend_diagnostics()["reference"]["available"]
 
     @pytest.mark.parametrize(
@@ -451,8 +451,8 @@ class TestBackendsNames:
         assert names.current_backend_priority() == ["native", "reference"]
 
     def test_an_unknown_one_is_refused(self):
-        with pytest.raises(ValueError, match=r"backends must be of .* got 'triton'"):
-            names.configure_backends(preferred=["triton"])
+        with pytest.raises(ValueError, match=r"backends must be of .* got 'vulkan'"):
+            names.configure_backends(preferred=["vulkan"])
 
     def test_the_variables_are_read_anew(self, monkeypatch):
         monkeypatch.setenv("TIGER_ACCEL_PREFER", "foreach, native")

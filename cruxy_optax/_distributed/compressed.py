@@ -118,7 +118,7 @@ def average_gradients(
         >>> tx = optax.chain(cruxy_optax.average_gradients("data"), optax.sgd(1.0))
         >>> def step(params, state, x):
         ...     own = jax.lax.pcast(params, "data", to="varying")  # gradients of each device
-        ...     grads = jax.grad(lambda p: jnp.mean((x - p) ** 2) / 2)(own)
+        ...     grads = jax.grad(lambda p: jnp.mean(jnp.sum((x - p) ** 2, 1)) / 2)(own)
         ...     updates, state = tx.update(grads, state, params)
         ...     return optax.apply_updates(params, updates), state
         >>> mesh, specs = jax.sharding.Mesh(jax.devices(), ("data",)), (P(), P(), P("data"))

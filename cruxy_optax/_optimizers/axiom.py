@@ -99,7 +99,7 @@ def axiom(
         {'b': -0.0075, 'w': -0.0075}
         >>> matrix = {"w": jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16)}
         >>> print(cruxy_optax.estimate_memory(matrix, tx).state)
-        16801
+        16805
 
     References:
         Shazeer and Stern, [Adafactor](https://arxiv.org/abs/1804.04235), 2018; Chen et al.,

@@ -60,8 +60,9 @@ def self_driving(
 
     Args:
         learning_rate: where the search starts; above 0. Leave it out. A schedule multiplies
-            what is found and is obeyed where it falls: below four fifths of its highest value the
-            law learns nothing, and where it is 0 everything stands still.
+            what is found and is obeyed where it falls, once the search of some 180 steps is over:
+            below four fifths of its highest value the law then learns nothing. Where it is 0
+            everything stands still.
         b1: decay rate of the first moment, in `[0, 1)`; the sensor needs one above 0.
         b2: decay rate of the second moment, in `[0, 1)`.
         eps: added to the root of the second moment.

@@ -70,7 +70,7 @@ def controlled(
         >>> tx, params = exact.controlled(0.1), jnp.ones(2)
         >>> updates, state = tx.update(jnp.full(2, 0.5), tx.init(params), params, value=3.0)
         >>> print(exact.apply_updates(params, updates).round(4))
-        [0.9243 0.9243]
+        [0.9242 0.9242]
 
     References:
         Cruxy Stability Engine White Paper v2.1.

@@ -69,7 +69,7 @@ def adamw(
         >>> tx, params = exact.adamw(0.1), {"w": jnp.ones(2)}
         >>> updates, state = tx.update({"w": jnp.full(2, 0.5)}, tx.init(params), params)
         >>> print(exact.apply_updates(params, updates)["w"])
-        [0.899 0.899]
+        [0.89900064 0.89900064]
 
     References:
         Loshchilov and Hutter, [Decoupled Weight Decay

@@ -55,7 +55,9 @@ class _Wire:
         """
         code = self._code
         scales = code.scale(blocks.abs().amax(-1), xp=torch)
-        counter = torch.tensor((self._step + 2**31) % 2**32 - 2**31, dtype=torch.int32)
+        counter = torch.tensor(
+            (self._step + 2**31) % 2**32 - 2**31, dtype=torch.int32, device="cpu"
+        )
         key = stream_key(counter, self._seed, stream, xp=torch).to(blocks.device)
         index = first[..., None] * BLOCK_SIZE + numbers(BLOCK_SIZE, 0, blocks.device)
         noise = code.noise(random_bits(key, index))

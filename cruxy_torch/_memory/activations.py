@@ -97,7 +97,9 @@ class ActivationStore:
         self._begin(0)
 
     def _begin(self, step: int) -> None:
-        self._counter = torch.tensor((step + 2**31) % 2**32 - 2**31, dtype=torch.int32)
+        self._counter = torch.tensor(
+            (step + 2**31) % 2**32 - 2**31, dtype=torch.int32, device="cpu"
+        )
         self._original = self._exact = self._coded = 0
         self._seen: dict[int, tuple[StorageWeakRef, dict[Any, Any]]] = {}
         self._entries: weakref.WeakSet[_Entry] = weakref.WeakSet()

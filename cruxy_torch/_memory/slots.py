@@ -66,7 +66,7 @@ class AXIOM_CHECKPOINT:  # noqa: N801
                 f"tensor must have at least 1 and at most {self._most} elements, got "
                 f"{tensor.numel()}; make max_n larger."
             )
-        counter = torch.tensor(self._stored % 2**31, dtype=torch.int32)
+        counter = torch.tensor(self._stored % 2**31, dtype=torch.int32, device="cpu")
         key = stream_key(counter, self._seed, slot, xp=torch).to(tensor.device)
         self._stored += 1
         self._slots[slot] = (encode(tensor.reshape(-1), self._code, key), tensor.shape)

@@ -38,7 +38,7 @@ class _Model(nn.Module):
         self.ln, self.head = nn.LayerNorm(r.width), nn.Linear(r.width, r.vocabulary)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.tok(x) + self.pos(torch.arange(x.shape[1], device=x.device))
+        h = self.tok(x) + self.pos(torch.arange(x.shape[1], dtype=torch.int64, device=x.device))
         return self.head(self.ln(self.blocks(h)))
 
 
@@ -118,7 +118,7 @@ class ReferenceModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits of `x`, whole numbers, `[batch, length]`."""
-        places = torch.arange(x.shape[1], device=x.device).expand(x.shape)
+        places = torch.arange(x.shape[1], dtype=torch.int64, device=x.device).expand(x.shape)
         h = functional.add(self.tok(x), self.pos(places))
         for block in self.blocks:
             h = block(h)

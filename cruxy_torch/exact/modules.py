@@ -110,7 +110,9 @@ class Dropout(nn.Module):
             raise ValueError(f"p must be in [0, 1), got {p!r}; 0 drops nothing.")
         self.p, self.layer, self.seed = p, layer, seed
         self.is_set = False
-        self.register_buffer("key", torch.zeros((), dtype=torch.int32), persistent=False)
+        self.register_buffer(
+            "key", torch.zeros((), dtype=torch.int32, device="cpu"), persistent=False
+        )
 
     def set_step(self, step: int | Tensor, grain: int = 0) -> None:
         """Draws the random bits of a step, and of a grain in it."""

@@ -201,7 +201,9 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
-        return torch.zeros(())  # as torch.nn.utils.clip_grad_norm_ does
+        return torch.zeros(
+            (), dtype=torch.float32, device="cpu"
+        )  # as torch.nn.utils.clip_grad_norm_ does
     xp = _settings.namespace(grads[0].device)
     for g in grads:
         g.copy_(settle(g, xp=xp))
