@@ -82,16 +82,16 @@ class TestSchedule:
         params = jnp.asarray(start)
         state, shown = tx.init(params), []
         update = jax.jit(tx.update)
-        for _ in range(steps):
-            updates, state = update(2.0 * (params - 5.0), state, params)
+        grads = np.random.default_rng(0).normal(0.3, 1.0, (steps, 3)).astype(np.float32)
+        for grad in grads:
+            updates, state = update(jnp.asarray(grad), state, params)
             params = optax.apply_updates(params, updates)
             shown.append(jax.device_get(cruxy_optax.telemetry(state)))
         x = torch.nn.Parameter(torch.tensor(start))
         optimizer = CruxyOptimizer([x], lr=0.01, mode="self_driving", weight_decay=0.0)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
         for step in range(steps):
-            optimizer.zero_grad()
-            ((x - 5.0) ** 2).sum().backward()
+            x.grad = torch.tensor(grads[step])
             optimizer.step()
             scheduler.step()
             ours = optimizer.telemetry()
