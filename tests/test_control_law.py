@@ -266,6 +266,7 @@ def test_numpy_constants_do_not_widen_the_state():
     assert {np.asarray(leaf).dtype.name for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
 
 
+@pytest.mark.slow
 def test_every_constant_changes_something():
     """No option is stored and never read."""
     norm, _, loss = clean(400)

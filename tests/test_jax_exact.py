@@ -79,6 +79,7 @@ def test_results_are_float32_and_the_program_stays_so():
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_compiled_and_not_have_the_same_bits():
     with jax.disable_jit():
         eager = jax.grad(squared, argnums=1)(X[0], W)

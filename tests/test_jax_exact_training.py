@@ -43,6 +43,7 @@ def test_functions_and_optimizer_train_the_reference_to_the_bit():
     assert equal(train(exact, SMALL, 3)[0], numpys(SMALL, 3))
 
 
+@pytest.mark.slow
 def test_grains_over_devices_and_calls_have_the_bits_of_grains_in_a_row():
     assert equal(train_by_grains(exact, SMALL_GRAINS, 2, 2, 2)[0], numpys(SMALL_GRAINS, 2))
 

@@ -46,6 +46,7 @@ def test_parameters_gradients_and_state_are_counted_to_the_byte(name):
     assert estimate.state == held(tx.init(model.params))
 
 
+@pytest.mark.slow
 @every_model
 def test_the_peak_is_what_the_kernel_sees_the_process_take(name):
     if not Path("/proc/self/clear_refs").exists():

@@ -61,7 +61,7 @@ class Transformer(torch.nn.Module):
         return self.head(self.block(self.embed(tokens)))
 
 
-@pytest.mark.parametrize("lion", [False, True])
+@pytest.mark.parametrize("lion", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compatible_meta3_trains_a_transformer_like_the_original_for_200_steps(lion):
     torch.manual_seed(0)
     net = Transformer()
