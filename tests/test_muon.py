@@ -353,9 +353,7 @@ def torch_gradients(net, step):
     net.norm.weight.grad = torch.tensor(g["norm"]["scale"])
 
 
-@pytest.mark.parametrize(
-    "total_steps", [pytest.param(None, marks=pytest.mark.slow), STEPS - 5]
-)
+@pytest.mark.parametrize("total_steps", [pytest.param(None, marks=pytest.mark.slow), STEPS - 5])
 def test_both_frameworks_take_the_same_steps(total_steps):
     tx = cruxy_optax.self_driving_muon(weight_decay=0.0, total_steps=total_steps)
     params, state = train(tx)
