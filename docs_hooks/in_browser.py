@@ -1,7 +1,7 @@
 """Looks at every page of the built site in a browser, wide and narrow, and keeps a picture of each.
 
     python -m docs_hooks.in_browser
-    python -m docs_hooks.in_browser --page tutorial self_driving --output /tmp/pictures
+    python -m docs_hooks.in_browser --page tutorial self_driving --output site-pictures
 
 It fails where a page slides sideways or writes an error to the console. It needs Chromium and its
 driver (Debian: `apt-get install chromium chromium-driver`) and `pip install ".[docs-check]"`.
