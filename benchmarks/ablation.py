@@ -1,6 +1,7 @@
 """What each part and constant is worth: one changed at a time, at the same rates."""
 
 import argparse
+from collections.abc import Iterable
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -20,9 +21,20 @@ START = 1e-3
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
+    add_whole(parser, VARIANTS, "taken apart")
+
+
+def add_whole(parser: argparse.ArgumentParser, wholes: Iterable[str], what: str) -> None:
+    """Adds the options of a benchmark that compares variants with what they are variants of.
+
+    Args:
+        parser: where they go.
+        wholes: what there may be variants of; the default is `meta3`.
+        what: the help for it.
+    """
     add_arguments(parser, optimizers=None)
     parser.add_argument(
-        "--whole", choices=VARIANTS, default="meta3", help="taken apart (default: %(default)s)"
+        "--whole", choices=wholes, default="meta3", help=f"{what} (default: %(default)s)"
     )
     parser.add_argument(
         "--rate", type=float, help="the only rate to compare at; default: those near the best one"

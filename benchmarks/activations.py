@@ -6,7 +6,6 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import ablation
-from benchmarks._comparison import add_arguments
 from benchmarks._protocol import Protocol
 
 WHOLES = ("meta3", "meta_lion")
@@ -14,16 +13,7 @@ WHOLES = ("meta3", "meta_lion")
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    add_arguments(parser, optimizers=None)
-    parser.add_argument(
-        "--whole",
-        choices=WHOLES,
-        default="meta3",
-        help="what activations are exact for (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--rate", type=float, help="the only rate to compare at; default: those near the best one"
-    )
+    ablation.add_whole(parser, WHOLES, "what activations are exact for")
     parser.set_defaults(framework="torch")
 
 

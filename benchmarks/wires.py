@@ -6,7 +6,6 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import ablation
-from benchmarks._comparison import add_arguments
 from benchmarks._protocol import Protocol
 
 _CODES = ("wire8", "wire4", "wire8-feedback", "wire4-feedback")
@@ -20,16 +19,7 @@ VARIANTS = {
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    add_arguments(parser, optimizers=None)
-    parser.add_argument(
-        "--whole",
-        choices=VARIANTS,
-        default="meta3",
-        help="what the mean of gradients is exact for (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--rate", type=float, help="the only rate to compare at; default: those near the best one"
-    )
+    ablation.add_whole(parser, VARIANTS, "what the mean of gradients is exact for")
     parser.set_defaults(framework="jax")
 
 

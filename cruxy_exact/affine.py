@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from cruxy_exact.codes import cast
+from cruxy_exact.rounding import RoundedByChance
 
 GROUP = 256
 """Elements that share an offset and a step: consecutive ones, in row-major order."""
@@ -19,7 +20,7 @@ LEAST = 2.0**-118
 
 
 @dataclasses.dataclass(frozen=True)
-class AffineCode:
+class AffineCode(RoundedByChance):
     r"""How the numbers of one group share an offset $o$ and a step $s$.
 
     $$
@@ -70,22 +71,6 @@ class AffineCode:
     def levels(self) -> int:
         """`n`, the largest code."""
         return 2**self.bits - 1
-
-    @property
-    def half(self) -> int:
-        """As `noise`, rounds to the nearest level."""
-        return 1 << (self._shift - 1)
-
-    def noise(self, bits: Any) -> Any:
-        """Random bits as `noise` for stochastic rounding.
-
-        Args:
-            bits: from `cruxy_exact.random_bits.random_bits`; int32, any shape.
-
-        Returns:
-            int32 of the same shape.
-        """
-        return (bits >> (32 - self._shift)) & ((1 << self._shift) - 1)
 
     @property
     def _shift(self) -> int:

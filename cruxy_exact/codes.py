@@ -10,6 +10,8 @@ import math
 import struct
 from typing import Any
 
+from cruxy_exact.rounding import RoundedByChance
+
 TINY = 2.0**-126
 """The smallest normal float32. Anything below may count as 0, as it does where XLA computes."""
 
@@ -18,7 +20,7 @@ _LARGEST = (2.0 - 2.0**-7) * 2.0**127
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockCode:
+class BlockCode(RoundedByChance):
     r"""How the numbers of one block share a scale $s$, the largest magnitude among them.
 
     A number is scaled to $T = |x| \, t_n / s$ and companded by reading the bits of a float32 as an
@@ -99,22 +101,6 @@ class BlockCode:
     @property
     def _origin_bits(self) -> int:
         return struct.unpack("<i", struct.pack("<f", self.origin))[0]
-
-    @property
-    def half(self) -> int:
-        """As `noise`, rounds to the nearest level."""
-        return 1 << (self._shift - 1)
-
-    def noise(self, bits: Any) -> Any:
-        """Random bits as `noise` for stochastic rounding.
-
-        Args:
-            bits: from `cruxy_exact.random_bits.random_bits`; int32, any shape.
-
-        Returns:
-            int32 of the same shape.
-        """
-        return (bits >> (32 - self._shift)) & ((1 << self._shift) - 1)
 
     @property
     def _shift(self) -> int:

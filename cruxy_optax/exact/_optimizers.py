@@ -254,6 +254,7 @@ def leaf_by_leaf(
 
 
 def zeros(params: optax.Params) -> Any:
+    """float32 zeros like the parameters, which have to be float32."""
     return jax.tree.map(lambda p: jnp.zeros_like(as_float32(p)), params)
 
 

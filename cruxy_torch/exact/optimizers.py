@@ -50,7 +50,7 @@ class _Optimizer(Optimizer):
         return loss
 
     def _update(self, group: dict, p: Tensor, g: Tensor, state: dict, xp: Any) -> None:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must say how it updates a parameter.")
 
 
 class AdamW(_Optimizer):
