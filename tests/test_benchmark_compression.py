@@ -61,7 +61,7 @@ def test_a_run_depends_on_the_engine_that_trains_it():
     names = {path.name for path in files("jax", "meta3-wire8", "digits-conv")}
     assert {"wires.py", "wired_optimizers.py"} <= names
     names = {path.name for path in files("torch", "meta3-activations8", "digits-conv")}
-    assert {"activations.py", "compressed_run.py"} <= names
+    assert "activations.py" in names
 
 
 @pytest.mark.slow

@@ -20,6 +20,10 @@ Groups = list[dict[str, Any]]
 SOURCES = ("benchmarks/_torch/optimizers.py", "benchmarks/_rates.py")
 
 
+def _as_it_is(model: nn.Module, seed: int, step: int) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
 class TorchOptimizer(NamedTuple):
     """An optimizer to compare.
 
@@ -31,6 +35,8 @@ class TorchOptimizer(NamedTuple):
             constant rate.
         takes_loss: whether `step` is given the loss.
         averaged: from the optimizer, a context in which the parameters are those to evaluate at.
+        forward: from the model, the run's seed and the number of the step, a context for the
+            forward pass.
         grid: the rates to try, before `scale`.
         default: the rate that it comes with, as in JAX.
         sources: patterns, from the repository's root, of the files that define it.
@@ -42,6 +48,7 @@ class TorchOptimizer(NamedTuple):
     schedule: Callable[[int, int], float] | None = None
     takes_loss: bool = False
     averaged: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+    forward: Callable[[nn.Module, int, int], AbstractContextManager[Any]] = _as_it_is
     grid: tuple[float, ...] = RATES
     default: float = 1e-3
     sources: tuple[str, ...] = SOURCES

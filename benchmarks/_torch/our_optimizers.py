@@ -6,7 +6,7 @@ import torch
 from torch.optim import Optimizer
 
 from benchmarks._rates import STARTS
-from benchmarks._torch.compressed_run import CompressedRun
+from benchmarks._torch.activations import compressed
 from benchmarks._torch.optimizers import LOW_BIT, ORIGINAL, PEERS, SOURCES, Groups, TorchOptimizer
 from cruxy_torch import AXIOM, Cosmic, CruxyOptimizer
 
@@ -69,11 +69,11 @@ COMPACT = {
 OURS = CONTROLLED | SELF_DRIVING | COMPACT
 
 ACTIVATIONS = {
-    f"{name}-activations{bits}": CompressedRun.of(CONTROLLED[name], bits)
+    f"{name}-activations{bits}": compressed(CONTROLLED[name], bits)
     for name in ("meta3", "meta_lion")
     for bits in (8, 4)
 }
 """Ours with activations in fewer bits."""
 
-OPTIMIZERS: dict[str, Any] = OURS | ACTIVATIONS | ORIGINAL | PEERS | LOW_BIT
+OPTIMIZERS: dict[str, TorchOptimizer] = OURS | ACTIVATIONS | ORIGINAL | PEERS | LOW_BIT
 """Every optimizer by name."""

@@ -55,7 +55,8 @@ def _train(task: Task) -> Record:
     losses: list[Tensor] = []
     for taken, batch in zip(range(1, task.steps + 1), workload.batches(task.seed), strict=False):
         optimizer.zero_grad()
-        loss = workload.loss(model, batch)
+        with entry.forward(model, task.seed, taken):
+            loss = workload.loss(model, batch)
         loss.backward()
         losses.append(loss.detach())
         optimizer.step(**({"loss": losses[-1]} if entry.takes_loss else {}))
