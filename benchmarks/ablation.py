@@ -86,7 +86,7 @@ def _rates_to_compare_at(
 ) -> tuple[tuple[float, ...], float]:
     """The rates near the best one, since a part may only shift it, and the best one."""
     only = options.rate
-    if only is None and options.whole == "self_driving":
+    if only is None and options.whole.startswith("self_driving"):
         only = START
     if only is not None:
         return (only,), only

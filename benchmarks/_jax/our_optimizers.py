@@ -160,6 +160,15 @@ ROLES = {
         self_driving, "Self-driving, head / 3", rates={"head": 1 / 3}
     ),
     "self_driving-lora-plus": _driving(self_driving, "Self-driving, LoRA+", rates={"lora.b": 16.0}),
+    "self_driving-ended-embedding-third": _ended(
+        self_driving, "Self-driving, embedding / 3", rates={"embedding": 1 / 3}
+    ),
+    "self_driving-muon-embedding-third": _driving(
+        self_driving_muon, "Self-driving Muon, embedding / 3", rates={"embedding": 1 / 3}
+    ),
+    "self_driving-muon-ended-embedding-third": _ended(
+        self_driving_muon, "Self-driving Muon, embedding / 3", rates={"embedding": 1 / 3}
+    ),
 }
 """Self-driving with rates by role."""
 
