@@ -21,6 +21,7 @@ from benchmarks._jax.wired_optimizers import wired
 from benchmarks._rates import STARTS, WEIGHT_DECAY
 from cruxy_control import LoraPid, Meta3, PlateauGuard, SelfDriving, tagged
 from cruxy_control.slices import blocks
+from cruxy_control.usual import usual_law
 from cruxy_optax import (
     averaged_params,
     axiom,
@@ -213,11 +214,29 @@ VARIED = {
 }
 """Self-driving with one part removed or one constant changed each."""
 
+
+def _yielding(make: Callable[..., Any], label: str, steps: float | None) -> Optimizer:
+    """Self-driving whose limit gives way after so many steps, or holds."""
+
+    def build(rate: Any, **options: Any) -> optax.GradientTransformation:
+        kind = make.__name__.removeprefix("self_driving").removeprefix("_") or "adam"
+        law = dataclasses.replace(usual_law(kind, ends=False), limit_yield=steps)
+        return make(rate, law=law, **options)
+
+    how = "limit that holds" if steps is None else f"limit that yields, {steps:g}"
+    return _driving(build, f"{label}, {how}")
+
+
 YIELDING = {
-    "self_driving-yield-20": _varied("limit that yields, 20", law={"limit_yield": 20.0}),
-    "self_driving-yield-50": _varied("limit that yields, 50", law={"limit_yield": 50.0}),
+    "self_driving-held": _yielding(self_driving, "Self-driving", None),
+    "self_driving-yield-20": _yielding(self_driving, "Self-driving", 20.0),
+    "self_driving-yield-50": _yielding(self_driving, "Self-driving", 50.0),
+    "self_driving-lion-held": _yielding(self_driving_lion, "Self-driving Lion", None),
+    "self_driving-lion-yield-50": _yielding(self_driving_lion, "Self-driving Lion", 50.0),
+    "self_driving-muon-held": _yielding(self_driving_muon, "Self-driving Muon", None),
+    "self_driving-muon-yield-50": _yielding(self_driving_muon, "Self-driving Muon", 50.0),
 }
-"""Self-driving with a relative limit that gives way where nothing opposes the steps."""
+"""Self-driving with a relative limit that gives way where nothing opposes the steps, or holds."""
 
 
 def _with(label: str, *parts: Any, before: tuple[Any, ...] = (), **options: Any) -> Optimizer:
