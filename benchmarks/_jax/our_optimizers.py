@@ -208,6 +208,7 @@ VARIED = {
     "self_driving-limit-0.03": _varied("relative limit 0.03", relative_limit=0.03),
     "self_driving-limit-0.05": _varied("relative limit 0.05", relative_limit=0.05),
     "self_driving-limit-0.2": _varied("relative limit 0.2", relative_limit=0.2),
+    "self_driving-limit-holds": _varied("a limit that holds", law={"limit_yield": None}),
     "self_driving-power-8": _varied("averaging power 8", averaging=8.0),
     "self_driving-power-32": _varied("averaging power 32", averaging=32.0),
     "self_driving-b2-0.999": _varied("b2 0.999", b2=0.999),
