@@ -17,6 +17,7 @@ from benchmarks._jax.optimizers import (
 from benchmarks._jax.optimizers import (
     SOURCES as PEER_SOURCES,
 )
+from benchmarks._jax.rivals import RIVALS, warm_up_linear
 from benchmarks._jax.wired_optimizers import wired
 from benchmarks._rates import STARTS, WEIGHT_DECAY
 from cruxy_control import LoraPid, Meta3, PlateauGuard, SelfDriving, tagged
@@ -51,6 +52,7 @@ from cruxy_optax import (
 SOURCES = (
     *PEER_SOURCES,
     "benchmarks/_jax/our_optimizers.py",
+    "benchmarks/_jax/rivals.py",
     *("cruxy_control/**/*.py", "cruxy_exact/**/*.py", "cruxy_optax/**/*.py"),
 )
 
@@ -75,11 +77,22 @@ def _driving(make: Callable[..., Any], label: str, **options: Any) -> Optimizer:
     return entry._replace(averaged=averaged_params) if averages else entry
 
 
-def _scheduled(rate: Any, steps: int) -> optax.GradientTransformation:
-    """The AdamW inside `self_driving`, as it is usually trained: a clip, a warm-up and a cosine."""
-    schedule = warm_up_cosine(rate, steps)
-    adamw = optax.adamw(schedule, b2=0.99, weight_decay=WEIGHT_DECAY, mask=matrices, nesterov=True)
-    return optax.chain(optax.clip_by_global_norm(1.5), adamw)
+Schedule = Callable[[Any, int], optax.Schedule]
+
+
+def _scheduled(schedule: Schedule) -> Callable[[Any, int], optax.GradientTransformation]:
+    """The AdamW inside `self_driving`, as it is usually trained: a clip, a warm-up and a decay."""
+
+    def make(rate: Any, steps: int) -> optax.GradientTransformation:
+        adamw = optax.adamw(
+            *(schedule(rate, steps), 0.9, 0.99),
+            weight_decay=WEIGHT_DECAY,
+            mask=matrices,
+            nesterov=True,
+        )
+        return optax.chain(optax.clip_by_global_norm(1.5), adamw)
+
+    return make
 
 
 def _without(label: str, **changes: Any) -> Optimizer:
@@ -174,10 +187,10 @@ ROLES = {
 """Self-driving with rates by role."""
 
 
-def _scheduled_muon(rate: Any, steps: int) -> optax.GradientTransformation:
+def _scheduled_muon(schedule: Schedule) -> Callable[[Any, int], optax.GradientTransformation]:
     """Likewise the Muon inside `self_driving_muon`."""
-    return self_driving_muon(
-        warm_up_cosine(rate, steps),
+    return lambda rate, steps: self_driving_muon(
+        schedule(rate, steps),
         weight_decay=WEIGHT_DECAY,
         relative_limit=None,
         averaging=None,
@@ -186,8 +199,13 @@ def _scheduled_muon(rate: Any, steps: int) -> optax.GradientTransformation:
 
 
 SCHEDULED = {
-    "scheduled": Optimizer("Self-driving's AdamW, cosine", _scheduled, sources=SOURCES),
-    "scheduled-muon": Optimizer("Self-driving's Muon, cosine", _scheduled_muon, sources=SOURCES),
+    name: Optimizer(label, make, sources=SOURCES)
+    for name, label, make in (
+        ("scheduled", "Self-driving's AdamW, cosine", _scheduled(warm_up_cosine)),
+        ("scheduled-linear", "Self-driving's AdamW, linear", _scheduled(warm_up_linear)),
+        ("scheduled-muon", "Self-driving's Muon, cosine", _scheduled_muon(warm_up_cosine)),
+        ("scheduled-muon-linear", "Self-driving's Muon, linear", _scheduled_muon(warm_up_linear)),
+    )
 }
 """What self-driving does without its controller, under a schedule that has to be tuned."""
 
@@ -328,6 +346,7 @@ OPTIMIZERS: dict[str, Any] = (
     | COMPACT
     | PEERS
     | GUARDED_PEERS
+    | RIVALS
     | COMPONENTS
     | ABLATION
     | VARIED
