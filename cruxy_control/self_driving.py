@@ -94,10 +94,11 @@ class SelfDriving(V2Sensors):
         scale * cooldown_peak * (1 - k / K),    k = 0, 1, ..., K = (1 - search_share) total_steps.
 
     The rate that is found is that which an average of the iterates bears for ever; one that falls
-    may start at twice of it, and so may the relative limit, which is multiplied by what the scale
-    is multiplied by where that is above 1. `begin_cooldown` begins the same at any step, and then
-    counts in place of `total_steps`. The end is the law's and not the state's: a run that is
-    resumed under another `total_steps` ends there.
+    may start at twice of it, and moves more on the way: the relative limit is `cooldown_peak` times
+    as high there, and where the end is known already in the search, after its first `gain_time`
+    steps, in which a start that is far too low overshoots. `begin_cooldown` begins a fall at any
+    step, and it then counts in place of `total_steps`. The end is the law's and not the state's: a
+    run that is resumed under another `total_steps` ends there.
 
     A schedule is obeyed where it lowers the rate, once the search is over (`gain_t` below
     `SEARCH`): below `schedule_share` of the highest rate that was set so far (`Signals.base_rate`)
@@ -120,8 +121,8 @@ class SelfDriving(V2Sensors):
         scale_bounds: bounds of the factor on the rate.
         total_steps: steps of the run, where they are known; `None` for a run without an end.
         search_share: share of them in which the rate is found, in `(0, 1)`.
-        cooldown_peak: multiple of the rate that was found at which the fall begins, above 0; also
-            of the relative limit.
+        cooldown_peak: multiple of the rate that was found at which the fall begins, above 0; where
+            it is above 1 also of the relative limit.
         schedule_share: share of the highest rate that was set below which a schedule teaches
             nothing, in `[0, 1]`; 0 lets the law work against every schedule.
         limit_yield: number of such steps after which the limit is down to 0.71 of itself, above 0;
@@ -227,8 +228,7 @@ class SelfDriving(V2Sensors):
         return state, controls._replace(
             meta_scale=scale,
             alignment=state.alignment.value,
-            limit_factor=self._limit_factor(state, xp)
-            * xp.where(falls & (multiple > 1.0), multiple, 1.0),
+            limit_factor=self._limit_factor(state, falls, xp),
             run_phase=self._phase(state, falls, multiple, xp),
             schedule_scale=_share(_of(signals.base_rate, 0.0, state), state.hold.peak, xp),
             limit_scale=_of(signals.limit_scale, 1.0, state),
@@ -236,10 +236,12 @@ class SelfDriving(V2Sensors):
             momentum_ratio=_of(signals.momentum_ratio, NOT_KNOWN, state),
         )
 
-    def _limit_factor(self, state: SelfDrivingState, xp: Any) -> Any:
+    def _limit_factor(self, state: SelfDrivingState, falls: Any, xp: Any) -> Any:
+        ends = falls if self.total_steps is None else falls | (state.step >= self.gain_time)
+        factor = xp.where(ends, max(1.0, self.cooldown_peak), xp.ones_like(state.scale))
         if self.limit_yield is None:
-            return xp.ones_like(state.scale)
-        return 1.0 / xp.sqrt(1.0 + state.hold.resisted / self.limit_yield)
+            return factor
+        return factor / xp.sqrt(1.0 + state.hold.resisted / self.limit_yield)
 
     def _phase(self, state: SelfDrivingState, falls: Any, multiple: Any, xp: Any) -> Any:
         search, trunk, cooldown, end = map(float, range(len(RUN_PHASES)))

@@ -11,6 +11,7 @@ import torch
 
 import cruxy_optax
 from cruxy_control import RUN_PHASES, Meta3, SelfDriving, Signals, explain
+from cruxy_control.self_driving import begin_cooldown
 from cruxy_control.usual import USUAL, usual_law
 from cruxy_optax._states import direction_kind
 from cruxy_torch import CruxyOptimizer, Direction, Orthogonal, SignBlend
@@ -232,14 +233,18 @@ def phases(law, steps):
     return seen
 
 
-def test_the_limit_falls_with_the_rate_from_twice_of_it_to_itself():
-    law = SelfDriving(total_steps=50, limit_yield=None)
+@pytest.mark.parametrize(("total", "begun"), [(200, None), (None, 30), (20, None)])
+def test_the_limit_is_doubled_where_an_end_is_known_but_not_at_once(total, begun):
+    law = SelfDriving(total_steps=total, limit_yield=None)
     state, seen = started(law), []
-    for _ in range(60):
+    for step in range(40):
+        if step == begun:
+            state = begin_cooldown(state, 100, xp=np)
         state, controls = stepped(law, state, -0.25)
         seen.append(float(controls.limit_factor))
-    wanted = [1.0] * 10 + [max(1.0, 2.0 * (1.0 - k / 40)) for k in range(41)] + [1.0] * 9
-    assert seen == pytest.approx(wanted, rel=1e-6)
+    # The controls are read from the state after the step.
+    first = {200: 19, None: 30, 20: 4}[total]
+    assert seen == [1.0] * first + [2.0] * (40 - first)
 
 
 def test_phases_of_a_run_whose_end_is_known_and_of_one_without():

@@ -301,7 +301,7 @@ def test_the_limit_is_twice_of_it_where_the_rate_begins_to_fall(limit, share):
     for _ in range(4):
         updates, state = tx.update(params, state, params, value=1.0)
         moved.append(float(jnp.abs(updates["norm"]["scale"]).max()))
-    assert moved == pytest.approx([share, share, 2 * share, 1.75 * share], rel=1e-4)
+    assert moved == pytest.approx([share, share, 2 * share, 2 * share], rel=1e-4)
 
 
 def test_cooldown_asks_for_a_law_that_finds_the_rate():

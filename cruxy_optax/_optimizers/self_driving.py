@@ -76,8 +76,8 @@ def self_driving(
             own") says which limit, set point and decay go with it. `b1`, `b2`, `eps`, `nesterov`,
             `mu_dtype` and `state_bits` are Adam's and are left out.
         nesterov: looks one step ahead.
-        relative_limit: see `scale_by_meta_learning_rate`; 0.1, or what goes with `direction`. A
-            rate that falls to the end of the run begins at twice of it
+        relative_limit: see `scale_by_meta_learning_rate`; 0.1, or what goes with `direction`. It is
+            doubled where the end of the run is known, and in a cooldown
             (`SelfDriving.cooldown_peak`). `None` for no limit, and then a start far above the best
             rate is not recovered from.
         averaging: the power of `average_iterates`; `None` keeps no average and saves its buffer:
