@@ -151,14 +151,26 @@ def _ended(make: Callable[..., Any], label: str, **options: Any) -> Optimizer:
     return _driving(make, f"{label}, known end")._replace(make=build, grid=FEW_STARTS)
 
 
+def _falling(make: Callable[..., Any], label: str) -> Optimizer:
+    """Self-driving under a schedule of the user's, which it obeys once it has found its rate."""
+
+    def build(rate: Any, steps: int) -> optax.GradientTransformation:
+        schedule = optax.schedules.linear_schedule(1.0, 0.0, steps)
+        return make(lambda n: rate * schedule(n), weight_decay=WEIGHT_DECAY, mask=matrices)
+
+    return _driving(make, f"{label}, linear to 0")._replace(make=build, grid=FEW_STARTS)
+
+
 ENDED = {
     "self_driving-ended": _ended(self_driving, "Self-driving"),
     "self_driving-lion-ended": _ended(self_driving_lion, "Self-driving Lion")._replace(
         default=1e-4
     ),
     "self_driving-muon-ended": _ended(self_driving_muon, "Self-driving Muon"),
+    "self_driving-linear": _falling(self_driving, "Self-driving"),
+    "self_driving-muon-linear": _falling(self_driving_muon, "Self-driving Muon"),
 }
-"""The same, told when the run ends."""
+"""The same, told when the run ends or given a schedule."""
 
 ROLES = {
     "self_driving-embedding-third": _driving(
