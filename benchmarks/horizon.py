@@ -29,8 +29,9 @@ PROTOCOL = rate_sensitivity.PROTOCOL._replace(
     reading=(
         "Self-driving that is told when the run ends, that is given a schedule, and that is "
         "neither, and optimizers under a warm-up and a cosine to that end, whose peak is tuned. "
-        "The table reads like that of the learning-rate sensitivity; self-driving's grid is where it "
-        "starts. The constants were chosen on the small GPT and seeds 0 to 2, which are not among these."
+        "The table reads like that of the learning-rate sensitivity; self-driving's grid is where "
+        "it starts. The constants were chosen on the small GPT and seeds 0 to 2, which are not "
+        "among these."
     ),
     arguments=_arguments,
 )

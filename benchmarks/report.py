@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._commands import MODULES, protocol
+from benchmarks._kept_rows import earlier
 from benchmarks._protocol import DPI, OUTPUT, Protocol, Rows
 from benchmarks.workloads import NAMES
 
@@ -170,6 +171,7 @@ def _section(path: Path, result: dict[str, Any], found: Protocol) -> str:
         f"{environment['processor']}, {environment['cores']} cores; {environment['device']}",
         f"Python {environment['python']}, {packages}",
         f"commit {environment['commit'][:10]}",
+        *(f"{', '.join(who)} at {commit[:10]}" for commit, who in earlier(result).items()),
     ]
     if "seeds" in result:
         facts.insert(0, f"seeds {', '.join(map(str, result['seeds']))}")

@@ -9,6 +9,7 @@ from benchmark_quadratic import known_workload  # noqa: F401
 from benchmarks import report
 from benchmarks.__main__ import main
 from benchmarks._commands import MODULES, protocol
+from benchmarks._kept_rows import onto
 from benchmarks._statistics import mean, paired, sensitivity
 from benchmarks.stability_stress import recovery
 
@@ -165,3 +166,36 @@ def test_every_benchmark_explains_itself(name, capsys):
         main([name, "--help"])
     assert stopped.value.code == 0
     assert f"python -m benchmarks {name}" in capsys.readouterr().out
+
+
+def test_rows_that_are_not_measured_anew_are_kept_with_their_commit(tmp_path):
+    path, old = figures(tmp_path, versions={}, processor="one")
+    earlier = tmp_path / "earlier.json"
+    new = {**old, "optimizers": {"adamw": old["optimizers"]["adamw"] | {"best": 0.5}}}
+    new["environment"] = old["environment"] | {"commit": "b" * 40}
+    earlier.write_text(json.dumps(old))
+    merged = onto(new, earlier)
+    assert list(merged["optimizers"]) == ["adamw", "meta3"]
+    assert merged["optimizers"]["adamw"]["best"] == 0.5
+    assert merged["optimizers"]["meta3"] == old["optimizers"]["meta3"] | {"commit": "a" * 40}
+    assert merged["grid"] == old["grid"]
+    path.write_text(json.dumps(merged))
+    report.main(["--input", str(tmp_path), "--docs", str(tmp_path / "docs")])
+    page = (tmp_path / "docs" / "evidence.md").read_text()
+    assert "commit bbbbbbbbbb; Meta3 at aaaaaaaaaa." in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [7]}, "the same seeds"),
+        ({"environment": {"changed": True}}, "figures of a commit"),
+        ({"environment": {"changed": False, "processor": "other"}}, "figures of this processor"),
+    ],
+)
+def test_rows_of_something_else_are_not_kept(changes, message, tmp_path):
+    new = {"seeds": [0], "environment": {"processor": "one", "versions": {}}, "optimizers": {}}
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps(new | changes))
+    with pytest.raises(ValueError, match=message):
+        onto(new, earlier)
