@@ -31,11 +31,14 @@ def onto(result: dict[str, Any], path: Path) -> dict[str, Any]:
     then, now = kept["environment"], result["environment"]
     if then["changed"]:
         raise ValueError(f"--onto must name figures of a commit, got {path.name}, which has none.")
-    for what in ("processor", "versions"):
-        if then[what] != now[what]:
+    for what, found, here in (
+        ("processor", then["processor"], now["processor"]),
+        ("versions", _others(then["versions"]), _others(now["versions"])),
+    ):
+        if found != here:
             raise ValueError(
-                f"--onto must name figures of this {what}, got {then[what]!r} beside "
-                f"{now[what]!r}; measure all rows anew."
+                f"--onto must name figures of this {what}, got {found!r} beside {here!r}; measure "
+                "all rows anew."
             )
     new, commit = result["optimizers"], then["commit"]
     rows = {
@@ -46,6 +49,11 @@ def onto(result: dict[str, Any], path: Path) -> dict[str, Any]:
     if "grid" in result:
         merged["grid"] = kept["grid"] | result["grid"]
     return merged
+
+
+def _others(versions: dict[str, Any]) -> dict[str, Any]:
+    """Without our own, which the commit tells."""
+    return {name: version for name, version in versions.items() if name != "cruxy-optax"}
 
 
 def earlier(result: dict[str, Any]) -> dict[str, list[str]]:
