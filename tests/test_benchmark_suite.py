@@ -190,7 +190,10 @@ def test_rows_that_are_not_measured_anew_are_kept_with_their_commit(tmp_path):
     [
         ({"seeds": [7]}, "the same seeds"),
         ({"environment": {"changed": True}}, "figures of a commit"),
-        ({"environment": {"changed": False, "processor": "other"}}, "figures of this processor"),
+        (
+            {"environment": {"changed": False, "processor": "other", "versions": {}}},
+            "figures of this processor",
+        ),
     ],
 )
 def test_rows_of_something_else_are_not_kept(changes, message, tmp_path):
