@@ -10,6 +10,7 @@ from benchmarks import report
 from benchmarks.__main__ import main
 from benchmarks._commands import MODULES, protocol
 from benchmarks._kept_rows import onto
+from benchmarks._standings import cells
 from benchmarks._statistics import mean, paired, sensitivity
 from benchmarks.stability_stress import recovery
 
@@ -202,3 +203,12 @@ def test_rows_of_something_else_are_not_kept(changes, message, tmp_path):
     earlier.write_text(json.dumps(new | changes))
     with pytest.raises(ValueError, match=message):
         onto(new, earlier)
+
+
+def test_a_kept_row_is_not_paired_with_a_reference_of_now():
+    now = {"loss": 1.0, "error": 0.3, "difference": 0.0, "difference_error": 0.0}
+    then = {"loss": 2.0, "error": 0.4, "difference": 0.7, "difference_error": 0.1}
+    assert cells(then, now) == ("2.000 \u00b1 0.400", "+0.700 \u00b1 0.100")
+    kept = then | {"commit": "a" * 40}
+    assert cells(kept, now) == ("2.000 \u00b1 0.400", "+1.000 \u00b1 0.500, not paired")
+    assert cells(kept, now | {"commit": "a" * 40})[1] == "+0.700 \u00b1 0.100"
