@@ -2,8 +2,8 @@
 
 import abc
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from cruxy_torch import _law_state, _telemetry
 from cruxy_torch._kept import Kept
 from cruxy_torch._native.fit import Passes
 from cruxy_torch._orders import Orders
-from cruxy_torch._sensors.measure import measure
+from cruxy_torch._sensors.measure import measure_sums, signals
 from cruxy_torch._sensors.sizes import Sizes, sizes_by_group, whole_mean_square
 
 
@@ -120,52 +120,181 @@ def run(
         foreach: takes torch's foreach calls for the rest.
     """
     device = law_state["step"].device
-    one = torch.ones((), dtype=torch.float32, device=device)
-    scale = one if grad_scale is None else grad_scale.to(device).double().reciprocal().float()
-    grads = [g for group in groups for g in group.grads]
-    momenta = None
-    if needs_alignment(settings.law):
-        momenta = [steering for group in groups for steering in _steering(group)]
-    signals = measure(
-        grads,
-        loss,
-        settings.law.gamma,
-        momenta=momenta,
-        scale=scale,
-        found_inf=found_inf,
-        process_group=process_group,
-        native=native,
+    scale = _unscaled(grad_scale, device, native)
+    drives = needs_alignment(settings.law)
+    measured = _measured(
+        [group for group in groups if group.grads], loss, settings.law.gamma, drives=drives,
+        scale=scale, found_inf=found_inf, process_group=process_group, native=native,
         foreach=foreach,
-    )
-    if momenta is not None:
-        signals = signals._replace(**{name: law_state[name] for name in _law_state.APPLIED})
-    key = random_key(law_state) if any(group.rounds for group in groups) else 0
-    xp = _law_state.namespace(law_state)
-    still: Any = False
-    if all(is_zero(group.lr) for group in groups):
-        # A tool that makes an optimizer fill its state steps so, and does not mean a step.
-        (norm,) = _law_state.as_scalars([signals.grad_norm], xp)
-        still = norm == 0.0
-    controls = _law_state.advance(settings.law, settings.names, law_state, signals, still=still)
-    controls = with_largest_norm(controls, signals.grad_norm, settings, xp=xp)
-    ordered = [orders_of(group, controls, scale, key, settings, xp=xp) for group in groups]
-    record(law_state, signals, controls, ordered[0], still=still)
-    (count,) = _law_state.as_scalars([law_state["step"]], xp)
-    sizes = sizes_by_group([group.limited() for group in groups], native=native)
-    whole = whole_mean_square([size for size in sizes if size is not None])
-    shares = []
-    for group, orders, size in zip(groups, ordered, sizes, strict=True):
-        orders = with_limits(group, orders, count - 1, size, whole, controls.limit_factor, xp=xp)
-        if momenta is not None and group.grads:
-            shares.append(_share(orders, device))
+    )  # fmt: skip
+    measured = measured._replace(idle=all(is_zero(group.lr) for group in groups))
+    ordered = None if native is None else native.decide(settings, law_state, groups, measured)
+    if ordered is None:
+        ordered = order(settings, law_state, groups, measured)
+    for group, orders in zip(groups, ordered, strict=True):
         group.update(orders, native=native, foreach=foreach)
-    if momenta is not None:
-        share = torch.stack(shares).max() if shares else torch.zeros_like(one)
-        ok = torch.as_tensor(controls.ok, device=device)
-        base = [torch.as_tensor(g.lr, dtype=torch.float32, device=device) for g in groups]
-        now = (share, torch.stack(base).max())
-        for name, value in zip(_law_state.APPLIED, now, strict=True):
-            law_state[name].copy_(torch.where(ok, value, law_state[name]))
+
+
+def order(
+    settings: Settings,
+    law_state: dict[str, Tensor],
+    groups: Sequence[Group],
+    measured: "Measured",
+) -> list[Orders]:
+    """What `decide` orders each group; what it changes in the controller is kept."""
+    xp = _law_state.namespace(law_state)
+    numbers = _law_state.as_scalars(law_state.values(), xp)
+    values = dict(zip(law_state, numbers, strict=True))
+    with _law_state.quiet(xp):
+        decided = decide(settings, values, groups, measured, xp=xp, vectors=torch)
+    _law_state.store(law_state, decided.state, decided.controls, xp)
+    _telemetry.record(law_state, decided.report, still=decided.still)
+    return decided.orders
+
+
+class Measured(NamedTuple):
+    """What was measured for a step.
+
+    Attributes:
+        total: the sums that `signals` takes.
+        loss: float32, 0-d.
+        scale: factor on every gradient besides clipping; float32, 0-d.
+        sizes: of the tensors of each group that has gradients; `None` of one without a limit.
+        whole: the mean square of all tensors under a limit, times `parts`; `None` of none.
+        parts: see `whole`.
+        idle: whether every rate is known to be 0.
+    """
+
+    total: Any
+    loss: Any
+    scale: Any
+    sizes: Sequence[Sizes | None] = ()
+    whole: Any = None
+    parts: Any = 1.0
+    idle: bool = False
+
+
+class Decided(NamedTuple):
+    """What a step changes in the controller and applies to the groups.
+
+    Attributes:
+        state: the new values in the law's state, by name.
+        controls: what the law ordered.
+        report: what was measured and decided, by name.
+        still: whether this was no step.
+        orders: of each group.
+    """
+
+    state: dict[str, Any]
+    controls: Controls
+    report: dict[str, Any]
+    still: Any
+    orders: list[Orders]
+
+
+def decide(
+    settings: Settings,
+    values: Mapping[str, Any],
+    groups: Sequence[Group],
+    measured: Measured,
+    *,
+    xp: Any,
+    vectors: Any,
+) -> Decided:
+    """From the sums of a step to its orders: all that is computed on scalars, on any namespace.
+
+    Args:
+        settings: see there.
+        values: the law's state as scalars of `xp`.
+        groups: by which `measured` has its sizes, less those without gradients.
+        measured: see there.
+        xp: the controller's namespace.
+        vectors: that of sums and sizes.
+    """
+    sensed = signals(measured.total, measured.loss, settings.law.gamma, xp=vectors)
+    if "limit_scale" in values:
+        sensed = sensed._replace(**{name: values[name] for name in _law_state.APPLIED})
+    sensed = Signals(*_law_state.as_scalars(sensed, xp))
+    key = random_key(values, xp=xp) if any(group.rounds for group in groups) else 0
+    still: Any = False
+    if measured.idle:
+        # A tool that makes an optimizer fill its state steps so, and does not mean a step.
+        still = sensed.grad_norm == 0.0
+    law, names = settings.law, settings.names
+    state, raw = _law_state.advanced(law, names, values, sensed, still=still, xp=xp)
+    controls = with_largest_norm(raw, sensed.grad_norm, settings, xp=xp)
+    ordered = [orders_of(g, controls, measured.scale, key, settings, xp=xp) for g in groups]
+    report = recorded(sensed, controls, ordered[0], xp=xp)
+    sizes = iter(measured.sizes)
+    for index, group in enumerate(groups):
+        own = next(sizes) if group.grads else None
+        ordered[index] = with_limits(
+            group, ordered[index], state["step"] - 1, own, measured.whole, controls.limit_factor,
+            parts=measured.parts, xp=xp, vectors=vectors,
+        )  # fmt: skip
+    if "limit_scale" in values:
+        state |= _applied(groups, ordered, values, controls.ok, xp=xp, vectors=vectors)
+    return Decided(state, raw, report, still, ordered)
+
+
+def _applied(
+    groups: Sequence[Group],
+    ordered: Sequence[Orders],
+    values: Mapping[str, Any],
+    ok: Any,
+    *,
+    xp: Any,
+    vectors: Any,
+) -> dict[str, Any]:
+    """What becomes of the rate in this step, see `_law_state.APPLIED`."""
+    share = rate = zero = xp.zeros_like(values["base_rate"])
+    for group, orders in zip(groups, ordered, strict=True):
+        (lr,) = _law_state.as_scalars([group.lr], xp)
+        rate = xp.maximum(rate, zero + lr)
+        if group.grads:
+            (own,) = _law_state.as_scalars([_share(orders, vectors)], xp)
+            share = xp.maximum(share, own)
+    now = dict(zip(_law_state.APPLIED, (share, rate), strict=True))
+    return {name: xp.where(ok, value, values[name]) for name, value in now.items()}
+
+
+def _measured(
+    groups: Sequence[Group],
+    loss: Tensor,
+    gamma: float,
+    *,
+    drives: bool,
+    scale: Tensor,
+    native: Passes | None,
+    **how: Any,
+) -> Measured:
+    """Sums over the gradients of all groups, and the sizes of what is under a limit."""
+    grads = [grad for group in groups for grad in group.grads]
+    momenta = [one for group in groups for one in _steering(group)] if drives else None
+    limited = [group.limited() for group in groups]
+    together = None
+    if native is not None:
+        sized = [tensor for group in limited for tensor in group] if all(limited) else []
+        together = native.together(grads, sized)
+    total, loss = measure_sums(
+        grads, loss, gamma, momenta=momenta, scale=scale, native=native, sized=together, **how
+    )
+    if together is not None and together.complete:
+        lengths = [len(group) for group in limited]
+        sizes = [Sizes(*one) for one in together.split(lengths)]
+        return Measured(total, loss, scale, sizes, together.whole, float(together.elements))
+    sizes = sizes_by_group(limited, native=native)
+    whole = whole_mean_square([size for size in sizes if size is not None])
+    return Measured(total, loss, scale, sizes, whole)
+
+
+def _unscaled(grad_scale: Tensor | None, device: torch.device, native: Passes | None) -> Tensor:
+    """The factor that takes a loss scale off the gradients."""
+    if grad_scale is not None:
+        return grad_scale.to(device).double().reciprocal().float()
+    if native is not None:
+        return native.one(device)
+    return torch.ones((), dtype=torch.float32, device=device)
 
 
 def orders_of(
@@ -225,7 +354,9 @@ def with_limits(
     whole: Tensor | None,
     factor: Any = 1.0,
     *,
+    parts: Any = 1.0,
     xp: Any,
+    vectors: Any = torch,
 ) -> Orders:
     """What a group applies, with the limits of its tensors and the weight in their averages.
 
@@ -234,20 +365,24 @@ def with_limits(
         orders: from `orders_of`.
         count: good steps before this one.
         sizes: of the group's tensors.
-        whole: the mean square of all tensors under a limit; `None` where there is none.
+        whole: the mean square of all tensors under a limit, times `parts`; `None` of none.
         factor: the law's on the limit.
+        parts: see `whole`.
         xp: the controller's namespace.
+        vectors: that of sizes.
     """
     weight, limits = orders.average_weight, None
     if group.averaging is not None:
-        count = count.to(torch.float32) if isinstance(count, Tensor) else count * 1.0
+        count = count.to(xp.float32) if hasattr(count, "to") else count * 1.0
         weight = averaging_weight(count, group.averaging, xp=xp)
         weight = xp.where(orders.ok, weight, 0.0)
     if sizes is not None and whole is not None:
         squares, limit = sizes.mean_squares, group.relative_limit
-        factor = factor.to(squares.device) if isinstance(factor, Tensor) else float(factor)
-        limit, whole = limit * factor, whole.to(squares.device)
-        limits = relative_limit(squares, limit, RELATIVE_FLOOR, xp=torch, whole=whole)
+        if vectors is torch:
+            factor = factor.to(squares.device) if isinstance(factor, Tensor) else float(factor)
+            whole = whole.to(squares.device)
+        whole = whole if isinstance(parts, float) and parts == 1.0 else whole / parts
+        limits = relative_limit(squares, limit * factor, RELATIVE_FLOOR, xp=vectors, whole=whole)
     return orders._replace(limits=limits, average_weight=weight)
 
 
@@ -264,36 +399,37 @@ def _steering(group: Group) -> list[tuple[Kept, float] | None]:
     return [None if group.still else (moment, sign) for moment in group.momenta()]
 
 
-def _share(orders: Orders, device: torch.device) -> Tensor:
+def _share(orders: Orders, vectors: Any) -> Any:
     """What a limit left of the rate of a group, see `Signals.limit_scale`."""
-    largest = None if orders.limits is None else orders.limits.max().to(device)
-    rate = torch.as_tensor(orders.rate, dtype=torch.float32, device=device)
-    return rate_share(largest, rate, xp=torch)
+    largest = None if orders.limits is None else orders.limits.max()
+    rate = orders.rate
+    if vectors is torch:
+        rate = torch.as_tensor(rate, dtype=torch.float32)
+        largest = None if largest is None else largest.to(rate.device)
+    return rate_share(largest, rate, xp=vectors)
 
 
-def random_key(law_state: dict[str, Tensor]) -> Any:
-    """The key of a step's random bits, another for every step; an int32 scalar."""
-    xp = _law_state.namespace(law_state)
-    counters = [law_state["step"], law_state["skipped_total"]]
-    count, skipped = _law_state.as_scalars(counters, xp)
-    with _law_state.quiet(xp):
-        return stream_key(count + skipped, 0, 0, xp=xp)
+def random_key(values: Mapping[str, Any], *, xp: Any) -> Any:
+    """The key of a step's random bits, another for every step; an int32 scalar.
+
+    Args:
+        values: the law's state as scalars of `xp`.
+        xp: the controller's namespace.
+    """
+    return stream_key(values["step"] + values["skipped_total"], 0, 0, xp=xp)
 
 
-def record(
-    law_state: dict[str, Tensor],
-    signals: Signals,
-    controls: Controls,
-    first: Orders,
-    *,
-    still: Any = False,
-) -> None:
-    """Keeps the telemetry; rate and betas are the first group's."""
-    xp = _law_state.namespace(law_state)
-    (loss,) = _law_state.as_scalars([signals.loss], xp)
-    values = signals._asdict() | controls._asdict()
+def recorded(sensed: Signals, controls: Controls, first: Orders, *, xp: Any) -> dict[str, Any]:
+    """The telemetry by name; rate and betas are the first group's.
+
+    Args:
+        sensed: scalars of `xp`.
+        controls: likewise.
+        first: likewise.
+        xp: the controller's namespace.
+    """
+    values = sensed._asdict() | controls._asdict()
     # A state without a loss or a threshold is not to look damaged.
-    values["loss"] = xp.where(xp.isfinite(loss), loss, NOT_KNOWN)
+    values["loss"] = xp.where(xp.isfinite(sensed.loss), sensed.loss, NOT_KNOWN)
     values["clip_threshold"] = xp.clip(controls.clip_threshold, 0.0, NOT_KNOWN)
-    values |= {"learning_rate": first.rate, "beta1": first.beta1, "beta2": first.beta2}
-    _telemetry.record(law_state, values, still=still)
+    return values | {"learning_rate": first.rate, "beta1": first.beta1, "beta2": first.beta2}

@@ -118,17 +118,17 @@ def _wait() -> None:
 def _recorded() -> Iterator[list[int]]:
     """Fills a list with the bytes that each launch of ours reads and writes."""
     moved: list[int] = []
-    launch = triton_passes._launch
+    launch = triton_passes.launch
 
     def record(device: Any, kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
         launch(device, kernel, grid, *args, **kwargs)
         moved.append(bytes_of(args, kwargs))
 
-    triton_passes._launch = record
+    triton_passes.launch = record
     try:
         yield moved
     finally:
-        triton_passes._launch = launch
+        triton_passes.launch = launch
 
 
 def bytes_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -58,6 +58,28 @@ class Passes(Protocol):
         """What `_sensors.measure.sums` says, of tensors of one of the `parts`, in one pass."""
         ...
 
+    def together(self, grads: list[Tensor], params: list[Tensor]) -> Any:
+        """What measures parameters in the pass over their gradients; `None` for nothing.
+
+        It has `sums`, in the place of this library's own, and afterwards `complete`, whether all
+        parameters were measured, `split` for their sizes, `whole` and `elements`.
+
+        Args:
+            grads: that are going to be measured.
+            params: that of each.
+        """
+        ...
+
+    def decide(
+        self, settings: Any, law_state: dict[str, Tensor], groups: Sequence[Any], measured: Any
+    ) -> list[Orders] | None:
+        """`_step.decide` in one launch, and what it changes kept; `None` where there is none."""
+        ...
+
+    def one(self, device: torch.device) -> Tensor:
+        """The number 1, float32, on a device."""
+        ...
+
     def mean_squares(self, tensors: list[Tensor], counts: list[int]) -> Tensor:
         """The sum of the squares of each tensor over a count; float32, a vector."""
         ...

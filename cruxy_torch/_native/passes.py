@@ -47,6 +47,19 @@ def sums(
     return torch.tensor(out[:count], dtype=torch.float64, device="cpu").to(torch.float32)
 
 
+def together(grads: list[Tensor], params: list[Tensor]) -> None:
+    """Parameters are measured in a pass of their own."""
+
+
+def decide(*of: Any) -> None:
+    """Scalars on the CPU are NumPy's."""
+
+
+def one(device: torch.device) -> Tensor:
+    """The number 1, float32, on a device."""
+    return torch.ones((), dtype=torch.float32, device=device)
+
+
 def mean_squares(tensors: list[Tensor], counts: list[int]) -> Tensor:
     """The sum of the squares of each tensor over a count; float32, a vector."""
     out = torch.empty(len(tensors), dtype=torch.float64, device="cpu")

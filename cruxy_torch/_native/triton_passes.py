@@ -1,7 +1,6 @@
 """The passes in Triton over tensors on CUDA devices, and how they are handed over."""
 
 import contextlib
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from cruxy_torch._columns import Columns
 from cruxy_torch._kept import Coded, Kept, Rounded, raw
 from cruxy_torch._native import fit, triton_found, triton_steps
 from cruxy_torch._native.triton_kernels import ROWS
-from cruxy_torch._native.triton_tables import Table, table
+from cruxy_torch._native.triton_tables import Table, constant, table
 from cruxy_torch._orders import Orders
 
 NAME = "triton"
@@ -87,6 +86,120 @@ class Form(NamedTuple):
 _NOTHING = Form(-1)
 
 
+def one(device: torch.device) -> Tensor:
+    """The number 1, float32, on a device."""
+    return constant(1.0, device)
+
+
+def decide(settings: Any, law_state: Any, groups: Any, measured: Any) -> list[Orders] | None:
+    """See `triton_law.decide`; nothing where it fails."""
+    if not triton_found.available(law_state["step"].device):
+        return None
+    from cruxy_torch._native import triton_law  # which starts kernels by this module
+
+    try:
+        return triton_law.decide(settings, law_state, groups, measured)
+    except fit.SetAsideError:
+        return None
+
+
+class Together:
+    """The sums over gradients of any forms, and the sizes of their parameters in the same pass.
+
+    Attributes:
+        squares: the mean square of each parameter, float32; only where `complete`, as the next.
+        whole: the sum of the squares of all parameters, float32, 0-d.
+        elements: of all parameters.
+    """
+
+    def __init__(self, grads: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+        self._numbers = {id(grad): i for i, grad in enumerate(grads)}
+        self._params, self._measured = params, 0
+        self.elements = sum(map(Tensor.numel, params))
+        self.whole: Any = None
+        self.squares: Any = None
+        if params:
+            device = params[0].device
+            self.squares = torch.empty(len(params), dtype=torch.float32, device=device)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every parameter was measured."""
+        return 0 < len(self._params) == self._measured
+
+    def split(self, lengths: Sequence[int]) -> list[tuple[Tensor, list[int]]]:
+        """Mean squares and elements of the first so many, of the next so many, and so on."""
+        found, begin = [], 0
+        for length in lengths:
+            own = slice(begin, begin + length)
+            found.append((self.squares[own], list(map(Tensor.numel, self._params[own]))))
+            begin += length
+        return found
+
+    def sums(
+        self,
+        grads: list[Tensor],
+        gamma: float,
+        scale: Tensor,
+        momenta: Sequence[tuple[Kept, float]] | None,
+    ) -> tuple[Tensor | None, list[int]]:
+        """What `_sensors.measure.sums` says of what Triton takes, and the numbers of the rest.
+
+        Raises:
+            SetAsideError: where a kernel fails.
+        """
+        moments = [] if momenta is None else [[kept for kept, _ in momenta]]
+        places = [self._numbers.get(id(grad), -1) for grad in grads]
+        params: list[Tensor] | None = None
+        if self._params and grads and min(places) >= 0:
+            params = [self._params[place] for place in places]
+            fast, slow = parts([grads, params], moments)
+        if params is None or slow:
+            params, (fast, slow) = None, parts([grads], moments)
+        devices = dict.fromkeys(grads[part[0]].device for part in fast)
+        if params is not None and devices.keys() != {self.squares.device}:
+            params = None
+        totals = [
+            self._on_one(
+                [part for part in fast if grads[part[0]].device == device],
+                grads, gamma, scale, momenta, params, places,
+            )
+            for device in devices
+        ]  # fmt: skip
+        if not totals:
+            return None, slow
+        return totals[0] if len(totals) == 1 else torch.stack(totals).sum(0), slow
+
+    def _on_one(
+        self,
+        fast: Sequence[Sequence[int]],
+        grads: list[Tensor],
+        gamma: float,
+        scale: Tensor,
+        momenta: Sequence[tuple[Kept, float]] | None,
+        params: Sequence[Tensor] | None,
+        places: Sequence[int],
+    ) -> Tensor:
+        """The sums over what lies on one device."""
+        counts = [max(1, param.numel()) for param in params or ()]
+        of, partial = _sums_of_chunks(
+            grads, gamma, scale, momenta, params, counts, parts_of=fast, places=places
+        )
+        out = torch.empty(5, dtype=torch.float32, device=partial.device)
+        launch(
+            partial.device, triton_steps.sums_of_all, (5 + (of.tensors if params else 0),),
+            partial, of.count, of.chunks, of.starts, of.values, of.tensors, out,
+            self.squares if params else out, WIDTH=1024,
+        )  # fmt: skip
+        if params:
+            self._measured += len(params)
+            self.whole = out[4] if self.whole is None else self.whole + out[4]
+        return out[: 2 if momenta is None else 4].to(scale.device, non_blocking=True)
+
+
+together = Together
+
+
 def sums(
     grads: list[Tensor],
     gamma: float,
@@ -94,14 +207,8 @@ def sums(
     momenta: Sequence[tuple[Kept, float]] | None = None,
 ) -> Tensor:
     """What `_sensors.measure.sums` says, of tensors of one of the `parts`, in one pass."""
-    of, partial = _sums_of_chunks(grads, gamma, scale, momenta)
-    count, device = 2 if momenta is None else 4, grads[0].device
-    out = torch.empty(count, dtype=torch.float32, device=device)
-    _launch(
-        device, triton_steps.sums_of_all, (count,),
-        partial, of.count, of.chunks, of.values, of.tensors, out, WIDTH=1024,
-    )  # fmt: skip
-    return out.to(scale.device, non_blocking=True)
+    total, _ = Together((), ()).sums(grads, gamma, scale, momenta)
+    return torch.zeros(2, dtype=torch.float32, device=scale.device) if total is None else total
 
 
 def sums_by_tensor(
@@ -127,7 +234,7 @@ def sums_by_tensor(
     """
     of, partial = _sums_of_chunks(grads, gamma, scale, momenta, params, counts)
     out = torch.empty((5, of.tensors), dtype=torch.float32, device=partial.device)
-    _launch(
+    launch(
         partial.device, triton_steps.sums_of_tensors, (of.tensors, 5),
         partial, of.count, of.starts, of.values, of.tensors, out, WIDTH=256,
     )  # fmt: skip
@@ -137,12 +244,7 @@ def sums_by_tensor(
 def mean_squares(tensors: list[Tensor], counts: list[int]) -> Tensor:
     """The sum of the squares of each tensor over a count; float32, a vector."""
     device = tensors[0].device
-    return sums_by_tensor((), 2.0, _one(device), params=tensors, counts=counts)[4]
-
-
-@functools.cache
-def _one(device: torch.device) -> Tensor:
-    return torch.ones((), dtype=torch.float32, device=device)
+    return sums_by_tensor((), 2.0, one(device), params=tensors, counts=counts)[4]
 
 
 def _sums_of_chunks(
@@ -152,36 +254,63 @@ def _sums_of_chunks(
     momenta: Sequence[tuple[Kept, float]] | None = None,
     params: Sequence[Tensor] | None = None,
     counts: Sequence[int] | None = None,
+    parts_of: Sequence[Sequence[int]] | None = None,
+    places: Sequence[int] | None = None,
 ) -> tuple[Table, Tensor]:
+    """The table of all tensors, part by part, and the sums over their chunks, a launch a part."""
     tensors: Sequence[Tensor] = grads or params or ()
-    columns: dict[str, Sequence[int]] = {"numel": list(map(Tensor.numel, tensors))}
-    columns["count"] = counts or [1] * len(tensors)
-    of_grads = of_first = of_params = _NOTHING
+    parts_of = parts_of or [range(len(tensors))]
+    order = [i for part in parts_of for i in part]
+
+    def ordered(column: Sequence[Any]) -> list[Any]:
+        return [column[i] for i in order]
+
+    columns: dict[str, Sequence[int]] = {"numel": list(map(Tensor.numel, ordered(tensors)))}
+    columns["count"] = ordered(counts) if counts else [1] * len(order)
     if grads:
-        columns["grad"], of_grads = fit.addresses(grads), Form.of(grads[0])
+        columns["grad"] = fit.addresses(ordered(grads))
     if momenta is not None:
-        kept = [moment for moment, _ in momenta]
-        of_first = _moments(columns, "first", kept)
-        columns["sign"] = [int(sign) for _, sign in momenta]
+        kept = [momenta[i][0] for i in order]
+        columns["first"] = fit.addresses(list(map(raw, kept)))
+        columns["first_scales"] = _scales(kept)
+        columns["sign"] = [int(momenta[i][1]) for i in order]
     if params:
-        columns["param"], of_params = fit.addresses(params), Form.of(params[0])
-    of = table(columns, [*grads, *(params or ())][0].device)
-    partial = torch.empty((5, of.count), dtype=torch.float32, device=of.values.device)
-    _launch(
-        of.values.device, triton_steps.sums_of_chunks, (of.count,),
-        of.values, of.tensors, of.chunks, of.tiles, of.count, partial,
-        scale.to(of.values.device, torch.float32, non_blocking=True), gamma,
-        G=of_grads.format, M=of_first.format, M_SHIFT=of_first.shift, M_TOP=of_first.top,
-        P=of_params.format, POWER=_POWERS.get(gamma, 2), ALIGNED=of.aligned, ROWS=ROWS, **OPTIONS,
-    )  # fmt: skip
+        columns["param"] = fit.addresses(ordered(params))
+        columns["limit"] = ordered(places) if places else [0] * len(order)
+    of = table(columns, tensors[0].device)
+    device = of.values.device
+    partial = torch.empty((5, of.count), dtype=torch.float32, device=device)
+    scale, begin = scale.to(device, torch.float32, non_blocking=True), 0
+    for part in parts_of:
+        of_grads = Form.of(grads[part[0]]) if grads else _NOTHING
+        of_first = Form.of(momenta[part[0]][0]) if momenta is not None else _NOTHING
+        of_params = Form.of(params[part[0]]) if params else _NOTHING
+        first, last = of.begins[begin], of.begins[begin + len(part)]
+        begin += len(part)
+        launch(
+            device, triton_steps.sums_of_chunks, (last - first,),
+            of.values, of.tensors, of.chunks[first:], of.tiles, of.count, partial[:, first:],
+            scale, gamma,
+            G=of_grads.format, M=of_first.format, M_SHIFT=of_first.shift, M_TOP=of_first.top,
+            P=of_params.format, POWER=_POWERS.get(gamma, 2), ALIGNED=of.aligned, ROWS=ROWS,
+            **OPTIONS,
+        )  # fmt: skip
     return of, partial
+
+
+def _scales(kept: Sequence[Any]) -> list[int]:
+    """Where the scales of coded moments lie; 0 of others."""
+    coded = [i for i, one in enumerate(kept) if isinstance(one, Coded)]
+    found = [0] * len(kept)
+    for i, address in zip(coded, fit.addresses([kept[i].scales for i in coded]), strict=True):
+        found[i] = address
+    return found
 
 
 def _moments(columns: dict[str, Sequence[int]], name: str, kept: Sequence[Any]) -> Form:
     """Fills in where moments lie; returns their form."""
     columns[name] = fit.addresses(list(map(raw, kept)))
-    if isinstance(kept[0], Coded):
-        columns[f"{name}_scales"] = fit.addresses([coded.scales for coded in kept])
+    columns[f"{name}_scales"] = _scales(kept)
     return Form.of(kept[0])
 
 
@@ -237,7 +366,7 @@ def update(
     of = table(rows, device)
     chance = of_param.chance or of_first.chance or of_second.chance
     steered = orders.decay_scale is not None
-    _launch(
+    launch(
         device, triton_steps.update_of_chunks, (of.count,),
         of.values, of.tensors, of.chunks, of.tiles, of.starts, of.counters,
         rate, *map(_whole, (orders.beta1, orders.beta2, orders.scale)), orders.ok.view(torch.uint8),
@@ -276,7 +405,9 @@ def _as_tensor(key: Any, device: torch.device) -> Tensor:
     return torch.full((), int(key), dtype=torch.int32, device=device)
 
 
-def _launch(device: torch.device, kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any):
+def launch(
+    device: torch.device, kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any
+) -> None:
     """Starts a kernel; one that fails to compile or to start is set aside.
 
     Nothing has been written then: what fails later, while it runs, comes as an error of CUDA at a
