@@ -137,13 +137,17 @@ def flat(law_state, orders):
 
 
 def apart(ours, theirs, names):
-    """The largest distance in units of the last place, of at least 1e-3, and where it is."""
+    """The largest distance in units of the last place, and where it is.
+
+    Of what is smaller than 1e-3 those of 1e-3 count, and of differences of averages those of 1.
+    """
     worst = (0.0, "")
     for name in names:
         x, y = ours[name], theirs[name]
         assert torch.equal(x.isnan(), y.isnan()), name
         x, y = x.nan_to_num(0.0, 1e39, -1e39), y.nan_to_num(0.0, 1e39, -1e39)
-        unit = torch.finfo(torch.float32).eps * torch.maximum(y.abs(), torch.full_like(y, 1e-3))
+        least = 1.0 if name in ("law.error", "law.control") else 1e-3
+        unit = torch.finfo(torch.float32).eps * y.abs().clamp(min=least)
         worst = max(worst, (((x - y).abs() / unit).max().item() if len(y) else 0.0, name))
     return worst
 
@@ -175,8 +179,7 @@ def test_a_thousand_steps_stay_beside_the_reference(name):
         orders = run.step(step)
     ours, theirs = (flat(o._law(), own) for o, own in zip(run.both, orders, strict=True))
     assert apart(ours, theirs, ours)[0] <= 1_000 * ROUNDINGS
-    counters = [n for n in _law_state.COUNTERS]
-    assert all(torch.equal(ours[n], theirs[n]) for n in counters)
+    assert all(torch.equal(ours[n], theirs[n]) for n in _law_state.COUNTERS)
 
 
 class Branching:
@@ -224,7 +227,7 @@ def test_powers_and_tangents_are_rounded_once():
     for name, value in (("e", tape.exp(x)), ("t", tape.tanh(x)), ("p", abs(x) ** (1 / 1.5))):
         tape.keep(name, value, triton_tape.FLOAT)
     kernel = triton_tape.compiled(tape.source("functions"), "functions")
-    xs = np.concatenate([np.linspace(-30, 30, 200), 10.0 ** np.linspace(-30, 2, 54), [0.0, 88.0]])
+    xs = np.concatenate([np.linspace(-30, 30, 200), 10.0 ** np.linspace(-30, 1.9, 54), [0.0, 88.0]])
     there = {"x": _there(xs)} | {n: torch.empty(256, device=DEVICE) for n in "etp"}
     kernel[(1,)](*(there[name] for name in tape.arguments), **triton_law.OPTIONS)
     exact = there["x"].double().cpu().numpy()

@@ -97,7 +97,8 @@ class Value:
         return self.tape.arithmetic("{} % {}", self, other)
 
     def __pow__(self, exponent: float) -> "Value":
-        return self.tape.of("power({}, {})", (self, self.tape.constant(exponent, FLOAT)), FLOAT)
+        wide = f"tl.full((), {float(exponent)!r}, tl.float64)"  # as torch has it
+        return self.tape.of(f"power({{}}, {wide})", (self,), FLOAT)
 
     def __neg__(self) -> "Value":
         return self.tape.of("-{}", (self,), self.kind)
@@ -451,7 +452,7 @@ def power(x, exponent):
     """`x^exponent` of `x` that is not negative, rounded once."""
     wide = x.to(tl.float64)
     some = wide > 0.0
-    root = tl.exp(exponent.to(tl.float64) * tl.log(tl.where(some, wide, 1.0)))
+    root = tl.exp(exponent * tl.log(tl.where(some, wide, 1.0)))
     return tl.where(some, root, wide).to(tl.float32)
 
 
