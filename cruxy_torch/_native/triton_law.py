@@ -32,14 +32,14 @@ class Recorded(NamedTuple):
     Attributes:
         kernel: as Triton has it.
         source: of it.
-        arguments: the names of its arguments.
+        types: of its arguments, by their names in order.
         steered: whether the law moves the decay.
         keyed: whether there are random bits.
     """
 
     kernel: Any
     source: str
-    arguments: tuple[str, ...]
+    types: dict[str, str]
     steered: bool
     keyed: bool
 
@@ -85,7 +85,7 @@ def decide(
         limits[index] = torch.empty_like(size.mean_squares)
         arguments[f"limits{index}"] = limits[index]
     triton_passes.launch(
-        device, found.kernel, (1,), *(arguments[name] for name in found.arguments), **OPTIONS
+        device, found.kernel, (1,), *(arguments[name] for name in found.types), **OPTIONS
     )
     return [
         Orders(
@@ -185,13 +185,13 @@ def _recorded(
     except (NotRecordedError, AttributeError, TypeError):  # a law that calls what is not there
         return None
     source = tape.source("decide")
-    plain = [name for name in tape.arguments if name.startswith("length")]
+    plain = [name for name in tape.types if name.startswith("length")]
     return Recorded(
         kernel=triton_tape.compiled(source, "decide", plain),
         source=source,
-        arguments=tape.arguments,
+        types=tape.types,
         steered=decided.orders[0].decay_scale is not None,
-        keyed="key" in tape.arguments,
+        keyed="key" in tape.types,
     )
 
 

@@ -14,6 +14,7 @@ from cruxy_torch._native.triton_kernels import jit, tl
 
 FLOAT, INT, BOOL = "tl.float32", "tl.int32", "tl.int1"
 _ORDER = (BOOL, INT, FLOAT)
+_POINTERS = {FLOAT: "*fp32", INT: "*i32", "tl.uint8": "*u8"}
 
 
 class NotRecordedError(Exception):
@@ -155,19 +156,19 @@ class Tape:
     def __init__(self) -> None:
         self._values: list[Value] = []
         self._known: dict[tuple[Any, ...], Value] = {}
-        self._arguments: dict[str, None] = {}
+        self._types: dict[str, str] = {}
         self._stores: list[tuple[str, Value]] = []
 
     # What comes in and what goes out.
 
     def scalar(self, name: str, kind: str, at: int = 0) -> Value:
         """A number in memory, by the name of the argument that says where."""
-        self._arguments[name] = None
+        self._types[name] = _POINTERS[kind]
         return self.of(f"tl.load({name} + {at}).to({kind})", (), kind)
 
     def number(self, name: str) -> Value:
         """A float that is an argument itself."""
-        self._arguments[name] = None
+        self._types[name] = "fp32"
         return self.of(f"tl.full((), 1.0, tl.float32) * {name}", (), FLOAT)
 
     def vector(self, name: str, block: int, length: int | str) -> Value:
@@ -178,9 +179,9 @@ class Tape:
             block: a power of two, of at least its length.
             length: a number, or the name of an argument.
         """
-        self._arguments[name] = None
+        self._types[name] = _POINTERS[FLOAT]
         if isinstance(length, str):
-            self._arguments[length] = None
+            self._types[length] = "i32"
         return self._ring(name, block, length, 0)
 
     def _ring(self, name: str, block: int, length: int | str, shift: int) -> Value:
@@ -191,7 +192,7 @@ class Tape:
 
     def keep(self, name: str, value: Any, kind: str, at: int = 0) -> None:
         """Writes a value to memory at the end, in place of what is there."""
-        self._arguments[name] = None
+        self._types[name] = _POINTERS[kind]
         value = self.as_kind(value, kind)
         if not value.block:
             self._stores.append((f"tl.store({name} + {at}, {{}})", value))
@@ -369,13 +370,13 @@ class Tape:
         lines = [*map(_line, loads), "tl.debug_barrier()  # before anything is replaced"]
         lines += [*map(_line, rest)]
         lines += [text.format(f"v{value.number}") for text, value in self._stores]
-        head = f"def {name}({', '.join(self._arguments)}):"
+        head = f"def {name}({', '.join(self._types)}):"
         return "\n".join([head, *(f"    {line}" for line in lines), ""])
 
     @property
-    def arguments(self) -> tuple[str, ...]:
-        """The names of the kernel's arguments, in order."""
-        return tuple(self._arguments)
+    def types(self) -> dict[str, str]:
+        """The types of the kernel's arguments by their names, in order."""
+        return dict(self._types)
 
 
 def lanes(length: int) -> int:
