@@ -215,9 +215,9 @@ PROTOCOL = Protocol(
         "same command goes on where it stopped. A step is the optimizer's alone, waited for, the "
         "median of its repeats. Launches are a profiler's, or on a CPU what a step calls. Bytes "
         "are those that our kernels were handed, counted at their launch, and for AdamW the least "
-        "that a step can move; `of copy` is their share of the speed at which the same run copies as "
-        "many float32 numbers. The floor is what a step must move over what AdamW must. Parity is "
-        "the largest difference from PyTorch on the CPU after 50 steps, and the share of "
+        "that a step can move; `of copy` is their share of the speed at which the same run copies "
+        "as many float32 numbers. The floor is what a step must move over what AdamW must. Parity "
+        "is the largest difference from PyTorch on the CPU after 50 steps, and the share of "
         "parameters above 1e-5."
     ),
     arguments=_arguments,

@@ -20,7 +20,7 @@ from cruxy_control import (  # noqa: E402
     StabilityV2,
 )
 from cruxy_torch import CruxyOptimizer, _law_state, _step  # noqa: E402
-from cruxy_torch._native import triton_law, triton_tape  # noqa: E402
+from cruxy_torch._native import triton_law, triton_tape, triton_written  # noqa: E402
 from cruxy_torch._sensors.sizes import Sizes  # noqa: E402
 from triton_cases import DEVICE  # noqa: E402
 
@@ -228,7 +228,7 @@ def test_powers_and_tangents_are_rounded_once():
     x = tape.vector("x", 256, 256)
     for name, value in (("e", tape.exp(x)), ("t", tape.tanh(x)), ("p", abs(x) ** (1 / 1.5))):
         tape.keep(name, value, triton_tape.FLOAT)
-    kernel = triton_tape.compiled(tape.source("functions"), "functions")
+    kernel = triton_written.compiled(tape.source("functions"), "functions")
     xs = np.concatenate([np.linspace(-30, 30, 200), 10.0 ** np.linspace(-30, 1.9, 54), [0.0, 88.0]])
     there = {"x": _there(xs)} | {n: torch.empty(256, device=DEVICE) for n in "etp"}
     kernel[(1,)](*(there[name] for name in tape.types), **triton_law.OPTIONS)

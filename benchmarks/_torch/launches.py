@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cruxy_torch._native import triton_passes
+from cruxy_torch._native import triton_launch
 
 SCALARS = "decide"
 """The name of the kernel of all that is computed on scalars."""
@@ -55,7 +55,7 @@ def recorded(calls: "_Calls | None" = None) -> Iterator[list[Launch]]:
         calls: what looks on between them.
     """
     launches: list[Launch] = []
-    launch = triton_passes.launch
+    launch = triton_launch.launch
 
     def record(device: Any, kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
         if calls is None:
@@ -67,7 +67,7 @@ def recorded(calls: "_Calls | None" = None) -> Iterator[list[Launch]]:
         with torch._C._DisableTorchDispatch():
             launches.append(Launch(name, bytes_of(args, kwargs, grid[0])))
 
-    triton_passes.launch = record
+    triton_launch.launch = record
     try:
         if calls is None:
             yield launches
@@ -75,7 +75,7 @@ def recorded(calls: "_Calls | None" = None) -> Iterator[list[Launch]]:
             with calls:
                 yield launches
     finally:
-        triton_passes.launch = launch
+        triton_launch.launch = launch
 
 
 class _Calls(TorchDispatchMode):

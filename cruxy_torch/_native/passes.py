@@ -51,7 +51,24 @@ def together(grads: list[Tensor], params: list[Tensor]) -> None:
     """Parameters are measured in a pass of their own."""
 
 
-def decide(*of: Any) -> None:
+def move(
+    kept: Kept, direction: Tensor, rate: Tensor, orders: Orders, decay: float, decay_scale: Any
+) -> bool:
+    """No tensor is moved alone."""
+    return False
+
+
+def momentum(grad: Tensor, kept: Kept, shape: torch.Size, orders: Orders) -> None:
+    """No momentum is taken alone."""
+
+
+def matrix(kept: Kept, grad: Tensor, orders: Orders) -> None:
+    """No matrix is taken alone."""
+
+
+def decide(
+    settings: Any, law_state: dict[str, Tensor], groups: Sequence[Any], measured: Any
+) -> None:
     """Scalars on the CPU are NumPy's."""
 
 

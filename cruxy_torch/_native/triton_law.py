@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from cruxy_control.controls import DRIVEN
-from cruxy_torch import _law_state, _step
-from cruxy_torch._native import triton_passes, triton_tape
-from cruxy_torch._native.triton_tape import FLOAT, INT, NotRecordedError, Tape
+from cruxy_torch import _decide, _law_state
+from cruxy_torch._groups import Settings
+from cruxy_torch._native import triton_launch, triton_written
+from cruxy_torch._native.triton_launch import OPTIONS
+from cruxy_torch._native.triton_tape import FLOAT, INT, Tape
+from cruxy_torch._native.triton_written import NotRecordedError
 from cruxy_torch._orders import Orders
-
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-"""What the kernel is compiled with."""
 
 NUMBERS = ("rate", "beta1", "beta2", "scale", "average_weight", "sign_weight", "decay_scale")
 """What a group is ordered in float32, in the order in which it is kept."""
@@ -45,17 +45,17 @@ class Recorded(NamedTuple):
 
 
 def decide(
-    settings: _step.Settings,
+    settings: Settings,
     law_state: dict[str, Tensor],
     groups: Sequence[Any],
-    measured: _step.Measured,
+    measured: _decide.Measured,
 ) -> list[Orders] | None:
-    """What `_step.decide` orders each group; what changes in the law's state is kept.
+    """What `_decide.decide` orders each group; what changes in the law's state is kept.
 
     Args:
         settings: of the optimizer.
         law_state: see `_law_state`.
-        groups: see `_step.decide`.
+        groups: see `_decide.decide`.
         measured: likewise.
 
     Returns:
@@ -84,7 +84,7 @@ def decide(
     for index, size in _sizes(groups, measured):
         limits[index] = torch.empty_like(size.mean_squares)
         arguments[f"limits{index}"] = limits[index]
-    triton_passes.launch(
+    triton_launch.launch(
         device, found.kernel, (1,), *(arguments[name] for name in found.types), **OPTIONS
     )
     return [
@@ -99,7 +99,7 @@ def decide(
     ]
 
 
-def _sizes(groups: Sequence[Any], measured: _step.Measured) -> list[tuple[int, Any]]:
+def _sizes(groups: Sequence[Any], measured: _decide.Measured) -> list[tuple[int, Any]]:
     """What was measured of each group under a limit, with its number."""
     stepped = [index for index, group in enumerate(groups) if group.grads]
     pairs = zip(stepped, measured.sizes, strict=True)
@@ -109,7 +109,7 @@ def _sizes(groups: Sequence[Any], measured: _step.Measured) -> list[tuple[int, A
 def _arguments(
     law_state: dict[str, Tensor],
     groups: Sequence[Any],
-    measured: _step.Measured,
+    measured: _decide.Measured,
     device: torch.device,
 ) -> dict[str, Any] | None:
     """What the kernel is given, by name; `None` where something is not where it must be."""
@@ -148,10 +148,10 @@ def _is_fixed(law: Any) -> bool:
 
 
 def _key(
-    settings: _step.Settings,
+    settings: Settings,
     law_state: dict[str, Tensor],
     groups: Sequence[Any],
-    measured: _step.Measured,
+    measured: _decide.Measured,
 ) -> tuple[Any, ...]:
     """What a kernel depends on."""
     sizes = dict(_sizes(groups, measured))
@@ -163,7 +163,7 @@ def _key(
             (
                 group.maximize, group.averaging, group.relative_limit, group.rounds,
                 bool(group.grads), *(isinstance(getattr(group, n), Tensor) for n in _OF_GROUP),
-                triton_tape.lanes(len(sizes[i].mean_squares)) if i in sizes else 0,
+                triton_written.lanes(len(sizes[i].mean_squares)) if i in sizes else 0,
             )
             for i, group in enumerate(groups)
         ),
@@ -171,23 +171,23 @@ def _key(
 
 
 def _recorded(
-    settings: _step.Settings,
+    settings: Settings,
     law_state: dict[str, Tensor],
     groups: Sequence[Any],
-    measured: _step.Measured,
+    measured: _decide.Measured,
 ) -> Recorded | None:
     """The kernel of a step's scalars; `None` where it cannot be written."""
     tape = Tape()
     try:
         values, stand, seen = _read(tape, law_state, groups, measured)
-        decided = _step.decide(settings, values, stand, seen, xp=tape, vectors=tape)
+        decided = _decide.decide(settings, values, stand, seen, xp=tape, vectors=tape)
         _keep(tape, law_state, decided)
     except (NotRecordedError, AttributeError, TypeError):  # a law that calls what is not there
         return None
     source = tape.source("decide")
     plain = [name for name in tape.types if name.startswith("length")]
     return Recorded(
-        kernel=triton_tape.compiled(source, "decide", plain),
+        kernel=triton_written.compiled(source, "decide", plain),
         source=source,
         types=tape.types,
         steered=decided.orders[0].decay_scale is not None,
@@ -199,13 +199,13 @@ def _read(
     tape: Tape,
     law_state: dict[str, Tensor],
     groups: Sequence[Any],
-    measured: _step.Measured,
-) -> tuple[dict[str, Any], list[Any], _step.Measured]:
+    measured: _decide.Measured,
+) -> tuple[dict[str, Any], list[Any], _decide.Measured]:
     """What stands on a tape for the state, the groups and what was measured."""
     values: dict[str, Any] = {}
     for i, (name, value) in enumerate(law_state.items()):
         if value.ndim:
-            lanes = triton_tape.lanes(len(value))
+            lanes = triton_written.lanes(len(value))
             values[name] = tape.vector(f"state{i}", lanes, len(value))
         else:
             values[name] = tape.scalar(f"state{i}", _KINDS[value.dtype])
@@ -223,10 +223,10 @@ def _read(
     for i in (i for i, group in enumerate(groups) if group.grads):
         size = of_groups.get(i)
         if size is not None:
-            lanes = triton_tape.lanes(len(size.mean_squares))
+            lanes = triton_written.lanes(len(size.mean_squares))
             size = size._replace(mean_squares=tape.vector(f"squares{i}", lanes, f"length{i}"))
         sizes.append(size)
-    seen = _step.Measured(
+    seen = _decide.Measured(
         total=[tape.scalar("sums", FLOAT, at=i) for i in range(len(measured.total))],
         loss=tape.scalar("loss", FLOAT),
         scale=tape.scalar("scale", FLOAT),
@@ -238,7 +238,7 @@ def _read(
     return values, stand, seen
 
 
-def _keep(tape: Tape, law_state: dict[str, Tensor], decided: _step.Decided) -> None:
+def _keep(tape: Tape, law_state: dict[str, Tensor], decided: _decide.Decided) -> None:
     """Writes what a step changes and orders."""
     place = {name: f"state{i}" for i, name in enumerate(law_state)}
     for name, value in decided.state.items():
