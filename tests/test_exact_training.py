@@ -206,14 +206,35 @@ def test_verify_names_the_first_step_and_operation_that_differ(calls, place):
 
 def test_published_checksums_are_of_this_definition():
     rows = check.published()
-    assert {check.key(Reference()), check.key(Reference(grain=1))} <= rows.keys()
+    references = Reference(), Reference(grain=1), SELF_DRIVING
+    assert {check.key(reference) for reference in references} <= rows.keys()
     assert all(row["seen"] and len(row["checksum"]) == 16 for row in rows.values())
+
+
+SELF_DRIVING = Reference(driver=check.self_driving())
+
+
+@pytest.mark.parametrize("name", JAX_SLOW)
+def test_a_self_driving_run_has_the_bits_it_has_in_numpy(name):
+    found = []
+    for framework in ("numpy", name.partition(".")[0]):
+        where = check.framework(framework)
+        state, _, _ = check.train(where, SELF_DRIVING, 3)
+        found.append(check.of(where, SELF_DRIVING, state))
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("reference", [Reference(), Reference(grain=1), SELF_DRIVING])
+def test_what_is_published_comes_out_again(reference, framework):
+    assert check.verify(check.framework(framework), reference)[1] == ""
 
 
 FILES = [
     *(ROOT / "cruxy_exact" / f"{name}.py" for name in (
         "arithmetic", "sums", "engines", "layers", "attention", "convolution", "optimizers",
-        "accumulate", "initial", "reference", "scalars", "tape",
+        "accumulate", "initial", "reference", "scalars", "tape", "driven",
     )),
     *(ROOT / "cruxy_torch" / "exact").glob("*.py"),
 ]  # fmt: skip

@@ -15,7 +15,8 @@ import pytest
 torch = pytest.importorskip("torch")
 flax_nnx = pytest.importorskip("flax.nnx")
 
-from cruxy_control import SelfDriving  # noqa: E402
+from cruxy_control import PlateauGuard, SelfDriving  # noqa: E402
+import cruxy_optax  # noqa: E402
 from cruxy_exact import verify as check  # noqa: E402
 from cruxy_exact.reference import Reference  # noqa: E402
 from cruxy_optax import exact  # noqa: E402
@@ -63,6 +64,7 @@ def test_grains_add_up_in_any_order():
 
 PARAMS = {"w": normal(4, 3), "b": normal(3, seed=1)}
 GRADS = [{"w": normal(4, 3, seed=i), "b": normal(3, seed=i + 9)} for i in (2, 3, 4)]
+GUARDED = PlateauGuard(SelfDriving(total_steps=3), patience=1, loss_decay=0.0)
 OPTIMIZERS = {
     "adamw": (
         lambda: exact.adamw(1e-2, weight_decay=0.1),
@@ -78,10 +80,18 @@ OPTIMIZERS = {
         lambda p: torch_exact.SGD(p, 1e-2, 0.9, 0.1, nesterov=True),
     ),
     "controlled": (lambda: exact.controlled(1e-2), lambda p: torch_exact.Controlled(p, 1e-2)),
+    "self-driving": (exact.self_driving, torch_exact.SelfDriving),
+    "guarded": (
+        lambda: exact.self_driving(law=GUARDED),
+        lambda p: torch_exact.SelfDriving(p, law=GUARDED),
+    ),
 }
+LAWS = ("controlled", "self-driving", "guarded")
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "guarded" else n for n in OPTIMIZERS]
+)
 def test_an_optimizer_steps_as_in_pytorch(name):
     make, make_torch = OPTIMIZERS[name]
     tx, params = optax.with_extra_args_support(make()), PARAMS
@@ -93,8 +103,11 @@ def test_an_optimizer_steps_as_in_pytorch(name):
         params = exact.apply_updates(params, updates)
         for k, p in theirs.items():
             p.grad = torch.from_numpy(grads[k].copy())
-        optimizer.step(**({"loss": 1.0} if name == "controlled" else {}))
+        optimizer.step(**({"loss": 1.0} if name in LAWS else {}))
     assert equal(params, {k: p.detach().numpy() for k, p in theirs.items()})
+    if "driving" in name:
+        averages = {k: optimizer.state[p]["average"].numpy() for k, p in theirs.items()}
+        assert equal(cruxy_optax.averaged_params(state, params), averages)
 
 
 def test_a_step_that_is_not_finite_moves_nothing_under_a_law():
@@ -243,7 +256,8 @@ def test_dropout_without_a_step_is_an_error_unless_it_drops_nothing():
     [
         (lambda: exact.adamw(-1.0), ValueError, "learning_rate must be"),
         (lambda: exact.sgd(0.1, nesterov=True), ValueError, "momentum above 0"),
-        (lambda: exact.controlled(0.1, law=SelfDriving()), ValueError, "measures no alignment"),
+        (lambda: exact.controlled(0.0, law=SelfDriving()), ValueError, "learning_rate must be"),
+        (lambda: exact.self_driving(relative_limit=0.0), ValueError, "relative_limit must be"),
         (lambda: exact.accumulate_grains(exact.sgd(0.1), 0), ValueError, "every must be"),
         (lambda: exact.sgd(0.1).update(PARAMS, exact.sgd(0.1).init(PARAMS)), ValueError, "params"),
         (lambda: exact.adamw(0.1).init({"a": jnp.ones(1, jnp.bfloat16)}), TypeError, "bfloat16"),
