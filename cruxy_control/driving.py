@@ -79,14 +79,11 @@ def largest_rates(
             the limits those of any order of the tensors.
     """
     count = max(1, sum(sizes))
-    shares = [
-        square * (size / count) for square, size in zip(mean_squares, sizes, strict=True)
-    ]
+    shares = [square * (size / count) for square, size in zip(mean_squares, sizes, strict=True)]
     whole = xp.sum(xp.stack(shares))
     share = limit * controls.limit_factor
     return [
-        relative_limit(square, share, RELATIVE_FLOOR, xp=xp, whole=whole)
-        for square in mean_squares
+        relative_limit(square, share, RELATIVE_FLOOR, xp=xp, whole=whole) for square in mean_squares
     ]
 
 

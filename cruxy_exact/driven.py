@@ -260,4 +260,3 @@ def _next(count: Any, xp: Any) -> Any:
 
 def _size(x: Any) -> int:
     return math.prod(tuple(x.shape))
-

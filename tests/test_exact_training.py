@@ -237,6 +237,7 @@ FILES = [
         "accumulate", "initial", "reference", "scalars", "tape", "driven",
     )),
     *(ROOT / "cruxy_torch" / "exact").glob("*.py"),
+    *(ROOT / "cruxy_optax" / "exact").glob("*.py"),
 ]  # fmt: skip
 ON_THE_HOST = {"div", "rotary_table", "_cos_sin", "shapes", "slowdown", "__init__", "heads"}
 """Functions in which `/` is of Python numbers, but for `div` itself."""
@@ -261,12 +262,22 @@ def quotients(tree):
     return found
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.name != "models.py"], ids=lambda p: p.stem)
+PLAIN = ("models.py", "_reference.py")
+"""Which hold what exact training is compared with."""
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name not in PLAIN], ids=lambda p: p.stem)
 def test_nothing_is_divided_outside_div_and_no_fused_call_is_made(path):
     tree = ast.parse(path.read_text("utf-8"))
-    allowed = {("gamma_norm", "1 / gamma"), ("linear", "1 / math.sqrt(rows)")}
+    allowed = {
+        ("gamma_norm", "1 / gamma"),
+        ("linear", "1 / math.sqrt(rows)"),
+        ("mean", "1.0 / jnp.size(x)"),
+        ("init", "1 / math.sqrt(math.prod(shape[:-1]))"),
+    }
     assert [q for q in quotients(tree) if q not in allowed] == []
-    called = {ast.unparse(n.func).rpartition(".")[2].rstrip("_")
-              for n in ast.walk(tree) if isinstance(n, ast.Call)}  # fmt: skip
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    called = {ast.unparse(n.func).rpartition(".")[2].rstrip("_") for n in calls}
     fused = {"addcmul", "addcdiv", "lerp", "addmm", "baddbmm", "pow", "rsqrt", "einsum"}
     assert not called & fused
+    assert not {keyword.arg for n in calls for keyword in n.keywords} & {"alpha", "beta"}

@@ -1,5 +1,6 @@
 """Exact training in JAX: optimizers, grains, checksum, modules, refusals, and the hashes."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,15 +16,15 @@ import pytest
 torch = pytest.importorskip("torch")
 flax_nnx = pytest.importorskip("flax.nnx")
 
-from cruxy_control import PlateauGuard, SelfDriving  # noqa: E402
 import cruxy_optax  # noqa: E402
+from cruxy_control import PlateauGuard, SelfDriving  # noqa: E402
 from cruxy_exact import verify as check  # noqa: E402
 from cruxy_exact.reference import Reference  # noqa: E402
 from cruxy_optax import exact  # noqa: E402
 from cruxy_optax.exact import _frame  # noqa: E402
 from cruxy_torch import exact as torch_exact  # noqa: E402
 from exact_arrays import normal, same  # noqa: E402
-from exact_jax import DESIGN, train, train_by_grains  # noqa: E402
+from exact_jax import DESIGN, own_data, sharded, train, train_by_grains  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SMALL = Reference(vocabulary=16, width=16, heads=2, blocks=1, length=8, batch=4)
@@ -60,6 +61,23 @@ def test_grains_add_up_in_any_order():
 
     push = jax.jit(exact.add_grain)
     assert same(added(range(40)), added(np.random.default_rng(0).permutation(40)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [None, (8, 1), (4, 2)])
+def test_a_self_driving_run_has_the_same_bits_on_every_mesh(mesh):
+    reference = dataclasses.replace(SMALL, batch=8, driver=check.self_driving())
+    placed = () if mesh is None else sharded(*mesh)
+    params, state = train(exact, reference, 4, own_data, *placed)
+    numpy, _, _ = check.train(check.framework("numpy"), reference, 4)
+    assert equal(params, numpy.params)
+    assert equal(cruxy_optax.averaged_params(state, params), numpy.averages)
+
+
+@pytest.mark.slow
+def test_a_self_driving_run_has_the_bits_of_its_grains_over_devices():
+    reference = dataclasses.replace(SMALL_GRAINS, driver=check.self_driving())
+    assert equal(train_by_grains(exact, reference, 3, 2)[0], numpys(reference, 3))
 
 
 PARAMS = {"w": normal(4, 3), "b": normal(3, seed=1)}

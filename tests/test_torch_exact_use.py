@@ -1,5 +1,6 @@
 """Exact training in use: the example, two processes, optimizers beside torch's, compiling."""
 
+import dataclasses
 import importlib
 import os
 import socket
@@ -12,6 +13,7 @@ torch = pytest.importorskip("torch")
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 from cruxy_control import PlateauGuard, SelfDriving, StabilityV2  # noqa: E402
+from cruxy_exact import verify as check  # noqa: E402
 from cruxy_exact.reference import Reference  # noqa: E402
 from cruxy_torch import CruxyOptimizer, exact, use_backend  # noqa: E402
 from exact_models import batch, model, reference_state  # noqa: E402
@@ -205,6 +207,25 @@ def test_an_exact_self_driving_run_follows_a_plain_one(steps):
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]])
+def test_a_self_driving_run_by_grains_has_the_bits_of_numpy(order):
+    reference = dataclasses.replace(SMALL, driver=check.self_driving())
+    net = model(reference)
+    optimizer, grains = exact.SelfDriving(net.parameters()), exact.GrainAccumulator(net)
+    for step in range(2):
+        x, y = batch(reference, step)
+        for i in order:
+            exact.set_step(net, step, i)
+            loss = exact.cross_entropy(net(x[i : i + 1]), y[i : i + 1])
+            loss.backward()
+            grains.add(loss)
+        loss = grains.finish(reference.batch * reference.length)
+        optimizer.step(loss=loss)
+        optimizer.zero_grad()
+    wanted = reference_state(reference, 2)
+    assert all(torch.equal(p, torch.from_numpy(wanted[k])) for k, p in net.named().items())
+
+
 def test_no_tensor_moves_by_more_than_the_relative_limit():
     p = torch.nn.Parameter(torch.full((4,), 2.0))
     optimizer = exact.Controlled([p], lr=100.0, weight_decay=0.0, relative_limit=0.1)
@@ -244,8 +265,8 @@ def test_the_order_of_the_parameters_is_no_part_of_the_bits():
     ("make", "options"),
     [(exact.AdamW, {"lr": -1.0}), (exact.AdamW, {"betas": (1.0, 0.9)}), (exact.Lion, {"lr": -1.0}),
      (exact.SGD, {"nesterov": True}), (exact.Controlled, {"weight_decay": -1.0}),
-     (exact.Controlled, {"lr": 0.0, "law": SelfDriving()}), (exact.SelfDriving, {"averaging": -1.0}),
-     (exact.SelfDriving, {"relative_limit": 0.0})],
+     (exact.Controlled, {"lr": 0.0, "law": SelfDriving()}),
+     (exact.SelfDriving, {"averaging": -1.0}), (exact.SelfDriving, {"relative_limit": 0.0})],
 )  # fmt: skip
 def test_a_number_out_of_its_range_is_an_error(make, options):
     with pytest.raises(ValueError, match=r"(must be|needs)"):

@@ -1,6 +1,5 @@
 """AdamW under a control law on exact scalars, with exact signals."""
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -67,8 +66,9 @@ def controlled(
 
     Returns:
         An `optax.GradientTransformationExtraArgs` for `exact.apply_updates`. `update` takes the
-        loss as `value=`, float32 `()` or a number; it is part of the bits. State: two moments, 8
-        bytes a parameter, 12 with the average, plus under 1 KB.
+        loss as `value=`, float32 `()` or a number; it is part of the bits, and of micro-batches
+        and devices it is a `grain_sum` as the gradients are. State: two moments, 8 bytes a
+        parameter, 12 with the average, plus under 1 KB.
 
     Raises:
         ValueError: where an argument is outside its range; from `update` without `params`.

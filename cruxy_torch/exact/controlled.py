@@ -110,8 +110,8 @@ class Controlled(Optimizer):
         Args:
             closure: computes the loss again, which is returned.
             loss: the loss of this step, which the law senses; float32 `()`, or a number. Give it
-                alike everywhere: it is part of the bits. Of micro-batches and processes it is
-                `exact.sum` of the losses of all grains.
+                alike everywhere: it is part of the bits. Of micro-batches and processes it is what
+                `GrainAccumulator.finish` returns.
 
         Returns:
             The loss.
@@ -144,9 +144,7 @@ class Controlled(Optimizer):
             for g in self.param_groups
         ]
         given = None if loss is None else like + loss
-        state, products, out = self._driven.step(
-            self._kept(like, xp), groups, leaves, given, xp=xp
-        )
+        state, products, out = self._driven.step(self._kept(like, xp), groups, leaves, given, xp=xp)
         self.param_groups[0]["law_state"] = list(_leaves(state))
         for group, pair in zip(self.param_groups, products, strict=True):
             group["products"] = pair
