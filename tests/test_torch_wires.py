@@ -228,11 +228,12 @@ def test_all_ranks_have_the_same_bits_after_100_steps_and_have_learnt(long_resul
 
 def test_what_cannot_be_is_refused(results):
     for rank, result in enumerate(results):
-        other, sharded, plain, double = result["refused"]["errors"]
+        other, sharded, plain, double, trainer = result["refused"]["errors"]
         assert f"Lion by vote of rank {rank} of 4, got one of Lion by vote of rank" in other
         assert "parameters must be whole on every rank where ranks vote" in sharded
         assert "use_lion must be True in every group where ranks vote" in plain
         assert "must be dense and of at most 32 bits an element, got torch.float64" in double
+        assert "Trainer must be alone, got 4 processes" in trainer
 
 
 class TestTopK:

@@ -278,6 +278,10 @@ def refused():
         double(torch.ones(2, 32, dtype=torch.float64)).sum().backward()
     except (ValueError, RuntimeError) as error:
         errors.append(str(error))
+    try:
+        cruxy_torch.Trainer(network(), [])
+    except ValueError as error:
+        errors.append(str(error))
     return {"errors": errors}
 
 
