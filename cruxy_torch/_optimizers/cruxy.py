@@ -143,7 +143,8 @@ class CruxyOptimizer(DirectedOptimizer):
         vote: ranks that vote on the sign of each element of Lion's update, each from gradients and
             a momentum of its own: a bit an element in place of an all-reduce of gradients, which is
             switched off by `local_gradients_hook`. The law sees the mean over ranks of the sums of
-            squares. All ranks need gradients of the same parameters, and save a state each.
+            squares. All ranks need gradients of the same parameters, and save a state each; see
+            `merge_votes` for a change in their number.
 
     Raises:
         ValueError: where an argument is outside its range or two exclude each other.
@@ -291,6 +292,11 @@ class CruxyOptimizer(DirectedOptimizer):
         if self._direction == "muon":
             param_group = muon.with_betas(param_group, self.defaults["use_nesterov"])
         super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads as torch's optimizers do; where ranks vote, this rank's state or the merged one."""
+        own = state_dict if self._vote is None else voting.own_state(state_dict, self._vote)
+        super().load_state_dict(own)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         _checks.check_group(group)
