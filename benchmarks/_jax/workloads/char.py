@@ -9,13 +9,12 @@ import optax
 from flax import nnx
 
 from benchmarks.workloads import Workload
-from benchmarks.workloads.shakespeare import AT_ONCE, corpus_for, workload
+from benchmarks.workloads.shakespeare import AT_ONCE, corpus_for, held_out_windows, workload
 
-# The demo's own modules, found through the path that `benchmarks.workloads` sets.
-from _data import validation_windows  # isort: skip
+# The demo's own module, found through the path that `benchmarks.workloads` sets.
 from _demo import GPTConfig  # isort: skip
 
-WIDTH = 96
+WIDTH = 64
 BATCH = 16
 STEPS = 400
 
@@ -54,7 +53,8 @@ def char(model: str, data: Path | None = None) -> Workload:
     """
     corpus = corpus_for("small", data)
     characters, context = len(corpus.characters), 64
-    kept = jnp.asarray(validation_windows(corpus.validation, context, HELD_OUT))
+    shape = GPTConfig(layers=1, heads=0, width=WIDTH, context=context)
+    kept = jnp.asarray(held_out_windows(corpus, shape, HELD_OUT))
 
     def make(seed: int | jax.Array) -> LSTM:
         return LSTM(characters, rngs=nnx.Rngs(jax.random.key(seed)))
@@ -69,7 +69,6 @@ def char(model: str, data: Path | None = None) -> Workload:
         each = jax.lax.map(lambda w: loss(params, w), kept.reshape(-1, AT_ONCE, context + 1))
         return each.mean()
 
-    shape = GPTConfig(layers=1, heads=0, width=WIDTH, context=context)
     found = workload(
         *(f"char-{model}", corpus, shape, BATCH, STEPS),
         init=jax.jit(lambda seed: nnx.state(make(seed), nnx.Param)),

@@ -8,6 +8,7 @@ layer, which is what running averages approximate, and the held-out images are n
 import functools
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -98,11 +99,15 @@ def residual() -> Workload:
         images, labels = batch
         return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
 
+    def net(params: nnx.State) -> ResNet:
+        # Statistics of its own, since a forward pass writes them.
+        return nnx.merge(graph, params, jax.tree.map(jnp.copy, statistics))
+
     def loss(params: nnx.State, batch: Batch) -> jax.Array:
-        return cost(nnx.merge(graph, params, statistics), batch)
+        return cost(net(params), batch)
 
     def held_out(params: nnx.State) -> jax.Array:
-        model = nnx.merge(graph, params, statistics)
+        model = net(params)
         model(data.train[0])
         model.eval()
         return cost(model, data.held_out)
