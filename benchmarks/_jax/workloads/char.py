@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from benchmarks._jax.workloads.weights import draw_weights
 from benchmarks.workloads import Workload
 from benchmarks.workloads.shakespeare import AT_ONCE, corpus_for, held_out_windows, workload
 
@@ -27,7 +28,7 @@ class LSTM(nnx.Module):
 
     Args:
         characters: number of different ones.
-        rngs: draws the initial weights.
+        rngs: of the layers; the weights are those of `draw_weights`.
     """
 
     def __init__(self, characters: int, *, rngs: nnx.Rngs) -> None:
@@ -56,10 +57,7 @@ def char(model: str, data: Path | None = None) -> Workload:
     shape = GPTConfig(layers=1, heads=0, width=WIDTH, context=context)
     kept = jnp.asarray(held_out_windows(corpus, shape, HELD_OUT))
 
-    def make(seed: int | jax.Array) -> LSTM:
-        return LSTM(characters, rngs=nnx.Rngs(jax.random.key(seed)))
-
-    graph = nnx.graphdef(nnx.eval_shape(lambda: make(0)))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: LSTM(characters, rngs=nnx.Rngs(0))))
 
     def loss(params: nnx.State, windows: jax.Array) -> jax.Array:
         logits = nnx.merge(graph, params)(windows[:, :-1])
@@ -71,7 +69,7 @@ def char(model: str, data: Path | None = None) -> Workload:
 
     found = workload(
         *(f"char-{model}", corpus, shape, BATCH, STEPS),
-        init=jax.jit(lambda seed: nnx.state(make(seed), nnx.Param)),
+        init=lambda seed: draw_weights(shapes, seed),
         loss=loss,
         held_out=held_out,
     )
