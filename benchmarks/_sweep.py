@@ -35,6 +35,7 @@ _SHAKESPEARE = (
     "benchmarks/workloads/shakespeare.py",
     "benchmarks/_{framework}/workloads/shakespeare.py",
 )
+_WEIGHTS = "benchmarks/_jax/workloads/weights.py"
 
 ENGINES = {
     "jax": ("benchmarks/_jax/training.py", "benchmarks/_jax/faults.py", "benchmarks/faults.py"),
@@ -51,10 +52,14 @@ WORKLOADS = {
     "shakespeare": _SHAKESPEARE,
     "finetuning": ("benchmarks/_jax/workloads/finetuning.py", *_DIGITS, *_SHAKESPEARE),
     "cartpole": ("benchmarks/_jax/workloads/cartpole.py",),
-    "char": ("benchmarks/_jax/workloads/char.py", "benchmarks/workloads/shakespeare.py", *_DEMO),
-    "table": ("benchmarks/_jax/workloads/table.py",),
-    "residual": ("benchmarks/_jax/workloads/residual.py", *_DIGITS),
-    "diffusion": ("benchmarks/_jax/workloads/diffusion.py", *_DIGITS),
+    "char": (
+        "benchmarks/_jax/workloads/char.py",
+        "benchmarks/workloads/shakespeare.py",
+        *(_WEIGHTS, *_DEMO),
+    ),
+    "table": ("benchmarks/_jax/workloads/table.py", _WEIGHTS),
+    "residual": ("benchmarks/_jax/workloads/residual.py", _WEIGHTS, *_DIGITS),
+    "diffusion": ("benchmarks/_jax/workloads/diffusion.py", _WEIGHTS, *_DIGITS),
 }
 """What defines the workloads of a module."""
 

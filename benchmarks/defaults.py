@@ -46,7 +46,10 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     losses = {name: final(by_seed) for name, by_seed in records.items()}
     rows = {
         name: standing(name, rates[name], losses[name], losses[reference])
-        | {"state_bytes": records[name][0].state_bytes_per_parameter}
+        | {
+            "by_seed": [*losses[name].values()],
+            "state_bytes": next(iter(records[name].values())).state_bytes_per_parameter,
+        }
         for name in names
     }
     return comparison.described() | {"optimizers": rows}

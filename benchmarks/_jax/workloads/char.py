@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from benchmarks._jax.workloads.weights import draw_weights
 from benchmarks.workloads import Workload
-from benchmarks.workloads.shakespeare import AT_ONCE, corpus_for, workload
+from benchmarks.workloads.shakespeare import AT_ONCE, corpus_for, held_out_windows, workload
 
-# The demo's own modules, found through the path that `benchmarks.workloads` sets.
-from _data import validation_windows  # isort: skip
+# The demo's own module, found through the path that `benchmarks.workloads` sets.
 from _demo import GPTConfig  # isort: skip
 
-WIDTH = 96
+WIDTH = 64
 BATCH = 16
 STEPS = 400
 
@@ -28,7 +28,7 @@ class LSTM(nnx.Module):
 
     Args:
         characters: number of different ones.
-        rngs: draws the initial weights.
+        rngs: of the layers; the weights are those of `draw_weights`.
     """
 
     def __init__(self, characters: int, *, rngs: nnx.Rngs) -> None:
@@ -54,12 +54,10 @@ def char(model: str, data: Path | None = None) -> Workload:
     """
     corpus = corpus_for("small", data)
     characters, context = len(corpus.characters), 64
-    kept = jnp.asarray(validation_windows(corpus.validation, context, HELD_OUT))
+    shape = GPTConfig(layers=1, heads=0, width=WIDTH, context=context)
+    kept = jnp.asarray(held_out_windows(corpus, shape, HELD_OUT))
 
-    def make(seed: int | jax.Array) -> LSTM:
-        return LSTM(characters, rngs=nnx.Rngs(jax.random.key(seed)))
-
-    graph = nnx.graphdef(nnx.eval_shape(lambda: make(0)))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: LSTM(characters, rngs=nnx.Rngs(0))))
 
     def loss(params: nnx.State, windows: jax.Array) -> jax.Array:
         logits = nnx.merge(graph, params)(windows[:, :-1])
@@ -69,10 +67,9 @@ def char(model: str, data: Path | None = None) -> Workload:
         each = jax.lax.map(lambda w: loss(params, w), kept.reshape(-1, AT_ONCE, context + 1))
         return each.mean()
 
-    shape = GPTConfig(layers=1, heads=0, width=WIDTH, context=context)
     found = workload(
         *(f"char-{model}", corpus, shape, BATCH, STEPS),
-        init=jax.jit(lambda seed: nnx.state(make(seed), nnx.Param)),
+        init=lambda seed: draw_weights(shapes, seed),
         loss=loss,
         held_out=held_out,
     )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks._jax.workloads.weights import draw_weights
 from benchmarks.workloads import Workload
 from benchmarks.workloads.digits import BATCH, EPOCHS, SIDE, split
 
@@ -33,7 +34,7 @@ class Denoiser(nnx.Module):
     """A multilayer perceptron with two residual blocks, told the time by sines and cosines.
 
     Args:
-        rngs: draws the initial weights.
+        rngs: of the layers; the weights are those of `draw_weights`.
     """
 
     def __init__(self, *, rngs: nnx.Rngs) -> None:
@@ -69,7 +70,7 @@ def diffusion() -> Workload:
     images, held_out = (part[0].reshape(-1, PIXELS) for part in data)
     kept = noised(np.repeat(held_out, DRAWS, axis=0), np.random.default_rng(0))
     per_epoch = len(images) // BATCH
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Denoiser(rngs=nnx.Rngs(0))))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: Denoiser(rngs=nnx.Rngs(0))))
 
     def loss(params: nnx.State, batch: Noised) -> jax.Array:
         clean, times, noise = batch
@@ -87,9 +88,7 @@ def diffusion() -> Workload:
         name="digits-diffusion",
         steps=EPOCHS * per_epoch,
         unit="held-out squared error of the noise",
-        init=jax.jit(
-            lambda seed: nnx.state(Denoiser(rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
-        ),
+        init=lambda seed: draw_weights(shapes, seed),
         loss=loss,
         batches=batches,
         held_out=lambda params: loss(params, kept),

@@ -21,7 +21,7 @@ from benchmarks.workloads.shakespeare import (
 
 # The demo's own modules, found through the path that `benchmarks.workloads` sets.
 from _data import Corpus  # isort: skip
-from _demo import MODELS, GPTConfig  # isort: skip
+from _demo import MODELS, VALIDATION_WINDOWS, GPTConfig  # isort: skip
 from _gpt import GPT  # isort: skip
 from _training import loss, validation_loss  # isort: skip
 
@@ -44,11 +44,22 @@ def shakespeare(size: str, data: Path | None = None, width: int | None = None) -
     width = width or variant.width
     config = config if width is None else dataclasses.replace(config, width=width)
     corpus = corpus_for(size, data)
-    return language_model(name, corpus, config, variant.batch, variant.steps, tied=tied)
+    return language_model(
+        *(name, corpus, config, variant.batch, variant.steps),
+        tied=tied,
+        windows=variant.windows,
+    )
 
 
 def language_model(
-    name: str, corpus: Corpus, config: GPTConfig, batch: int, steps: int, *, tied: bool = True
+    name: str,
+    corpus: Corpus,
+    config: GPTConfig,
+    batch: int,
+    steps: int,
+    *,
+    tied: bool = True,
+    windows: int = VALIDATION_WINDOWS,
 ) -> Workload:
     """The demo's GPT on a text.
 
@@ -59,9 +70,10 @@ def language_model(
         batch: windows in a batch.
         steps: optimizer steps of a run.
         tied: whether the output layer is the token embedding.
+        windows: to evaluate.
     """
     characters = len(corpus.characters)
-    held_out = jnp.asarray(held_out_windows(corpus, config))
+    held_out = jnp.asarray(held_out_windows(corpus, config, windows))
 
     def model(seed: int | jax.Array) -> GPT:
         return GPT(config, characters, rngs=nnx.Rngs(jax.random.key(seed)), tied=tied)

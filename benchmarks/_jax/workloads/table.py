@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from sklearn.datasets import make_friedman1
 
+from benchmarks._jax.workloads.weights import draw_weights
 from benchmarks.workloads import Workload
 
 Batch = tuple[np.ndarray, np.ndarray]
@@ -50,7 +51,7 @@ class MLP(nnx.Module):
     """Two hidden layers with GELU.
 
     Args:
-        rngs: draws the initial weights.
+        rngs: of the layers; the weights are those of `draw_weights`.
     """
 
     def __init__(self, *, rngs: nnx.Rngs) -> None:
@@ -73,7 +74,7 @@ def table(model: str) -> Workload:
     """
     data = table_of_friedman()
     kept, variance = data.held_out, float(data.held_out[1].var())
-    graph = nnx.graphdef(nnx.eval_shape(lambda: MLP(rngs=nnx.Rngs(0))))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: MLP(rngs=nnx.Rngs(0))))
 
     def loss(params: nnx.State, batch: Batch) -> jax.Array:
         rows, targets = batch
@@ -90,7 +91,7 @@ def table(model: str) -> Workload:
         name=f"table-{model}",
         steps=EPOCHS * (TRAIN // BATCH),
         unit="held-out squared error (variances of the target)",
-        init=jax.jit(lambda seed: nnx.state(MLP(rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)),
+        init=lambda seed: draw_weights(shapes, seed),
         loss=loss,
         batches=batches,
         held_out=lambda params: loss(params, kept) / variance,
