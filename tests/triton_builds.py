@@ -25,6 +25,7 @@ from cruxy_torch._native import (
     triton_passes,
     triton_steps,
     triton_tensors,
+    triton_whole,
 )
 from cruxy_torch._native.triton_kernels import ROWS
 from cruxy_torch._native.triton_passes import Form
@@ -98,7 +99,9 @@ def sums_constants(**of: Any) -> dict[str, Any]:
 def tensor_constants(**of: Any) -> dict[str, Any]:
     """What a form of a kernel for one tensor may know at compile time."""
     half, first = int(of.get("half", False)), form(of.get("bits", 32), signed=True)
+    second = form(of.get("bits", 32), signed=False)
     return {
+        **second.named("V"), "NESTEROV": True,
         "G": half, "P": half, "P_CHANCE": bool(half), "STEERED": False, "TURNED": False,
         "SIZED": False, "M": first.format, "M_CHANCE": first.chance, "M_SHIFT": first.shift,
         "M_TOP": first.top, "M_LEAST": first.least, "ALIGNED": True, "ROWS": ROWS,
@@ -132,6 +135,9 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "Adam, 4 bits, average": ("update_of_chunks", update_constants(bits=4, averaged=True)),
     "Lion, 8 bits": ("update_of_chunks", update_constants(bits=8, lion=True)),
     "Lion, 4 bits": ("update_of_chunks", update_constants(bits=4, lion=True)),
+    "Adam of a tensor": ("adam_of_tensor", tensor_constants()),
+    "Adam of a tensor, 4 bits": ("adam_of_tensor", tensor_constants(bits=4)),
+    "sign of a tensor": ("sign_of_tensor", tensor_constants()),
     "move of a tensor": ("move_of_tensor", tensor_constants()),
     "move of a tensor, bfloat16 by chance": ("move_of_tensor", tensor_constants(half=True)),
     "momentum of a tensor": ("momentum_of_tensor", tensor_constants(bits=32)),
@@ -178,7 +184,7 @@ def build(name: str, capability: int) -> Built:
         source = _source(kernel, types, {})
         return _read(triton.compile(source, target=target, options=triton_law.OPTIONS).asm)
     kernel_name, constants = FORMS[name]
-    rooms = (triton_steps, triton_tensors, triton_matrices)
+    rooms = (triton_steps, triton_tensors, triton_whole, triton_matrices)
     room = next(module for module in rooms if kernel_name in vars(module))
     kernel = getattr(room, kernel_name)
     constants = {name: constants[name] for name in constants if name in kernel.arg_names}
@@ -189,6 +195,8 @@ def build(name: str, capability: int) -> Built:
     }.get(kernel_name, {} if room is triton_steps else triton_passes.OPTIONS)  # fmt: skip
     if room is not triton_steps:
         signature |= _types_of(kernel, constants)
+        if kernel_name == "adam_of_tensor":
+            options = triton_passes.UPDATE_OPTIONS
     attributes = {}
     if kernel_name in ("squares_of_matrix", "sizes_of_matrix"):  # as they are for most matrices
         whole = ("grad", "param", "rows", "columns")
@@ -201,14 +209,19 @@ def build(name: str, capability: int) -> Built:
 
 def _types_of(kernel: Any, constants: dict[str, Any]) -> dict[str, str]:
     """Types of what a kernel for one tensor is given: addresses as numbers, but for matrices."""
-    address = dict.fromkeys(("grad", "param", "direction", "first", "scales", "out"), "i64")
+    address = dict.fromkeys(
+        ("grad", "param", "direction", "first", "scales", "out", "first_scales", "second_scales"),
+        "i64",
+    )
     name = kernel.__name__
+    if name == "adam_of_tensor":
+        address["second"] = "i64"
     if name in ("squares_of_matrix", "sizes_of_matrix"):
         wide = "*i16" if constants.get("G") else "*fp32"
         address |= {"grad": wide, "param": wide, "first": "*fp32", "out": "*fp32"}
     if name == "move_of_matrix":
         address["first"] = "*fp32"
-    numbers = dict.fromkeys(("numel", "number", "rows", "columns"), "i32")
+    numbers = dict.fromkeys(("numel", "number", "first_number", "rows", "columns"), "i32")
     found = {**address, **numbers}
     return {n: found[n] for n in kernel.arg_names if n in found}
 
