@@ -271,7 +271,8 @@ def _read(asm: dict[str, Any]) -> Built:
 
 def main() -> None:
     """Prints a table, or with `--json` what a test reads."""
-    names = [name for name in (*FORMS, *SCALARS) if not sys.argv[2:] or name in sys.argv[2:]]
+    asked = [word for word in sys.argv[1:] if word != "--json"]
+    names = [name for name in (*FORMS, *SCALARS) if not asked or name in asked]
     built = {name: {c: build(name, c) for c in CAPABILITIES} for name in names}
     if "--json" in sys.argv:
         print(json.dumps({n: {c: b._asdict() for c, b in row.items()} for n, row in built.items()}))
