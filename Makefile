@@ -46,8 +46,7 @@ test-all: $(VENV)-dev/.installed
 	$(PYTEST) $(ARGS)
 
 test-triton: $(VENV)-triton/.installed
-	TRITON_INTERPRET=1 $(TRITON)/python -m pytest tests/test_torch_triton.py \
-	tests/test_torch_triton_paths.py $(ARGS)
+	TRITON_INTERPRET=1 $(TRITON)/python -m pytest tests/test_torch_triton*.py $(ARGS)
 	$(TRITON)/python tests/triton_builds.py
 
 # JAX alone: PyPI has old versions of PyTorch for Linux only with gigabytes of CUDA.

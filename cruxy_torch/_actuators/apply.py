@@ -77,7 +77,10 @@ class DirectedGroup(Group):
         for device, indices in by_device(columns.params).items():
             here, on_device = columns.select(indices), orders.to(device)
             factors = self.direction.advance(here, on_device)
-            step(here, self.direction, self.frame.under(on_device), on_device, factors, native)
+            frame = self.frame.under(on_device)
+            left = _left(here, self.direction, frame, on_device, factors, native)
+            own = [factors[i] for i in left]
+            step(here.select(left), self.direction, frame, on_device, own, native)
         average(columns.params, columns.averages, orders.average_weight)
         for param, mean in self.late:
             average([local(param)], [local(mean)], orders.average_weight)
@@ -132,6 +135,28 @@ def group_of(
     )
 
 
+def _left(
+    columns: Columns,
+    direction: Direction,
+    frame: Frame,
+    orders: Orders,
+    factors: Sequence[Any],
+    native: Passes | None,
+) -> list[int]:
+    """The tensors whose whole step no kernel of a library has taken."""
+    every = list(range(len(columns.params)))
+    if native is None or type(direction).fused is Direction.fused:
+        return every
+    rates = _rates(columns, orders)
+    return [
+        i
+        for i in every
+        if not direction.fused(
+            SteppedTensor(columns, i, frame, orders, native), factors[i], orders, rates[i]
+        )
+    ]
+
+
 def _single(
     columns: Columns,
     direction: Direction,
@@ -149,8 +174,6 @@ def _single(
         return
     for index, rate in enumerate(rates):
         tensor = SteppedTensor(columns, index, frame, orders, native)
-        if direction.fused(tensor, factors[index], orders, rate):
-            continue
         _move(tensor, direction.blocks(tensor, factors[index], orders), rate, direction)
 
 

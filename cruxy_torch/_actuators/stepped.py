@@ -88,6 +88,7 @@ class SteppedTensor:
         parts = list(blocks(grad, param, *moments.values()))
         self._grads: list[Tensor] = [part[0] for part in parts]
         self._params: list[Kept] = [part[1] for part in parts]
+        self._all: dict[str, Any] = moments
         self._moments: dict[str, list[Kept]] = {
             name: [part[place] for part in parts] for place, name in enumerate(moments, 2)
         }
@@ -150,6 +151,31 @@ class SteppedTensor:
         if self._native is None or not self.has_plain_gradient or self.whole is not self._grad:
             return None
         return self._native.matrix(self._kept, self._grad, self._orders)
+
+    def adam(
+        self, names: Sequence[str], factors: Sequence[Tensor], rate: Tensor, *, nesterov: bool
+    ) -> bool:
+        """Adam's whole step by a library; whether it was done.
+
+        Args:
+            names: of both moments.
+            factors: on the numerator and on the second moment, and what is added to the root.
+            rate: of this tensor.
+            nesterov: looks one step ahead.
+        """
+        if self._native is None or not self.has_plain_gradient or self.whole is not self._grad:
+            return False
+        moments = [self._all[name] for name in names]
+        return self._native.adam(
+            self._kept, self._grad, moments, factors, rate, self._orders,
+            nesterov=nesterov, decay=self.decay,
+        )  # fmt: skip
+
+    def sign(self, size: Tensor, rate: Tensor) -> bool:
+        """The whole step along the gradient's sign, times a size; whether a library did it."""
+        if self._native is None or not self.has_plain_gradient or self.whole is not self._grad:
+            return False
+        return self._native.sign(self._kept, self._grad, size, rate, self._orders, decay=self.decay)
 
     @property
     def decay(self) -> tuple[float, Any]:

@@ -98,6 +98,34 @@ class Passes(Protocol):
         """What `Momentum` gives of a raw gradient, whose moment takes its step; or `None`."""
         ...
 
+    def adam(
+        self,
+        kept: Kept,
+        grad: Tensor,
+        moments: Sequence[Kept],
+        factors: Sequence[Tensor],
+        rate: Tensor,
+        orders: Orders,
+        *,
+        nesterov: bool,
+        decay: tuple[float, Any],
+    ) -> bool:
+        """Adam's step of one tensor, see `triton_tensors.adam`; whether it was done."""
+        ...
+
+    def sign(
+        self,
+        kept: Kept,
+        grad: Tensor,
+        size: Tensor,
+        rate: Tensor,
+        orders: Orders,
+        *,
+        decay: tuple[float, Any],
+    ) -> bool:
+        """A step along the sign of one gradient; whether it was done."""
+        ...
+
     def matrix(self, kept: Kept, grad: Tensor, orders: Orders) -> Any:
         """What a factored direction needs of a matrix, see `triton_tensors.Matrix`; or `None`."""
         ...

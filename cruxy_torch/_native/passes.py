@@ -62,6 +62,34 @@ def momentum(grad: Tensor, kept: Kept, shape: torch.Size, orders: Orders) -> Non
     """No momentum is taken alone."""
 
 
+def adam(
+    kept: Kept,
+    grad: Tensor,
+    moments: Sequence[Kept],
+    factors: Sequence[Tensor],
+    rate: Tensor,
+    orders: Orders,
+    *,
+    nesterov: bool,
+    decay: tuple[float, Any],
+) -> bool:
+    """No tensor is moved alone."""
+    return False
+
+
+def sign(
+    kept: Kept,
+    grad: Tensor,
+    size: Tensor,
+    rate: Tensor,
+    orders: Orders,
+    *,
+    decay: tuple[float, Any],
+) -> bool:
+    """No tensor is moved alone."""
+    return False
+
+
 def matrix(kept: Kept, grad: Tensor, orders: Orders) -> None:
     """No matrix is taken alone."""
 

@@ -48,6 +48,11 @@ class Form(NamedTuple):
             return cls(2 if code.bits == 8 else 3, True, code.half.bit_length(), code.top, least)
         return cls(_FORMATS[raw(kept).dtype], isinstance(kept, Rounded))
 
+    def named(self, letter: str) -> dict[str, Any]:
+        """As a kernel takes it, of `M` for the first moment or `V` for the second."""
+        names = ("", "_CHANCE", "_SHIFT", "_TOP", "_LEAST")
+        return {letter + name: value for name, value in zip(names, self, strict=True)}
+
 
 NOTHING = Form(-1)
 """Of what is not there."""

@@ -22,7 +22,7 @@ from cruxy_torch._native.triton_kernels import (
     tl,
 )
 from cruxy_torch._native.triton_launch import OPTIONS, Form
-from cruxy_torch._native.triton_tensors import fits, key_of, started
+from cruxy_torch._native.triton_tensors import are_aligned, fits, key_of, started
 from cruxy_torch._orders import Orders
 
 HEIGHT, WIDTH = 32, 128
@@ -117,11 +117,39 @@ def sizes_of_matrix(
 
 
 @jit
+def _moved(
+    grad, param, first, second, at, left, columns, number, scale, clip, size_at, rate, key_at,
+    decay,
+    G: constexpr, P: constexpr, P_CHANCE: constexpr, TURNED: constexpr, SIZED: constexpr,
+    MASKED: constexpr, ALIGNED: constexpr, ROWS: constexpr,
+):  # fmt: skip
+    x = plain(grad, at, left, G, MASKED, ALIGNED, ROWS) * scale
+    inside = places(ROWS) < left
+    index = at + places(ROWS)
+    row, column = index // columns, index % columns
+    if TURNED:
+        u = x * tl.load(first + column, mask=inside, other=0.0)
+        u = u * tl.load(second + row, mask=inside, other=0.0)
+    else:
+        u = x * tl.load(first + row, mask=inside, other=0.0)
+        u = u * tl.load(second + column, mask=inside, other=0.0)
+    u = u * clip
+    if SIZED:
+        u = u * tl.load(size_at)
+    p = plain(param, at, left, P, MASKED, ALIGNED, ROWS)
+    u = u + decay * p
+    random = places(ROWS)
+    if P_CHANCE:
+        random = random_bits(tl.load(key_at), (number + at).to(tl.int32) + places(ROWS))
+    keep_plain(param, at, left, p - rate * u, random, P, P_CHANCE, MASKED, ALIGNED, ROWS)
+
+
+@jit
 def move_of_matrix(
     grad, param, first, second, numel, columns, number, scale_at, clip_at, size_at, rate_at, ok_at,
     key_at, decay_scale_at, decay,
     G: constexpr, P: constexpr, P_CHANCE: constexpr, TURNED: constexpr, SIZED: constexpr,
-    STEERED: constexpr, ROWS: constexpr,
+    STEERED: constexpr, ALIGNED: constexpr, ROWS: constexpr,
 ):  # fmt: skip
     """`move_of_tensor` along `u clip size`, see `sizes_of_matrix`.
 
@@ -147,6 +175,7 @@ def move_of_matrix(
         TURNED: whether `first` belongs to the columns.
         SIZED: whether there is a size.
         STEERED: whether the law moves the decay.
+        ALIGNED: whether both begin at a multiple of 16 bytes.
         ROWS: blocks in a tile.
     """
     at = tl.program_id(0).to(tl.int64) * (256 * ROWS)
@@ -154,26 +183,17 @@ def move_of_matrix(
     if tl.load(ok_at) != 0:
         if STEERED:
             decay = decay * tl.load(decay_scale_at)
-        inside = places(ROWS) < left
-        index = at + places(ROWS)
-        row, column = index // columns, index % columns
-        x = plain(grad, at, left, G, True, False, ROWS) * tl.load(scale_at)
-        if TURNED:
-            u = x * tl.load(first + column, mask=inside, other=0.0)
-            u = u * tl.load(second + row, mask=inside, other=0.0)
+        scale, clip, rate = tl.load(scale_at), tl.load(clip_at), tl.load(rate_at)
+        if left >= 256 * ROWS:
+            _moved(
+                grad, param, first, second, at, left, columns, number, scale, clip, size_at, rate,
+                key_at, decay, G, P, P_CHANCE, TURNED, SIZED, False, ALIGNED, ROWS,
+            )  # fmt: skip
         else:
-            u = x * tl.load(first + row, mask=inside, other=0.0)
-            u = u * tl.load(second + column, mask=inside, other=0.0)
-        u = u * tl.load(clip_at)
-        if SIZED:
-            u = u * tl.load(size_at)
-        p = plain(param, at, left, P, True, False, ROWS)
-        u = u + decay * p
-        random = places(ROWS)
-        if P_CHANCE:
-            random = random_bits(tl.load(key_at), (number + at).to(tl.int32) + places(ROWS))
-        moved = p - tl.load(rate_at) * u
-        keep_plain(param, at, left, moved, random, P, P_CHANCE, True, False, ROWS)
+            _moved(
+                grad, param, first, second, at, left, columns, number, scale, clip, size_at, rate,
+                key_at, decay, G, P, P_CHANCE, TURNED, SIZED, True, ALIGNED, ROWS,
+            )  # fmt: skip
 
 
 class Matrix:
@@ -221,14 +241,15 @@ class Matrix:
     ) -> None:  # fmt: skip
         """Moves the parameter along the normalised gradient times two numbers."""
         form, steered = Form.of(self._kept), decay_scale is not None
+        where = fit.addresses([self._raw, self._param])
         launched = started(
             self._param, move_of_matrix, (-(-self._param.numel() // TILE),),
-            *fit.addresses([self._raw, self._param]), *map(_flat, factors), self._param.numel(),
+            *where, *map(_flat, factors), self._param.numel(),
             self._shape[1], fit.first_numbers([self._kept])[0], self._orders.scale, clip,
             clip if size is None else size, rate, self._ok, key_of(self._orders, rate.device),
             decay_scale if steered else rate, decay,
             **self._forms, P_CHANCE=form.chance, TURNED=_turned(factors), SIZED=size is not None,
-            STEERED=steered, ROWS=ROWS,
+            STEERED=steered, ALIGNED=are_aligned(where), ROWS=ROWS,
         )  # fmt: skip
         if not launched:
             raise fit.SetAsideError("a kernel of a matrix failed")

@@ -16,11 +16,13 @@ from cruxy_torch._native.triton_rules import misfit, parts
 from cruxy_torch._native.triton_sums import Together, mean_squares, sums, sums_by_tensor
 from cruxy_torch._native.triton_tables import constant, table
 from cruxy_torch._native.triton_tensors import momentum, move
+from cruxy_torch._native.triton_whole import adam, sign
 from cruxy_torch._orders import Orders
 
 __all__ = [
-    "NAME", "OPTIONS", "UPDATE_OPTIONS", "Form", "decide", "matrix", "mean_squares", "misfit",
-    "momentum", "move", "one", "parts", "sums", "sums_by_tensor", "together", "update",
+    "NAME", "OPTIONS", "UPDATE_OPTIONS", "Form", "adam", "decide", "matrix", "mean_squares",
+    "misfit", "momentum", "move", "one", "parts", "sign", "sums", "sums_by_tensor", "together",
+    "update",
 ]  # fmt: skip
 
 NAME = "triton"

@@ -173,7 +173,7 @@ def sums_of_all(
 
 
 @jit
-def _moved(
+def moved(
     param, grad, first, first_scales, second, second_scales, mean, at, left, first_number, number,
     rate, beta1, beta2, scale, key, weight, decay, eps, gain, spread,
     P: constexpr, P_CHANCE: constexpr, G: constexpr,
@@ -182,7 +182,7 @@ def _moved(
     NESTEROV: constexpr, COUPLED: constexpr, AVERAGED: constexpr,
     MASKED: constexpr, ALIGNED: constexpr, ROWS: constexpr,
 ):  # fmt: skip
-    """Updates a tile."""
+    """Updates a tile; see `update_of_chunks`, whose numbers it is given."""
     p = plain(param, at, left, P, MASKED, ALIGNED, ROWS)
     x = plain(grad, at, left, G, MASKED, ALIGNED, ROWS) * scale
     m = moment(first, first_scales, at, left, M, True, M_SHIFT, M_TOP, MASKED, ALIGNED, ROWS)
@@ -322,7 +322,7 @@ def update_of_chunks(
         whole = tl.minimum(left // (256 * ROWS), tiles).to(tl.int32)
         for tile in range(whole):
             done = tile * (256 * ROWS)
-            _moved(
+            moved(
                 param, grad, first, first_scales, second, second_scales, mean,
                 begin + done, left - done, first_number, number,
                 rate, beta1, beta2, scale, key, weight, decay, eps, gain, spread,
@@ -332,7 +332,7 @@ def update_of_chunks(
             )  # fmt: skip
         done = whole * (256 * ROWS)
         if (whole < tiles) & (done < left):
-            _moved(
+            moved(
                 param, grad, first, first_scales, second, second_scales, mean,
                 begin + done, left - done, first_number, number,
                 rate, beta1, beta2, scale, key, weight, decay, eps, gain, spread,

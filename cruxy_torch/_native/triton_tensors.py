@@ -7,6 +7,7 @@ is fused: the momentum, the squares of a factored second moment, and the move of
 # What is known at compile time is written as a type, and an `if` of it leaves names unset.
 # pyright: reportInvalidTypeForm=false, reportPossiblyUnboundVariable=false, reportMissingImports=false
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,9 +35,23 @@ _TYPES = {torch.float32, torch.bfloat16}
 
 
 @jit
+def _moved(
+    param, direction, at, left, number, rate_at, key_at, decay,
+    P: constexpr, P_CHANCE: constexpr, MASKED: constexpr, ALIGNED: constexpr, ROWS: constexpr,
+):  # fmt: skip
+    p = plain(param, at, left, P, MASKED, ALIGNED, ROWS)
+    u = plain(direction, at, left, 0, MASKED, ALIGNED, ROWS) + decay * p
+    random = places(ROWS)
+    if P_CHANCE:
+        random = random_bits(tl.load(key_at), (number + at).to(tl.int32) + places(ROWS))
+    p = p - tl.load(rate_at) * u
+    keep_plain(param, at, left, p, random, P, P_CHANCE, MASKED, ALIGNED, ROWS)
+
+
+@jit
 def move_of_tensor(
     param, direction, numel, number, rate_at, ok_at, key_at, decay_scale_at, decay,
-    P: constexpr, P_CHANCE: constexpr, STEERED: constexpr, ROWS: constexpr,
+    P: constexpr, P_CHANCE: constexpr, STEERED: constexpr, ALIGNED: constexpr, ROWS: constexpr,
 ):  # fmt: skip
     """`p <- p - rate (direction + decay p)`, a tile a program; nothing on a skipped step.
 
@@ -53,6 +68,7 @@ def move_of_tensor(
         P: form of the parameter: float32 (0) or bfloat16 (1).
         P_CHANCE: whether it is rounded by chance.
         STEERED: whether the law moves the decay.
+        ALIGNED: whether both begin at a multiple of 16 bytes.
         ROWS: blocks in a tile.
     """
     at = tl.program_id(0).to(tl.int64) * (256 * ROWS)
@@ -60,20 +76,44 @@ def move_of_tensor(
     if tl.load(ok_at) != 0:
         if STEERED:
             decay = decay * tl.load(decay_scale_at)
-        p = plain(param, at, left, P, True, False, ROWS)
-        u = plain(direction, at, left, 0, True, False, ROWS) + decay * p
-        random = places(ROWS)
-        if P_CHANCE:
+        if left >= 256 * ROWS:
+            _moved(
+                param, direction, at, left, number, rate_at, key_at, decay,
+                P, P_CHANCE, False, ALIGNED, ROWS,
+            )  # fmt: skip
+        else:
+            _moved(
+                param, direction, at, left, number, rate_at, key_at, decay,
+                P, P_CHANCE, True, ALIGNED, ROWS,
+            )  # fmt: skip
+
+
+@jit
+def _averaged(
+    grad, first, scales, out, at, left, number, ok, beta1, beta2, scale, key_at,
+    G: constexpr, M: constexpr, M_CHANCE: constexpr, M_SHIFT: constexpr, M_TOP: constexpr,
+    M_LEAST: constexpr, MASKED: constexpr, ALIGNED: constexpr, ROWS: constexpr,
+):  # fmt: skip
+    x = tl.where(ok, plain(grad, at, left, G, MASKED, ALIGNED, ROWS), 0.0) * scale
+    m = moment(first, scales, at, left, M, True, M_SHIFT, M_TOP, MASKED, ALIGNED, ROWS)
+    c = beta1 * m + (1.0 - beta1) * x
+    random = places(ROWS)
+    keep_plain(out, at, left, c, random, 0, False, MASKED, ALIGNED, ROWS)
+    if ok:
+        if M_CHANCE:
             random = random_bits(tl.load(key_at), (number + at).to(tl.int32) + places(ROWS))
-        moved = p - tl.load(rate_at) * u
-        keep_plain(param, at, left, moved, random, P, P_CHANCE, True, False, ROWS)
+        m = beta2 * m + (1.0 - beta2) * x
+        keep_moment(
+            first, scales, at, left, m, random,
+            M, M_CHANCE, True, M_SHIFT, M_TOP, M_LEAST, MASKED, ALIGNED, ROWS,
+        )  # fmt: skip
 
 
 @jit
 def momentum_of_tensor(
     grad, first, scales, out, numel, number, beta1_at, beta2_at, scale_at, ok_at, key_at,
     G: constexpr, M: constexpr, M_CHANCE: constexpr, M_SHIFT: constexpr, M_TOP: constexpr,
-    M_LEAST: constexpr, ROWS: constexpr,
+    M_LEAST: constexpr, ALIGNED: constexpr, ROWS: constexpr,
 ):  # fmt: skip
     """`beta1 m + (1 - beta1) x` of a gradient `x`, and the moment's own step by `beta2`.
 
@@ -95,23 +135,22 @@ def momentum_of_tensor(
         M_SHIFT: of its code, as the next two.
         M_TOP: likewise.
         M_LEAST: likewise.
+        ALIGNED: whether all but the scales begin at a multiple of 16 bytes.
         ROWS: blocks in a tile.
     """
     at = tl.program_id(0).to(tl.int64) * (256 * ROWS)
     left = numel - at
-    ok, beta1, beta2 = tl.load(ok_at) != 0, tl.load(beta1_at), tl.load(beta2_at)
-    x = tl.where(ok, plain(grad, at, left, G, True, False, ROWS), 0.0) * tl.load(scale_at)
-    m = moment(first, scales, at, left, M, True, M_SHIFT, M_TOP, True, False, ROWS)
-    c = beta1 * m + (1.0 - beta1) * x
-    random = places(ROWS)
-    keep_plain(out, at, left, c, random, 0, False, True, False, ROWS)
-    if ok:
-        if M_CHANCE:
-            random = random_bits(tl.load(key_at), (number + at).to(tl.int32) + places(ROWS))
-        m = beta2 * m + (1.0 - beta2) * x
-        keep_moment(
-            first, scales, at, left, m, random,
-            M, M_CHANCE, True, M_SHIFT, M_TOP, M_LEAST, True, False, ROWS,
+    ok, scale = tl.load(ok_at) != 0, tl.load(scale_at)
+    beta1, beta2 = tl.load(beta1_at), tl.load(beta2_at)
+    if left >= 256 * ROWS:
+        _averaged(
+            grad, first, scales, out, at, left, number, ok, beta1, beta2, scale, key_at,
+            G, M, M_CHANCE, M_SHIFT, M_TOP, M_LEAST, False, ALIGNED, ROWS,
+        )  # fmt: skip
+    else:
+        _averaged(
+            grad, first, scales, out, at, left, number, ok, beta1, beta2, scale, key_at,
+            G, M, M_CHANCE, M_SHIFT, M_TOP, M_LEAST, True, ALIGNED, ROWS,
         )  # fmt: skip
 
 
@@ -157,7 +196,8 @@ def move(
         param, move_of_tensor, (-(-param.numel() // TILE),),
         *where, param.numel(), number, rate, orders.ok.view(torch.uint8),
         key_of(orders, param.device), decay_scale if steered else rate, decay,
-        P=form.format, P_CHANCE=form.chance, STEERED=steered, ROWS=ROWS,
+        P=form.format, P_CHANCE=form.chance, STEERED=steered, ALIGNED=are_aligned(where),
+        ROWS=ROWS,
     )  # fmt: skip
 
 
@@ -177,13 +217,15 @@ def momentum(grad: Tensor, kept: Kept, shape: torch.Size, orders: Orders) -> Ten
     out, form = torch.empty(shape, dtype=torch.float32, device=grad.device), Form.of(kept)
     scales = kept.scales if isinstance(kept, Coded) else held
     number = 0 if isinstance(kept, Tensor) else kept.first
+    where = fit.addresses([grad, held, scales, out])
     taken = started(
         held, momentum_of_tensor, (-(-grad.numel() // TILE),),
-        *fit.addresses([grad, held, scales, out]), grad.numel(), number,
+        *where, grad.numel(), number,
         orders.beta1, orders.beta2, orders.scale, orders.ok.view(torch.uint8),
         key_of(orders, grad.device),
         G=Form.of(grad).format, M=form.format, M_CHANCE=form.chance, M_SHIFT=form.shift,
-        M_TOP=form.top, M_LEAST=form.least, ROWS=ROWS,
+        M_TOP=form.top, M_LEAST=form.least,
+        ALIGNED=are_aligned([where[0], where[1], where[3]]), ROWS=ROWS,
     )  # fmt: skip
     return out if taken else None
 
@@ -196,6 +238,11 @@ def started(changed: Tensor, kernel: Any, grid: tuple[int, ...], *args: Any, **k
         return False
     torch.autograd.graph.increment_version([changed])
     return True
+
+
+def are_aligned(addresses: Sequence[int]) -> bool:
+    """Whether all are multiples of 16."""
+    return all(address % 16 == 0 for address in addresses)
 
 
 def key_of(orders: Orders, device: torch.device) -> Tensor:
