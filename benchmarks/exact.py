@@ -85,8 +85,9 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
                 rows = {name: _shortest(row, seconds, name) for name, row in rows.items()}
             common = {"framework": framework, "device": device(framework)}
             timings.append({**common, "size": size, "parameters": count, "steps": rows})
-    names = "-".join([*options.size, *(["cpu-time"] if options.cpu_time else [])])
-    return {"part": names, "repeats": options.repeats, "timings": timings}
+    alone = options.framework if len(options.framework) == 1 else []
+    names = [*alone, *options.size, *(["cpu-time"] if options.cpu_time else [])]
+    return {"part": "-".join(names), "repeats": options.repeats, "timings": timings}
 
 
 def _shortest(

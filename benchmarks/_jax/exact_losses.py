@@ -34,7 +34,7 @@ def train(name: str, seed: int, steps: int, data: str | None, *, exactly: bool) 
         the parameters.
     """
     workload, model = load(name, data, "jax"), MODELS[name.rpartition("-")[2]]
-    schedule = exact.warmup_cosine(model.learning_rate, warmup=steps // 20, steps=steps)
+    schedule: Any = exact.warmup_cosine(model.learning_rate, warmup=steps // 20, steps=steps)
     tx: Any = optax.adamw(schedule, weight_decay=DECAY)
     loss: Callable[..., Any] = workload.loss
     if exactly:

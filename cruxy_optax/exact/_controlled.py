@@ -27,7 +27,7 @@ class ControlledState(NamedTuple):
     nu: optax.Updates  # second moments, like the parameters
     mu_decay: jax.Array  # product of the decay rates so far; shape=(), dtype=float32
     nu_decay: jax.Array  # likewise
-    average: AverageIteratesState | None  # of the parameters; None where none is kept
+    average: Any  # AverageIteratesState of the parameters; None where none is kept
 
 
 def controlled(

@@ -94,7 +94,7 @@ def adamw(
             lr = rate(state.count)
 
             def one(p: Any, g: Any, decay: float, m: Any, v: Any) -> tuple[Any, ...]:
-                options = {"b1": b1, "b2": b2, "eps": eps}
+                options: Any = {"b1": b1, "b2": b2, "eps": eps}
                 m, v, u = core.adam_direction(g, m, v, factors, **options, xp=jnp)
                 return -core.change(p, u, lr=lr, weight_decay=decay, xp=jnp), m, v
 

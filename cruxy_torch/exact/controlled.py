@@ -140,8 +140,14 @@ class Controlled(Optimizer):
         like = torch.zeros((), dtype=torch.float32, device=device)
         leaves = [self._leaf(p, number, xp) for number, p in moved]
         groups = [
-            Group(g["lr"], *g["betas"], g["eps"], g.get("products", (like + 1.0, like + 1.0)))
-            for g in self.param_groups
+            Group(
+                learning_rate=group["lr"],
+                b1=group["betas"][0],
+                b2=group["betas"][1],
+                eps=group["eps"],
+                products=group.get("products", (like + 1.0, like + 1.0)),
+            )
+            for group in self.param_groups
         ]
         given = None if loss is None else like + loss
         state, products, out = self._driven.step(self._kept(like, xp), groups, leaves, given, xp=xp)
