@@ -79,7 +79,7 @@ clean:
 
 $(VENV)-lowest/.installed: pyproject.toml
 	@$(PYTHON) -m venv $(VENV)-lowest
-	@$(VENV)-lowest/bin/python -m pip install -qq jax==0.7.0 jaxlib==0.7.0 optax==0.2.6 \
+	@$(VENV)-lowest/bin/python -m pip install -qq jax==0.7.0 jaxlib==0.7.0 optax==0.2.7 \
 	chex==0.1.90 'numpy==2.0.*' 'flax>=0.11' pytest sybil hypothesis
 	@touch $@
 

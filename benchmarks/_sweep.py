@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks._environment import basis
 from benchmarks._frameworks import FRAMEWORKS, room
 from benchmarks._runs import Record, Task, record_from_json, task_from_json, to_json
+from benchmarks.workloads import home
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,8 +51,12 @@ WORKLOADS = {
     "shakespeare": _SHAKESPEARE,
     "finetuning": ("benchmarks/_jax/workloads/finetuning.py", *_DIGITS, *_SHAKESPEARE),
     "cartpole": ("benchmarks/_jax/workloads/cartpole.py",),
+    "char": ("benchmarks/_jax/workloads/char.py", "benchmarks/workloads/shakespeare.py", *_DEMO),
+    "table": ("benchmarks/_jax/workloads/table.py",),
+    "residual": ("benchmarks/_jax/workloads/residual.py", *_DIGITS),
+    "diffusion": ("benchmarks/_jax/workloads/diffusion.py", *_DIGITS),
 }
-"""What defines the workloads of a family."""
+"""What defines the workloads of a module."""
 
 
 def files(framework: str, optimizer: str, workload: str) -> list[Path]:
@@ -67,7 +72,7 @@ def files(framework: str, optimizer: str, workload: str) -> list[Path]:
     Raises:
         FileNotFoundError: if a pattern names no file; what moved would else count as unchanged.
     """
-    family = workload.partition("-")[0]
+    family = home(workload)
     patterns = [
         *entry(framework, optimizer).sources,
         *ENGINES[framework],

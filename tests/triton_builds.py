@@ -17,10 +17,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from cruxy_exact import BlockCode
+from cruxy_torch import CruxyOptimizer, _step
 from cruxy_torch._kept import Coded, Rounded
-from cruxy_torch._native import triton_passes, triton_steps
+from cruxy_torch._native import triton_law, triton_passes, triton_steps
 from cruxy_torch._native.triton_kernels import ROWS
 from cruxy_torch._native.triton_passes import Form
+from cruxy_torch._sensors.sizes import Sizes
 
 CAPABILITIES = (75, 80, 89, 90)
 _POINTERS = {
@@ -38,6 +40,9 @@ class Built(NamedTuple):
     wide_loads: int
     narrow_loads: int
     wide_stores: int
+    atomics: int
+    ordered_atomics: int
+    """Those that acquire and release on the whole device, behind a barrier of the program."""
 
 
 def form(bits: Any, *, signed: bool) -> Form:
@@ -114,8 +119,39 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 """By name the kernel and what it knows at compile time."""
 
 
+SCALARS = {
+    "scalars of Meta3": {},
+    "scalars of self-driving, 300 tensors": {"mode": "self_driving"},
+}
+"""Options under which all that is computed on scalars is compiled."""
+
+
+def scalars(name: str) -> tuple[Any, dict[str, str]]:
+    """The kernel of a step's scalars, and the types of its arguments."""
+    count = 300
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(count)]
+    optimizer = CruxyOptimizer(params, **SCALARS[name])
+    for param in params:
+        param.grad = torch.ones_like(param)
+    law_state, one = optimizer._law(), torch.ones(())
+    driven = "limit_scale" in law_state
+    sizes = Sizes(torch.ones(count), [2] * count) if driven else None
+    measured = _step.Measured(
+        torch.ones(4 if driven else 2), one, one, [sizes], one if driven else None, 2.0
+    )
+    groups = [optimizer._group(0)]
+    found = triton_law._recorded(optimizer._settings, law_state, groups, measured)
+    assert found is not None
+    return found.kernel, found.types
+
+
 def build(name: str, capability: int) -> Built:
     """Compiles a form for a compute capability, such as 80 for 8.0."""
+    if name in SCALARS:
+        kernel, types = scalars(name)
+        target = GPUTarget("cuda", capability, 32)
+        source = _source(kernel, types, {})
+        return _read(triton.compile(source, target=target, options=triton_law.OPTIONS).asm)
     kernel_name, constants = FORMS[name]
     kernel = getattr(triton_steps, kernel_name)
     signature = {argument: _type(argument, constants) for argument in kernel.arg_names}
@@ -159,13 +195,18 @@ def _read(asm: dict[str, Any]) -> Built:
             "stores": r"st\.global(\.\w+)*\.v4\.b32",
         }.items()
     }
+    atomics = re.findall(r"atom\.\S+", ptx)
+    fenced = re.findall(r"bar\.sync[^;]*;(?:(?!ld\.global)[\s\S])*?atom\.global\.gpu\.acq_rel", ptx)
     spilled = int(used["STACK"]) + int(used["LOCAL"])
-    return Built(int(used["REG"]), spilled, count["wide"], count["narrow"], count["stores"])
+    return Built(
+        int(used["REG"]), spilled, count["wide"], count["narrow"], count["stores"],
+        len(atomics), len(fenced),
+    )  # fmt: skip
 
 
 def main() -> None:
     """Prints a table, or with `--json` what a test reads."""
-    names = [name for name in FORMS if not sys.argv[2:] or name in sys.argv[2:]]
+    names = [name for name in (*FORMS, *SCALARS) if not sys.argv[2:] or name in sys.argv[2:]]
     built = {name: {c: build(name, c) for c in CAPABILITIES} for name in names}
     if "--json" in sys.argv:
         print(json.dumps({n: {c: b._asdict() for c, b in row.items()} for n, row in built.items()}))

