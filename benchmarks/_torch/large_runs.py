@@ -38,10 +38,8 @@ _RELEASED = "AXIOM, gradients released"
 
 RUNS: tuple[tuple[str, int | None], ...] = (
     ("AdamW", None),
-    ("AXIOM", None),
     (_RELEASED, None),
     (_RELEASED, 8),
-    (_RELEASED, 4),
 )
 """A way of `WAYS` by its label, and bits an element of the activations; `None` for exact ones."""
 

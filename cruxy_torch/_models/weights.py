@@ -156,8 +156,9 @@ def _keep_unpacked(model: nn.Module) -> None:
     derivative: what is below a layer gets no gradient through it.
     """
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        packs: dict[str, Any] = vars(module)
+        if "support_avx512bf16_for_cpu" in packs:
+            packs["support_avx512bf16_for_cpu"] = False
 
 
 def _adapted(model: nn.Module, rank: int) -> Any:
