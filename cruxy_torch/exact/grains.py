@@ -1,5 +1,8 @@
 """Gradients of micro-batches and devices added so that no cut and no order can matter."""
 
+# torch documents `dist.GradBucket`, and does not export it by name.
+# pyright: reportPrivateImportUsage=false
+
 from collections.abc import Iterable
 from typing import Any
 
@@ -113,7 +116,7 @@ def reduced(sums: list[Grains], group: Any = None) -> list[Grains]:
     ]
 
 
-def ddp_hook(group: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+def ddp_hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """A communication hook of `DistributedDataParallel`: each process's batch is one grain.
 
     The gradients become the exact sum over processes, not their mean. It is the same for any order
