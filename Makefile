@@ -46,8 +46,7 @@ test-all: $(VENV)-dev/.installed
 	$(PYTEST) $(ARGS)
 
 test-triton: $(VENV)-triton/.installed
-	TRITON_INTERPRET=1 $(TRITON)/python -m pytest tests/test_torch_triton.py \
-	tests/test_torch_triton_paths.py $(ARGS)
+	TRITON_INTERPRET=1 $(TRITON)/python -m pytest tests/test_torch_triton*.py $(ARGS)
 	$(TRITON)/python tests/triton_builds.py
 
 # JAX alone: PyPI has old versions of PyTorch for Linux only with gigabytes of CUDA.
@@ -79,7 +78,7 @@ clean:
 
 $(VENV)-lowest/.installed: pyproject.toml
 	@$(PYTHON) -m venv $(VENV)-lowest
-	@$(VENV)-lowest/bin/python -m pip install -qq jax==0.7.0 jaxlib==0.7.0 optax==0.2.6 \
+	@$(VENV)-lowest/bin/python -m pip install -qq jax==0.7.0 jaxlib==0.7.0 optax==0.2.7 \
 	chex==0.1.90 'numpy==2.0.*' 'flax>=0.11' pytest sybil hypothesis
 	@touch $@
 

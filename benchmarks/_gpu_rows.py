@@ -22,6 +22,7 @@ SECOND = (
     "torchao-adamw-8bit", "bitsandbytes-adamw-8bit",
 )  # fmt: skip
 OF_JAX = ("adamw", "meta3", "meta_lion", "self_driving", "self_driving-no-average")
+PARITY_STEPS = 50
 TRAJECTORIES = ("meta3", "meta_lion", "self_driving")
 
 GPU_SIZES: dict[str, Shapes] = {"tiny": gpt_shapes(1, 16, 65, 16), **SIZES}
@@ -35,7 +36,7 @@ class Row(NamedTuple):
         kind: `copy`, `step`, `waits`, `parity`, `exact`, `memory` or `training`.
         framework: "jax" or "torch".
         name: of the optimizer; empty for none.
-        size: a key of `GPU_SIZES`; empty for none.
+        size: a key of `GPU_SIZES`; empty for none, or for that which the row is about.
     """
 
     kind: str
@@ -68,13 +69,16 @@ def rows(sizes: list[str], frameworks: list[str]) -> list[Row]:
     if "jax" in frameworks:
         found += [Row("parity", "jax", name) for name in TRAJECTORIES]
         found += [Row("step", "jax", name, sizes[0]) for name in OF_JAX]
-    if "torch" in frameworks and "tiny" not in sizes:
-        found += [Row("memory", "torch", name) for name in ("axiom", "lion")]
+    tried = "tiny" if "tiny" in sizes else ""
+    if "torch" in frameworks:
+        found += [Row("memory", "torch", name, tried) for name in ("axiom", "lion")]
         found += [Row("step", "torch", name, s) for s in sizes[1:] for name in SECOND]
     if "jax" in frameworks:
         found += [Row("step", "jax", name, size) for size in sizes[1:] for name in OF_JAX]
-    if "torch" in frameworks and "tiny" not in sizes:
-        found += [Row("training", "torch", name) for name in ("self_driving", "adamw-cosine")]
+    if "torch" in frameworks:
+        found += [
+            Row("training", "torch", name, tried) for name in ("self_driving", "adamw-cosine")
+        ]
     return found
 
 
@@ -85,7 +89,7 @@ def measured(row: Row, repeats: int) -> dict[str, Any]:
         Exception: whatever a framework or a device raises.
     """
     if row.kind == "memory":
-        return _memory(row.name)
+        return _memory(row)
     if row.kind == "training":
         return _training(row)
     module = room(row.framework, "gpu", "gpu")
@@ -104,8 +108,8 @@ def measured(row: Row, repeats: int) -> dict[str, Any]:
 
 
 def _parity(row: Row, module: Any, shapes: Shapes) -> dict[str, Any]:
-    """How far 50 steps on the device are from 50 steps of PyTorch on the CPU."""
-    steps = 50
+    """How far steps on the device are from as many steps of PyTorch on the CPU."""
+    steps = PARITY_STEPS
     ours = module.trajectory(row.name, shapes, steps)
     torch = room("torch", "gpu", "gpu")
     theirs = torch.trajectory(row.name, shapes, steps, device="cpu")
@@ -120,10 +124,11 @@ def _parity(row: Row, module: Any, shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def _memory(name: str) -> dict[str, Any]:
+def _memory(row: Row) -> dict[str, Any]:
     """The peak of the 1.1B model's full training, in a process of its own, under 4 GiB."""
     example = Path(__file__).parents[1] / "examples" / "full_finetune_4gb.py"
-    command = [sys.executable, str(example), "--steps", "5", "--optimizer", name]
+    command = [sys.executable, str(example), "--steps", "5", "--optimizer", row.name]
+    command += ["--tiny"] if row.size else []
     run = subprocess.run(command, capture_output=True, text=True, timeout=240)
     if run.returncode:
         raise RuntimeError((run.stderr.strip().splitlines() or ["it failed"])[-1])
@@ -133,10 +138,11 @@ def _memory(name: str) -> dict[str, Any]:
 
 
 def _training(row: Row) -> dict[str, Any]:
-    """Held-out losses of 1,000 steps of the small GPT; of AdamW at three rates the best."""
+    """Held-out losses of 1,000 steps of the small GPT; of AdamW at three rates."""
     rates = (None,) if row.name == "self_driving" else (3e-4, 1e-3, 3e-3)
+    workload, steps = ("shakespeare-small", 2) if row.size else ("shakespeare-10m", 1000)
     tasks = [
-        Task("shakespeare-10m", row.name, rate or 1e-3, 0, 1000, (1000,), framework="torch")
+        Task(workload, row.name, rate or 1e-3, 0, steps, (steps,), framework="torch")
         for rate in rates
     ]
     records = room("torch", "training", "training").train(tasks)

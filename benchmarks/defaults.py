@@ -8,7 +8,7 @@ from rich.console import Console
 
 from benchmarks._comparison import Comparison, add_arguments, final, split
 from benchmarks._protocol import Protocol, Rows
-from benchmarks._standings import cells, draw, ranked, standing
+from benchmarks._standings import cells, draw, named, ranked, standing
 from benchmarks._sweep import entry
 
 OPTIMIZERS = (
@@ -56,10 +56,11 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _rows(result: dict[str, Any]) -> Rows:
+    reference = named(result, REFERENCE)
     return Rows(
         ("optimizer", "rate", "held-out loss", "minus self-driving, paired", "bytes a parameter"),
         [
-            (row["label"], f"{row['rate']:g}", *cells(row), f"{row['state_bytes']:.1f}")
+            (row["label"], f"{row['rate']:g}", *cells(row, reference), f"{row['state_bytes']:.1f}")
             for row in ranked(result)
         ],
     )

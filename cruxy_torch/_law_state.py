@@ -112,19 +112,45 @@ def advance(
     values = dict(zip(law_state, as_scalars(law_state.values(), xp), strict=True))
     with quiet(xp):
         sensed = Signals(*as_scalars(signals, xp))
-        if still is not False:  # what is not finite leaves a law as it was
-            sensed = sensed._replace(grad_norm=xp.where(still, math.nan, sensed.grad_norm))
-        state, controls = law.step(restored(names, values), sensed, xp=xp)
-        good = xp.where(controls.ok, xp.ones_like(values["step"]), 0)
-        bad = 1 - good if still is False else xp.where(still, 0, 1 - good)
-        new = dict(zip(leaves(names), leaves(state), strict=True))
-        new["step"] = _counted(values["step"], good, xp)
-        new["skipped_total"] = _counted(values["skipped_total"], bad, xp)
-        in_a_row = _counted(values["skipped_in_a_row"], bad, xp)
-        new["skipped_in_a_row"] = in_a_row * (1 - good)
-    _store(law_state, new, xp)
-    _hold(law_state["controls"], controls, xp)
+        new, controls = advanced(law, names, values, sensed, still=still, xp=xp)
+    store(law_state, new, controls, xp)
     return controls
+
+
+def advanced(
+    law: Any, names: Any, values: Mapping[str, Any], signals: Signals, *, still: Any, xp: Any
+) -> tuple[dict[str, Any], Controls]:
+    """What changes in a state in one step of the law, by name, and what it decided.
+
+    Args:
+        law: the law.
+        names: see `advance`.
+        values: the state as scalars of `xp`.
+        signals: likewise.
+        still: see `advance`.
+        xp: the controller's namespace.
+    """
+    if still is not False:  # what is not finite leaves a law as it was
+        signals = signals._replace(grad_norm=xp.where(still, math.nan, signals.grad_norm))
+    state, controls = law.step(restored(names, values), signals, xp=xp)
+    good = xp.where(controls.ok, xp.ones_like(values["step"]), 0)
+    bad = 1 - good if still is False else xp.where(still, 0, 1 - good)
+    new = dict(zip(leaves(names), leaves(state), strict=True))
+    new["step"] = _counted(values["step"], good, xp)
+    new["skipped_total"] = _counted(values["skipped_total"], bad, xp)
+    in_a_row = _counted(values["skipped_in_a_row"], bad, xp)
+    new["skipped_in_a_row"] = in_a_row * (1 - good)
+    return new, controls
+
+
+def store(law_state: dict[str, Tensor], new: dict[str, Any], controls: Controls, xp: Any) -> None:
+    """Keeps what `advanced` gave."""
+    if xp is _scalar_numpy:
+        for name, value in new.items():
+            law_state[name].numpy()[...] = value
+    else:
+        assign([law_state[name] for name in new], list(new.values()))
+    _hold(law_state["controls"], controls, xp)
 
 
 def _counted(count: Any, more: Any, xp: Any) -> Any:
@@ -146,13 +172,18 @@ def last_controls(law_state: dict[str, Tensor]) -> Controls:
 
 
 def _hold(vector: Tensor, controls: Controls, xp: Any) -> None:
-    threshold = xp.clip(controls.clip_threshold, 0.0, NOT_KNOWN)  # no threshold is a finite number
-    controls = controls._replace(clip_threshold=threshold)
-    values = [getattr(controls, name) for name in CONTROLS[: vector.shape[0]]]
+    values = to_hold(controls, vector.shape[0], xp=xp)
     if xp is not _scalar_numpy:
         vector.copy_(torch.where(controls.ok, torch.stack(values), vector))
     elif controls.ok:
         vector.numpy()[...] = values
+
+
+def to_hold(controls: Controls, count: int, *, xp: Any) -> list[Any]:
+    """What is kept of the orders of a good step: the first so many of `CONTROLS`."""
+    threshold = xp.clip(controls.clip_threshold, 0.0, NOT_KNOWN)  # no threshold is a finite number
+    controls = controls._replace(clip_threshold=threshold)
+    return [getattr(controls, name) for name in CONTROLS[:count]]
 
 
 def as_scalars(values: Iterable[Any], xp: Any) -> list[Any]:
@@ -166,14 +197,6 @@ def as_scalars(values: Iterable[Any], xp: Any) -> list[Any]:
 def quiet(xp: Any) -> contextlib.AbstractContextManager[Any]:
     """Keeps NumPy from warning of what the other namespaces compute in silence."""
     return numpy.errstate(all="ignore") if xp is _scalar_numpy else contextlib.nullcontext()
-
-
-def _store(law_state: dict[str, Tensor], new: dict[str, Any], xp: Any) -> None:
-    if xp is _scalar_numpy:
-        for name, value in new.items():
-            law_state[name].numpy()[...] = value
-    else:
-        assign([law_state[name] for name in new], list(new.values()))
 
 
 def check(law_state: dict[str, Tensor], saved: Mapping[str, Any] | None) -> None:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from cruxy_control import Signals
 from cruxy_control.controls import clip_scale
-from cruxy_torch import _law_state, _step
+from cruxy_torch import _law_state, _step, _telemetry
 from cruxy_torch._distributed.shards import in_processes, is_sharded
 from cruxy_torch._native.fit import Passes
 from cruxy_torch._orders import Orders
@@ -201,8 +202,10 @@ class Pass:
         sensed = conclude(self._total, loss, self._meshes, self._settings.law.gamma)
         settings = self._settings
         controls = _law_state.advance(settings.law, settings.names, self._law_state, sensed)
+        sensed = Signals(*_law_state.as_scalars(sensed, self._xp))
         controls = _step.with_largest_norm(controls, sensed.grad_norm, settings, xp=self._xp)
-        _step.record(self._law_state, sensed, controls, self._orders(group))
+        report = _step.recorded(sensed, controls, self._orders(group), xp=self._xp)
+        _telemetry.record(self._law_state, report)
         for each in late:
             orders = self._orders(each)._replace(ok=controls.ok)
             orders = _step.with_limits(each, orders, count, None, None, xp=self._xp)
@@ -211,7 +214,10 @@ class Pass:
     def _orders(self, group: _step.Group) -> Orders:
         """What a group applies to a gradient that is finite and not clipped."""
         if group.rounds and self._key is None:
-            self._key = _step.random_key(self._law_state)
+            names = ("step", "skipped_total")
+            numbers = _law_state.as_scalars([self._law_state[n] for n in names], self._xp)
+            with _law_state.quiet(self._xp):
+                self._key = _step.random_key(dict(zip(names, numbers, strict=True)), xp=self._xp)
         if group.index not in self._ordered:
             self._ordered[group.index] = _step.orders_of(
                 group, self._controls, self._one, 0, self._settings, xp=self._xp

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import benchmarks.gpu as gpu
+from benchmarks import _gpu_rows
 from benchmarks._gpu_rows import FLOOR, Row, rows
 from benchmarks._protocol import run
 
@@ -79,16 +80,31 @@ def test_bandwidth_is_a_share_of_the_copy_and_the_floor_one_of_adamw():
 
 def test_bytes_of_a_step_are_those_of_every_tensor_read_and_written_once():
     torch = pytest.importorskip("torch")
-    from benchmarks._torch.gpu import bytes_of
+    from benchmarks._torch.launches import bytes_of
 
     table = torch.zeros(15, 1, dtype=torch.int64)
     table[9] = 1024
+    chunks = torch.zeros(1, 2, dtype=torch.int32)
     sums = {"G": 0, "M": -1, "P": -1}
     adam = {"G": 0, "M": 0, "P": 0, "V": 0, "AVERAGED": False}
-    moved = [bytes_of((table,), form) / 4096 for form in (sums, adam)]
-    lion = bytes_of((table,), adam | {"V": -1}) / 4096
+    moved = [bytes_of((table, 1, chunks), form, 1) / 4096 for form in (sums, adam)]
+    lion = bytes_of((table, 1, chunks), adam | {"V": -1}, 1) / 4096
     assert (sum(moved), moved[0] + lion) == (FLOOR["meta3"], FLOOR["meta_lion"])
-    assert bytes_of((table,), {"WIDTH": 256}) == 0
+    assert bytes_of((table,), {"WIDTH": 256}, 1) == 0
+
+
+@pytest.mark.slow
+def test_every_row_is_measured_on_a_cpu(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(_gpu_rows, "PARITY_STEPS", 2)
+    argv = ["--device", "cpu", "--sizes", "tiny", "--repeats", "1", "--output", str(tmp_path)]
+    run(gpu.PROTOCOL, argv)
+    result = json.loads((tmp_path / "gpu-tiny-cpu.json").read_text())
+    needs_more = ("torchao", "bitsandbytes")
+    failed = {r["name"] or r["kind"]: r["failed"] for r in result["rows"] if "failed" in r}
+    assert {n: why for n, why in failed.items() if not n.startswith(needs_more)} == {}
+    assert result["left"] == []
+    assert len(gpu.PROTOCOL.rows(result).rows) == len(result["rows"])
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys):

@@ -135,7 +135,15 @@ def rooms(*names: str, of: Iterable[str] = ("cruxy_optax", "cruxy_torch")) -> tu
 
 LOOP = (
     *rooms("_stabilize", "_controls", "_states", "_release", of=["cruxy_optax"]),
-    *rooms("_controlled_optimizer", "_step", "_law_state", "_release", of=["cruxy_torch"]),
+    *rooms(
+        "_controlled_optimizer",
+        "_step",
+        "_decide",
+        "_groups",
+        "_law_state",
+        "_release",
+        of=["cruxy_torch"],
+    ),
 )
 PUBLIC = rooms("training", "integrations", of=["cruxy_torch"])
 

@@ -11,6 +11,7 @@ import pytest
 
 from cruxy_control import Meta3, StabilityV1, StabilityV2
 from cruxy_optax import meta3, meta_lion, stability_v1, stability_v2, telemetry
+from jax_versions import enable_x64
 from optimizers import (
     OPTIMIZERS,
     assert_close,
@@ -150,7 +151,7 @@ def test_updates_have_the_dtype_of_the_parameters_not_of_the_gradients(name, dty
 
 
 def test_numpy_hyperparameters_do_not_widen_the_state():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         params = {"w": jnp.ones(3, jnp.float32)}
         one = np.float64(1.0)
         tx = meta3(0.1 * one, b1=0.9 * one, b2=0.9 * one, eps=1e-8 * one, bounds=(0 * one, one))
@@ -161,7 +162,7 @@ def test_numpy_hyperparameters_do_not_widen_the_state():
 
 @every_optimizer
 def test_float64_elsewhere_does_not_widen_the_state_of_float32_parameters(name):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         tx, params = OPTIMIZERS[name](), tree()
         before = tx.init(params)
         updates, after = tx.update(params, before, params, value=jnp.float32(1.0))
@@ -303,7 +304,7 @@ def test_it_finds_the_minimum_of_a_quadratic(name):
 
 
 def test_float64_is_kept_where_jax_has_it():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         params = {"w": jnp.ones(3, jnp.float64)}
         tx = meta3(1e-3)
         updates, state = tx.update(params, tx.init(params), params, value=1.0)

@@ -30,6 +30,7 @@ from cruxy_optax import (
     throttle_by_phase,
 )
 from cruxy_optax._actuators.factored import scale_by_factored_rms
+from jax_versions import set_mesh
 from optimizers import assert_close, assert_same, at, gradients, train, tree
 
 QKV = {"w": blocks(4, 2, 2, axis=1)}
@@ -139,7 +140,7 @@ def test_sharded_equals_whole(name, kind):
     tx, (grads, losses) = chained(PARTS[name]()), gradients(4)
     grads, params = ({k: x[k] for k in ("w", "b")} for x in (grads, tree()))
     want = train(tx, params, grads, losses)
-    with jax.set_mesh(mesh):
+    with set_mesh(mesh):
         split = {"w": P("data", None), "b": P("data")}
         put = lambda x, lead=(): {  # noqa: E731
             k: jax.device_put(x[k], NamedSharding(mesh, P(*lead, *split[k]))) for k in split

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cruxy_optax import meta3, quantize_state
+from jax_versions import set_mesh
 from low_bit import coded, heavy_tailed
 
 every_bits = pytest.mark.parametrize("bits", [8, 4])
@@ -32,7 +33,7 @@ def test_sharded_leaves_stay_where_they_are(bits, spec, kind):
     params = {"w": jnp.asarray(heavy_tailed((256, 512), True))}
     tx = quantize_state(optax.adam(0.01), bits)
     want = tx.update(params, tx.init(params), params)
-    with jax.set_mesh(mesh):
+    with set_mesh(mesh):
         split = jax.device_put(params, sharding)
         state = tx.init(split)
         step = jax.jit(tx.update)

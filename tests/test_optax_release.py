@@ -16,6 +16,7 @@ from cruxy_control.filters import select
 from cruxy_optax import LayerStack, release_gradients
 from cruxy_optax._sensors.measure import raw_sums, signals_of
 from cruxy_optax._stabilize import loop_of
+from jax_versions import enable_x64
 from low_bit import coded
 from optimizers import assert_same
 
@@ -91,7 +92,7 @@ PLAIN = {
 @pytest.mark.parametrize("name", PLAIN)
 def test_without_a_controller_it_equals_the_ordinary_step(name):
     tx = PLAIN[name]()
-    with jax.enable_x64(True):
+    with enable_x64(True):
         params, stacked = model(jnp.float64), batches(jnp.float64)
 
         @jax.jit
@@ -157,7 +158,7 @@ CONTROLLED = {
 @pytest.mark.parametrize("name", CONTROLLED)
 def test_with_a_controller_what_it_orders_comes_one_step_later_and_nothing_else_differs(name):
     tx = CONTROLLED[name]()
-    with jax.enable_x64(True):
+    with enable_x64(True):
         params, stacked = model(jnp.float64), batches(jnp.float64)
         got, state, losses = train_released(tx, params, stacked)
         want, held, want_losses = reference(tx, params, stacked)

@@ -114,7 +114,8 @@ class NnxNet(nnx.Module):
             num_heads=2, in_features=8, qkv_features=8, decode=False, rngs=rngs
         )
         self.mlp = NnxMlp(rngs)
-        self.chain = nnx.List([Bottleneck(rngs)])
+        chain = [Bottleneck(rngs)]
+        self.chain = nnx.List(chain) if hasattr(nnx, "List") else chain  # flax 0.11 has none
         self.ffn = nnx.Sequential(
             nnx.Linear(8, 16, rngs=rngs), jax.nn.gelu, nnx.Linear(16, 8, rngs=rngs)
         )

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cruxy_optax import limit_relative_step, meta3, meta_lion, self_driving, telemetry
+from jax_versions import set_mesh
 from optimizers import assert_close
 
 OPTIMIZERS = {"meta3": meta3, "meta_lion": meta_lion, "self_driving": self_driving}
@@ -190,7 +191,7 @@ def test_norms_of_a_sharded_matrix_whatever_its_rows_a_device(rows, kind):
     tx = meta3(0.01)
     want = telemetry(tx.update(grads, tx.init(grads), grads)[1])
     split = jax.device_put(grads, NamedSharding(mesh, P("data", None)))
-    with jax.set_mesh(mesh):
+    with set_mesh(mesh):
         state = jax.jit(lambda g: tx.update(g, tx.init(g), g)[1])(split)
     for name in ("grad_norm", "gamma_norm"):
         np.testing.assert_allclose(float(telemetry(state)[name]), float(want[name]), rtol=1e-5)

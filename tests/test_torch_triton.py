@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import triton_cases as cases  # noqa: E402
 from cruxy_exact.codes import BlockCode  # noqa: E402
 from cruxy_torch._kept import read, write  # noqa: E402
-from cruxy_torch._native import fit, triton_passes, triton_tables  # noqa: E402
+from cruxy_torch._native import fit, triton_launch, triton_passes, triton_tables  # noqa: E402
 from triton_cases import DEVICE, everything, group, orders, ulps  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, cases.needs_a_place_to_run]
@@ -230,9 +230,9 @@ def test_the_products_of_decay_rates_advance_once_however_many_programs_a_tensor
 @pytest.mark.slow
 def test_thousands_of_tensors_in_one_launch(monkeypatch):
     launched = []
-    launch = triton_passes._launch
+    launch = triton_launch.launch
     monkeypatch.setattr(
-        triton_passes, "_launch", lambda *a, **k: launched.append(a[1]) or launch(*a, **k)
+        triton_launch, "launch", lambda *a, **k: launched.append(a[1]) or launch(*a, **k)
     )
     shapes = tuple((i % 5,) for i in range(2_000))
     ours, theirs = stepped(steps=1, shapes=shapes, averaged=True)

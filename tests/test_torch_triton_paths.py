@@ -271,12 +271,19 @@ def assert_well_built(forms):
     for name, row in forms.items():
         for capability, found in row.items():
             assert found["spilled"] == 0, (name, capability, found)
-            if "not aligned" not in name and name not in ("sums of tensors", "sums of all"):
+            assert found["atomics"] == found["ordered_atomics"], (name, capability, found)
+            narrow = ("not aligned", "sums of tensors", "sums of all", "scalars")
+            if not any(words in name for words in narrow):
                 assert found["wide_loads"] > 0, (name, capability, found)
 
 
 def test_the_usual_update_is_compiled_without_a_gpu_and_spills_nothing():
     assert_well_built(built("Adam"))
+
+
+def test_products_are_written_after_all_programs_have_read_them():
+    (adam,) = built("Adam").values()
+    assert {row["ordered_atomics"] for row in adam.values()} == {1}
 
 
 @pytest.mark.slow

@@ -6,8 +6,7 @@ All of it runs on the CPU too, where the figures say nothing, so that it can be 
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,11 @@ from torch import nn
 
 from benchmarks._shapes import Shapes
 from benchmarks._torch.device import DEVICE
+from benchmarks._torch.launches import counted
 from benchmarks._torch.measured_optimizers import OPTIMIZERS, step_of
 from cruxy_exact import BlockCode, stream_key
 from cruxy_exact.random_bits import random_bits
 from cruxy_torch import CruxyOptimizer, state_bytes
-from cruxy_torch._native import triton_passes
 
 MUON = "muon"
 """Timed beside the optimizers of the comparison: the orthogonal direction of every matrix."""
@@ -64,10 +63,10 @@ def stepped(name: str, shapes: Shapes, repeats: int) -> dict[str, Any]:
     for _ in range(3):
         step()
     row = {"label": label, "milliseconds": 1e3 * _median(step, repeats)}
-    with _recorded() as moved:
-        step()
+    found = counted(step)
+    row["own_launches"], row["torch_calls"] = len(found.ours), len(found.torch)
     row["launches"] = _launches(step)
-    row["own_launches"], row["moved_bytes"] = len(moved), sum(moved) or None
+    row["moved_bytes"] = sum(launch.moved for launch in found.ours) or None
     count = sum(p.numel() for p in params)
     row["state_bytes_per_parameter"] = state_bytes(optimizer) / count
     taken = getattr(optimizer, "backend", None)
@@ -112,36 +111,6 @@ def _median(run: Callable[[], Any], repeats: int) -> float:
 def _wait() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-
-
-@contextmanager
-def _recorded() -> Iterator[list[int]]:
-    """Fills a list with the bytes that each launch of ours reads and writes."""
-    moved: list[int] = []
-    launch = triton_passes._launch
-
-    def record(device: Any, kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
-        launch(device, kernel, grid, *args, **kwargs)
-        moved.append(bytes_of(args, kwargs))
-
-    triton_passes._launch = record
-    try:
-        yield moved
-    finally:
-        triton_passes._launch = launch
-
-
-def bytes_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """What a launch reads and writes of tensors, from its table and the form it has."""
-    if "G" not in kwargs:  # sums of sums
-        return 0
-    elements = int(args[0][9].sum())
-    width = {-1: 0.0, 0: 4.0, 1: 2.0, 2: 1.0 + 2 / 256, 3: 0.5 + 2 / 256}
-    p, g, m = (width[kwargs[name]] for name in ("P", "G", "M"))
-    if "V" not in kwargs:
-        return round(elements * (p + g + m))
-    v, average = width[kwargs["V"]], 4.0 if kwargs["AVERAGED"] else 0.0
-    return round(elements * (g + 2 * (p + m + v + average)))
 
 
 def _launches(step: Callable[[], Any]) -> int | None:

@@ -77,7 +77,10 @@ class DirectedGroup(Group):
         for device, indices in by_device(columns.params).items():
             here, on_device = columns.select(indices), orders.to(device)
             factors = self.direction.advance(here, on_device)
-            step(here, self.direction, self.frame.under(on_device), on_device, factors)
+            frame = self.frame.under(on_device)
+            left = _left(here, self.direction, frame, on_device, factors, native)
+            own = [factors[i] for i in left]
+            step(here.select(left), self.direction, frame, on_device, own, native)
         average(columns.params, columns.averages, orders.average_weight)
         for param, mean in self.late:
             average([local(param)], [local(mean)], orders.average_weight)
@@ -132,12 +135,35 @@ def group_of(
     )
 
 
+def _left(
+    columns: Columns,
+    direction: Direction,
+    frame: Frame,
+    orders: Orders,
+    factors: Sequence[Any],
+    native: Passes | None,
+) -> list[int]:
+    """The tensors whose whole step no kernel of a library has taken."""
+    every = list(range(len(columns.params)))
+    if native is None or type(direction).fused is Direction.fused:
+        return every
+    rates = _rates(columns, orders)
+    return [
+        i
+        for i in every
+        if not direction.fused(
+            SteppedTensor(columns, i, frame, orders, native), factors[i], orders, rates[i]
+        )
+    ]
+
+
 def _single(
     columns: Columns,
     direction: Direction,
     frame: Frame,
     orders: Orders,
     factors: Sequence[Any],
+    native: Passes | None,
 ) -> None:
     """One step, tensor by tensor: the readable version that the others are held to."""
     rates = _rates(columns, orders)
@@ -147,7 +173,7 @@ def _single(
             _move(tensors[index], block, rates[index], direction)
         return
     for index, rate in enumerate(rates):
-        tensor = SteppedTensor(columns, index, frame, orders)
+        tensor = SteppedTensor(columns, index, frame, orders, native)
         _move(tensor, direction.blocks(tensor, factors[index], orders), rate, direction)
 
 
@@ -164,6 +190,7 @@ def _foreach(
     frame: Frame,
     orders: Orders,
     factors: Sequence[Any],
+    native: Passes | None,
 ) -> None:
     """One step by torch's foreach calls, a bucket of like tensors at a time."""
     moments = [column for column in columns.moments.values() if column]
@@ -171,7 +198,7 @@ def _foreach(
         part, own = columns.select(indices), [factors[i] for i in indices]
         if len(indices) == 1:
             # As many calls, and temporaries of a block instead of the whole tensor.
-            _single(part, direction, frame, orders, own)
+            _single(part, direction, frame, orders, own, native)
             continue
         bucket = Bucket(part, frame, orders)
         directions = direction.foreach(bucket, own, orders)

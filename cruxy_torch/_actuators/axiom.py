@@ -7,13 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cruxy_control.formulas.factored import second_moment_decay, snr_factor, streak_factor
+from cruxy_control.formulas.factored import (
+    factored_axes,
+    second_moment_decay,
+    snr_factor,
+    streak_factor,
+)
 from cruxy_torch._actuators import factored
 from cruxy_torch._actuators.moments import advanced, seen
 from cruxy_torch._actuators.staged import Staged, Stages, total
 from cruxy_torch._actuators.stepped import SteppedTensor
 from cruxy_torch._columns import Columns
 from cruxy_torch._kept import assign
+from cruxy_torch._native.fit import SetAsideError
 from cruxy_torch._orders import Orders
 
 SMALLEST_RMS = 1e-3
@@ -95,7 +101,7 @@ class FactoredDirection(Staged):
             squares.append(torch.stack(each).sum())
         squares = yield from total(torch.stack(squares))
         sizes = (squares / max(1, tensor.numel)).sqrt().unbind()
-        clip = 1.0 if self.clip_rms is None else 1.0 / (sizes[0] / self.clip_rms).clip(min=1.0)
+        clip = self._clip(sizes[0])
 
         def averaged(number: int) -> Tensor:
             direction = u.block(number) * clip
@@ -120,6 +126,36 @@ class FactoredDirection(Staged):
             return direction
 
         return block
+
+    def fused(self, tensor: SteppedTensor, factors: Any, orders: Orders, rate: Tensor) -> bool:
+        """The step of a matrix without momentum, see `Direction.fused`."""
+        state = tensor.state
+        matrix = None if self.momentum or "row_var" not in state else tensor.matrix()
+        if matrix is None:
+            return False
+        second, first = factored_axes(tensor.shape, 0) or (0, 0)
+        row, column, (decay, _) = state["row_var"], state["col_var"], factors
+        try:
+            sums = matrix.square_sums()
+            new_row = factored.advanced(row, sums[first] / tensor.shape[first], decay)
+            new_column = factored.advanced(column, sums[second] / tensor.shape[second], decay)
+            mean = new_row.sum(second, keepdim=True) / tensor.shape[second]
+            pair = factored.inverses(new_row, new_column, mean, orders.ok, self.power)
+            sizes = (matrix.sizes(pair) / max(1, tensor.numel)).sqrt().unbind()
+            clip, size = self._clip(sizes[0]), None
+            if self.relative_step:
+                size = sizes[1].clip(min=SMALLEST_RMS)
+            matrix.move(pair, clip, size, rate, *tensor.decay)
+        except SetAsideError:  # nothing has been written by then
+            return False
+        assign([row, column], [new_row, new_column])
+        return True
+
+    def _clip(self, size: Tensor) -> Tensor:
+        """The factor that limits the root mean square of a normalised gradient."""
+        if self.clip_rms is None:
+            return torch.ones_like(size)
+        return 1.0 / (size / self.clip_rms).clip(min=1.0)
 
     def _noise(self, tensor: SteppedTensor, average: Callable[[int], Tensor]) -> Stages[Tensor]:
         """The signal-to-noise ratio of every row, over all ranks."""

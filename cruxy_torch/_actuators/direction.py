@@ -74,6 +74,17 @@ class Direction:
         """The whole update in one pass by a library, `"native"` or `"triton"`; `None` for none."""
         return None if self.native is None else getattr(self, name)
 
+    def fused(self, tensor: "SteppedTensor", factors: Any, orders: Orders, rate: Tensor) -> bool:
+        """A tensor's whole step by a library's kernels; whether it was done.
+
+        Args:
+            tensor: see `blocks`, as the next two.
+            factors: likewise.
+            orders: likewise.
+            rate: of this tensor.
+        """
+        return False
+
     def start(self, state: dict[str, Any], param: Tensor, add: Callable[[str], None]) -> None:
         """Adds what is missing from a parameter's state.
 

@@ -136,9 +136,9 @@ class Momentum(Staged):
         self, tensor: SteppedTensor, factors: Any, orders: Orders
     ) -> Stages[Callable[[int], Tensor]]:
         """`beta1 m + (1 - beta1) x`; the moment decays by `beta2`."""
-        x = tensor.gradient
-        if self.inner is not None:
-            x = yield from stages_of(self.inner, tensor, factors, orders)
+        if self.inner is None:
+            return lambda number: tensor.momentum("exp_avg", number)
+        x = yield from stages_of(self.inner, tensor, factors, orders)
 
         def block(number: int) -> Tensor:
             own, m = x(number), tensor.read("exp_avg", number)

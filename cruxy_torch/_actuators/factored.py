@@ -101,12 +101,23 @@ def _factors(
     own = [torch.stack(found[a]).sum(0) if a == 0 else torch.cat(found[a]) for a in axes]
     totals = yield list(zip(own, axes, strict=True))
     for kept, axis, whole in zip((row, column), axes, totals, strict=True):
-        mean = whole / shape[axis] + EPS
-        kept.mul_(decay).add_(mean * (1.0 - decay))
+        kept.copy_(advanced(kept, whole / shape[axis], decay))
     mean = (yield from total(row.sum(second, keepdim=True), second)) / shape[second]
+    return inverses(row, column, mean, ok, power)
+
+
+def advanced(kept: Tensor, mean: Tensor, decay: Tensor) -> Tensor:
+    """A mean of squares after one more step."""
+    return kept * decay + (mean + EPS) * (1.0 - decay)
+
+
+def inverses(
+    row: Tensor, column: Tensor, mean: Tensor, ok: Tensor, power: float
+) -> tuple[Tensor, Tensor]:
+    """The two factors whose product is one over the root of the moment; 0 on a skipped step."""
     # A skipped first step leaves zeros, whose inverse times a gradient of 0 is NaN.
-    inverses = _inverse(row / mean, power), _inverse(column, power)
-    return torch.where(ok, inverses[0], 0), torch.where(ok, inverses[1], 0)
+    first, second = _inverse(row / mean, power), _inverse(column, power)
+    return torch.where(ok, first, 0), torch.where(ok, second, 0)
 
 
 def _inverse(v: Tensor, power: float) -> Tensor:

@@ -14,6 +14,7 @@ from cruxy_torch._blocks import blocks
 from cruxy_torch._columns import Columns
 from cruxy_torch._distributed.shards import gathered, over_ranks, own_part
 from cruxy_torch._kept import Kept, compute_dtype, read, write
+from cruxy_torch._native.fit import Passes
 from cruxy_torch._orders import Orders
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -71,7 +72,15 @@ class SteppedTensor:
 
     keeps = True
 
-    def __init__(self, columns: Columns, index: int, frame: Frame, orders: Orders) -> None:
+    def __init__(
+        self,
+        columns: Columns,
+        index: int,
+        frame: Frame,
+        orders: Orders,
+        native: Passes | None = None,
+    ) -> None:
+        self._native, self._kept, self._grad = native, columns.params[index], columns.grads[index]
         moments = {n: c[index] for n, c in columns.moments.items() if c and c[index] is not None}
         self.whole, self._frame, self._orders = columns.wholes[index], frame, orders
         param, grad = columns.params[index], columns.grads[index]
@@ -79,6 +88,7 @@ class SteppedTensor:
         parts = list(blocks(grad, param, *moments.values()))
         self._grads: list[Tensor] = [part[0] for part in parts]
         self._params: list[Kept] = [part[1] for part in parts]
+        self._all: dict[str, Any] = moments
         self._moments: dict[str, list[Kept]] = {
             name: [part[place] for part in parts] for place, name in enumerate(moments, 2)
         }
@@ -118,6 +128,61 @@ class SteppedTensor:
         """A block of a moment, decoded where it is kept in fewer bits; it may be written to."""
         return read([self._moments[name][number]], [self._dtype])[0]
 
+    def momentum(self, name: str, number: int) -> Tensor:
+        """`beta1 m + (1 - beta1) x` of a block, whose moment takes its step by `beta2`."""
+        orders, kept = self._orders, self._moments[name][number]
+        if self._native is not None and self.has_plain_gradient:
+            grad = self._grads[number]
+            found = self._native.momentum(grad, kept, grad.shape, orders)
+            if found is not None:
+                return found
+        x, m = self.gradient(number), self.read(name, number)
+        c = orders.beta1 * m + (1.0 - orders.beta1) * x
+        self.write(name, number, orders.beta2 * m + (1.0 - orders.beta2) * x)
+        return c
+
+    @property
+    def has_plain_gradient(self) -> bool:
+        """Whether the gradient is only scaled: not centralized, and no decay in it."""
+        return not self._frame.centralize and self._frame.l2 is None
+
+    def matrix(self) -> Any:
+        """What a library does with a whole matrix and its gradient, see `Passes.matrix`."""
+        if self._native is None or not self.has_plain_gradient or self.whole is not self._grad:
+            return None
+        return self._native.matrix(self._kept, self._grad, self._orders)
+
+    def adam(
+        self, names: Sequence[str], factors: Sequence[Tensor], rate: Tensor, *, nesterov: bool
+    ) -> bool:
+        """Adam's whole step by a library; whether it was done.
+
+        Args:
+            names: of both moments.
+            factors: on the numerator and on the second moment, and what is added to the root.
+            rate: of this tensor.
+            nesterov: looks one step ahead.
+        """
+        if self._native is None or not self.has_plain_gradient or self.whole is not self._grad:
+            return False
+        moments = [self._all[name] for name in names]
+        return self._native.adam(
+            self._kept, self._grad, moments, factors, rate, self._orders,
+            nesterov=nesterov, decay=self.decay,
+        )  # fmt: skip
+
+    def sign(self, size: Tensor, rate: Tensor) -> bool:
+        """The whole step along the gradient's sign, times a size; whether a library did it."""
+        if self._native is None or not self.has_plain_gradient or self.whole is not self._grad:
+            return False
+        return self._native.sign(self._kept, self._grad, size, rate, self._orders, decay=self.decay)
+
+    @property
+    def decay(self) -> tuple[float, Any]:
+        """The coefficient of the decay that is added to the update, and the law's factor on it."""
+        coupled = self._frame.coupled
+        return 0.0 if coupled else float(self._frame.weight_decay), self._frame.decay_scale
+
     def write(self, name: str, number: int, value: Tensor) -> None:
         """Keeps a block of a moment, in its bits."""
         write([self._moments[name][number]], [value], self._orders.key, self._orders.ok)
@@ -148,7 +213,12 @@ class SteppedTensor:
             rate: 0 on a skipped step.
             finite: whether the direction is, also on a skipped step.
         """
-        param, value, decay = self._params[number], self.value(number), self._frame.decay
+        param, decay = self._params[number], self._frame.decay
+        if self._native is not None and self._native.move(
+            param, direction, rate, self._orders, *self.decay
+        ):
+            return
+        value = self.value(number)
         if decay is not None:
             direction = direction + decay * value
         step = rate * direction

@@ -70,6 +70,13 @@ class Tiered(Direction):
         size = tiers.SIGN_STEP * factors
         return lambda number: tensor.gradient(number).sign() * size
 
+    def fused(self, tensor: SteppedTensor, factors: Any, orders: Orders, rate: Tensor) -> bool:
+        """A tensor's whole step by a library's kernels, see `Direction.fused`."""
+        if has_moments(tensor.state):
+            own, nesterov = self.adam.moments, self.adam.nesterov
+            return tensor.adam(own, factors, rate, nesterov=nesterov)
+        return tensor.sign(tiers.SIGN_STEP * factors, rate)
+
     def foreach(self, bucket: Bucket, factors: Sequence[Any], orders: Orders) -> list[Tensor]:
         """The same, for many tensors that all have moments or all have none."""
         if bucket.has("exp_avg"):

@@ -58,6 +58,78 @@ class Passes(Protocol):
         """What `_sensors.measure.sums` says, of tensors of one of the `parts`, in one pass."""
         ...
 
+    def together(self, grads: list[Tensor], params: list[Tensor]) -> Any:
+        """What measures parameters in the pass over their gradients; `None` for nothing.
+
+        It has `sums`, in the place of this library's own, and afterwards `complete`, whether all
+        parameters were measured, `split` for their sizes, `whole` and `elements`.
+
+        Args:
+            grads: that are going to be measured.
+            params: that of each.
+        """
+        ...
+
+    def decide(
+        self, settings: Any, law_state: dict[str, Tensor], groups: Sequence[Any], measured: Any
+    ) -> list[Orders] | None:
+        """`_decide.decide` in one launch, and what it changes kept; `None` where there is none."""
+        ...
+
+    def one(self, device: torch.device) -> Tensor:
+        """The number 1, float32, on a device."""
+        ...
+
+    def move(
+        self,
+        kept: Kept,
+        direction: Tensor,
+        rate: Tensor,
+        orders: Orders,
+        decay: float,
+        decay_scale: Any,
+    ) -> bool:
+        """`p <- p - rate (direction + decay p)` of one tensor; whether it was done."""
+        ...
+
+    def momentum(
+        self, grad: Tensor, kept: Kept, shape: torch.Size, orders: Orders
+    ) -> Tensor | None:
+        """What `Momentum` gives of a raw gradient, whose moment takes its step; or `None`."""
+        ...
+
+    def adam(
+        self,
+        kept: Kept,
+        grad: Tensor,
+        moments: Sequence[Kept],
+        factors: Sequence[Tensor],
+        rate: Tensor,
+        orders: Orders,
+        *,
+        nesterov: bool,
+        decay: tuple[float, Any],
+    ) -> bool:
+        """Adam's step of one tensor, see `triton_tensors.adam`; whether it was done."""
+        ...
+
+    def sign(
+        self,
+        kept: Kept,
+        grad: Tensor,
+        size: Tensor,
+        rate: Tensor,
+        orders: Orders,
+        *,
+        decay: tuple[float, Any],
+    ) -> bool:
+        """A step along the sign of one gradient; whether it was done."""
+        ...
+
+    def matrix(self, kept: Kept, grad: Tensor, orders: Orders) -> Any:
+        """What a factored direction needs of a matrix, see `triton_tensors.Matrix`; or `None`."""
+        ...
+
     def mean_squares(self, tensors: list[Tensor], counts: list[int]) -> Tensor:
         """The sum of the squares of each tensor over a count; float32, a vector."""
         ...
@@ -242,6 +314,15 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
             "parameters before step()."
         )
     return where
+
+
+def scales(column: Sequence[Any]) -> list[int]:
+    """Where the scales of coded moments lie; 0 of others."""
+    coded = [i for i, kept in enumerate(column) if isinstance(kept, Coded)]
+    found = [0] * len(column)
+    for i, address in zip(coded, addresses([column[i].scales for i in coded]), strict=True):
+        found[i] = address
+    return found
 
 
 def numbers(tensors: Sequence[Tensor], device: str) -> list[int]:

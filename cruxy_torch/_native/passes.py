@@ -47,6 +47,64 @@ def sums(
     return torch.tensor(out[:count], dtype=torch.float64, device="cpu").to(torch.float32)
 
 
+def together(grads: list[Tensor], params: list[Tensor]) -> None:
+    """Parameters are measured in a pass of their own."""
+
+
+def move(
+    kept: Kept, direction: Tensor, rate: Tensor, orders: Orders, decay: float, decay_scale: Any
+) -> bool:
+    """No tensor is moved alone."""
+    return False
+
+
+def momentum(grad: Tensor, kept: Kept, shape: torch.Size, orders: Orders) -> None:
+    """No momentum is taken alone."""
+
+
+def adam(
+    kept: Kept,
+    grad: Tensor,
+    moments: Sequence[Kept],
+    factors: Sequence[Tensor],
+    rate: Tensor,
+    orders: Orders,
+    *,
+    nesterov: bool,
+    decay: tuple[float, Any],
+) -> bool:
+    """No tensor is moved alone."""
+    return False
+
+
+def sign(
+    kept: Kept,
+    grad: Tensor,
+    size: Tensor,
+    rate: Tensor,
+    orders: Orders,
+    *,
+    decay: tuple[float, Any],
+) -> bool:
+    """No tensor is moved alone."""
+    return False
+
+
+def matrix(kept: Kept, grad: Tensor, orders: Orders) -> None:
+    """No matrix is taken alone."""
+
+
+def decide(
+    settings: Any, law_state: dict[str, Tensor], groups: Sequence[Any], measured: Any
+) -> None:
+    """Scalars on the CPU are NumPy's."""
+
+
+def one(device: torch.device) -> Tensor:
+    """The number 1, float32, on a device."""
+    return torch.ones((), dtype=torch.float32, device=device)
+
+
 def mean_squares(tensors: list[Tensor], counts: list[int]) -> Tensor:
     """The sum of the squares of each tensor over a count; float32, a vector."""
     out = torch.empty(len(tensors), dtype=torch.float64, device="cpu")

@@ -1,187 +1,57 @@
 """The passes in Triton over tensors on CUDA devices, and how they are handed over."""
 
-import contextlib
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
-from cruxy_exact.codes import TINY
 from cruxy_torch._columns import Columns
-from cruxy_torch._kept import Coded, Kept, Rounded, raw
-from cruxy_torch._native import fit, triton_found, triton_steps
+from cruxy_torch._kept import raw
+from cruxy_torch._native import fit, triton_found, triton_launch, triton_steps
 from cruxy_torch._native.triton_kernels import ROWS
-from cruxy_torch._native.triton_tables import Table, table
+from cruxy_torch._native.triton_launch import NOTHING, OPTIONS, UPDATE_OPTIONS, Form
+from cruxy_torch._native.triton_matrices import matrix
+from cruxy_torch._native.triton_rules import misfit, parts
+from cruxy_torch._native.triton_sums import Together, mean_squares, sums, sums_by_tensor
+from cruxy_torch._native.triton_tables import constant, table
+from cruxy_torch._native.triton_tensors import momentum, move
+from cruxy_torch._native.triton_whole import adam, sign
 from cruxy_torch._orders import Orders
+
+__all__ = [
+    "NAME", "OPTIONS", "UPDATE_OPTIONS", "Form", "adam", "decide", "matrix", "mean_squares",
+    "misfit", "momentum", "move", "one", "parts", "sign", "sums", "sums_by_tensor", "together",
+    "update",
+]  # fmt: skip
 
 NAME = "triton"
 
-WARPS = 4
-"""Groups of 32 threads to a program."""
 
-_PLAIN = frozenset({torch.float32, torch.bfloat16})
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
-_POWERS = {1.5: 0, 2.0: 1}
-
-OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
-"""What the kernels over chunks are compiled with."""
-
-UPDATE_OPTIONS = OPTIONS | {"maxnreg": 128}
-"""Left to itself the assembler spills a few numbers to have more programs at a time."""
+def one(device: torch.device) -> Tensor:
+    """The number 1, float32, on a device."""
+    return constant(1.0, device)
 
 
-def parts(
-    whole: Sequence[Sequence[Kept]],
-    moments: Sequence[Sequence[Any]] = (),
-    *,
-    centralize: bool = False,
-) -> tuple[list[list[int]], list[int]]:
-    """See `fit.parts`; none at all where Triton has been set aside."""
-    devices = {row[0].device for row in zip(*whole[:1], strict=True)}
-    if all(map(triton_found.available, devices)):
-        return fit.parts(_rules(), whole, moments, centralize=centralize)
-    return [], list(range(len(whole[0])))
+together = Together
 
 
-def misfit(whole: Sequence[Kept], moments: Sequence[Any], *, centralize: bool = False) -> str:
-    """See `fit.misfit`."""
-    found = triton_found.found(whole[0].device)
-    return found.why or fit.misfit(_rules(), whole, moments, centralize=centralize)
+def decide(settings: Any, law_state: Any, groups: Any, measured: Any) -> list[Orders] | None:
+    """See `triton_law.decide`; nothing where it fails."""
+    if not triton_found.available(law_state["step"].device):
+        return None
+    from cruxy_torch._native import triton_law  # which starts kernels by this module
 
-
-def _rules() -> fit.Rules:
-    device = "cpu" if triton_found.interpreted() else "cuda"
-    return fit.Rules(device, _PLAIN, rounded=True, centralized=False)
-
-
-class Form(NamedTuple):
-    """How a column is kept, as the kernels take it.
-
-    Attributes:
-        format: float32 (0), bfloat16 (1), a byte (2), half a byte (3), or nothing (-1).
-        chance: whether it is rounded by chance.
-        shift: see `BlockCode`, as the next two.
-        top: likewise.
-        least: the smallest scale that is not 0.
-    """
-
-    format: int
-    chance: bool = False
-    shift: int = 1
-    top: float = 1.0
-    least: float = 1.0
-
-    @classmethod
-    def of(cls, kept: Kept) -> "Form":
-        """That of a tensor."""
-        if isinstance(kept, Coded):
-            code = kept.code
-            least = float(code.scale(numpy.float32(TINY), xp=numpy))
-            return cls(2 if code.bits == 8 else 3, True, code.half.bit_length(), code.top, least)
-        return cls(_FORMATS[raw(kept).dtype], isinstance(kept, Rounded))
-
-
-_NOTHING = Form(-1)
-
-
-def sums(
-    grads: list[Tensor],
-    gamma: float,
-    scale: Tensor,
-    momenta: Sequence[tuple[Kept, float]] | None = None,
-) -> Tensor:
-    """What `_sensors.measure.sums` says, of tensors of one of the `parts`, in one pass."""
-    of, partial = _sums_of_chunks(grads, gamma, scale, momenta)
-    count, device = 2 if momenta is None else 4, grads[0].device
-    out = torch.empty(count, dtype=torch.float32, device=device)
-    _launch(
-        device, triton_steps.sums_of_all, (count,),
-        partial, of.count, of.chunks, of.values, of.tensors, out, WIDTH=1024,
-    )  # fmt: skip
-    return out.to(scale.device, non_blocking=True)
-
-
-def sums_by_tensor(
-    grads: Sequence[Tensor],
-    gamma: float,
-    scale: Tensor,
-    momenta: Sequence[tuple[Kept, float]] | None = None,
-    params: Sequence[Tensor] | None = None,
-    counts: Sequence[int] | None = None,
-) -> Tensor:
-    """Of each tensor `sum g^2`, `sum |g|^gamma`, `sum g m`, `sum m^2` and `sum p^2`, in one pass.
-
-    Args:
-        grads: tensors of one of the `parts`; empty for none.
-        gamma: the exponent.
-        scale: factor on every gradient; 0-d.
-        momenta: the first moments with their signs, see `_sensors.measure.products`.
-        params: the parameters.
-        counts: what each `sum p^2` is divided by; 1 where it is left out.
-
-    Returns:
-        float32, `(5, tensors)`; 0 of what was not given.
-    """
-    of, partial = _sums_of_chunks(grads, gamma, scale, momenta, params, counts)
-    out = torch.empty((5, of.tensors), dtype=torch.float32, device=partial.device)
-    _launch(
-        partial.device, triton_steps.sums_of_tensors, (of.tensors, 5),
-        partial, of.count, of.starts, of.values, of.tensors, out, WIDTH=256,
-    )  # fmt: skip
-    return out
-
-
-def mean_squares(tensors: list[Tensor], counts: list[int]) -> Tensor:
-    """The sum of the squares of each tensor over a count; float32, a vector."""
-    device = tensors[0].device
-    return sums_by_tensor((), 2.0, _one(device), params=tensors, counts=counts)[4]
-
-
-@functools.cache
-def _one(device: torch.device) -> Tensor:
-    return torch.ones((), dtype=torch.float32, device=device)
-
-
-def _sums_of_chunks(
-    grads: Sequence[Tensor],
-    gamma: float,
-    scale: Tensor,
-    momenta: Sequence[tuple[Kept, float]] | None = None,
-    params: Sequence[Tensor] | None = None,
-    counts: Sequence[int] | None = None,
-) -> tuple[Table, Tensor]:
-    tensors: Sequence[Tensor] = grads or params or ()
-    columns: dict[str, Sequence[int]] = {"numel": list(map(Tensor.numel, tensors))}
-    columns["count"] = counts or [1] * len(tensors)
-    of_grads = of_first = of_params = _NOTHING
-    if grads:
-        columns["grad"], of_grads = fit.addresses(grads), Form.of(grads[0])
-    if momenta is not None:
-        kept = [moment for moment, _ in momenta]
-        of_first = _moments(columns, "first", kept)
-        columns["sign"] = [int(sign) for _, sign in momenta]
-    if params:
-        columns["param"], of_params = fit.addresses(params), Form.of(params[0])
-    of = table(columns, [*grads, *(params or ())][0].device)
-    partial = torch.empty((5, of.count), dtype=torch.float32, device=of.values.device)
-    _launch(
-        of.values.device, triton_steps.sums_of_chunks, (of.count,),
-        of.values, of.tensors, of.chunks, of.tiles, of.count, partial,
-        scale.to(of.values.device, torch.float32, non_blocking=True), gamma,
-        G=of_grads.format, M=of_first.format, M_SHIFT=of_first.shift, M_TOP=of_first.top,
-        P=of_params.format, POWER=_POWERS.get(gamma, 2), ALIGNED=of.aligned, ROWS=ROWS, **OPTIONS,
-    )  # fmt: skip
-    return of, partial
+    try:
+        return triton_law.decide(settings, law_state, groups, measured)
+    except fit.SetAsideError:
+        return None
 
 
 def _moments(columns: dict[str, Sequence[int]], name: str, kept: Sequence[Any]) -> Form:
     """Fills in where moments lie; returns their form."""
     columns[name] = fit.addresses(list(map(raw, kept)))
-    if isinstance(kept[0], Coded):
-        columns[f"{name}_scales"] = fit.addresses([coded.scales for coded in kept])
+    columns[f"{name}_scales"] = fit.scales(kept)
     return Form.of(kept[0])
 
 
@@ -223,7 +93,7 @@ def update(
     first = columns.moments[moments[0]]
     of_param, of_first = Form.of(columns.params[0]), _moments(rows, "first", first)
     rows["first_number"] = fit.first_numbers(first)
-    of_second = _NOTHING
+    of_second = NOTHING
     if len(moments) > 1:
         of_second = _moments(rows, "second", columns.moments[moments[1]])
         for row, name in zip(("product1", "product2"), clocks, strict=True):
@@ -237,7 +107,7 @@ def update(
     of = table(rows, device)
     chance = of_param.chance or of_first.chance or of_second.chance
     steered = orders.decay_scale is not None
-    _launch(
+    triton_launch.launch(
         device, triton_steps.update_of_chunks, (of.count,),
         of.values, of.tensors, of.chunks, of.tiles, of.starts, of.counters,
         rate, *map(_whole, (orders.beta1, orders.beta2, orders.scale)), orders.ok.view(torch.uint8),
@@ -274,21 +144,3 @@ def _as_tensor(key: Any, device: torch.device) -> Tensor:
     if isinstance(key, Tensor):
         return key.to(torch.int32)
     return torch.full((), int(key), dtype=torch.int32, device=device)
-
-
-def _launch(device: torch.device, kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any):
-    """Starts a kernel; one that fails to compile or to start is set aside.
-
-    Nothing has been written then: what fails later, while it runs, comes as an error of CUDA at a
-    place that waits for it, and nothing can go on after that.
-
-    Raises:
-        SetAsideError: where it failed.
-    """
-    here: Any = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with here:
-        try:
-            kernel[grid](*args, **kwargs)
-        except Exception as error:  # whatever a compiler, a cache or a driver may raise
-            triton_found.set_aside(device, error)
-            raise fit.SetAsideError(str(error)) from error

@@ -130,33 +130,50 @@ def sums_of_tensors(partial, count, starts, table, tensors, out, WIDTH: constexp
 
 
 @jit
-def sums_of_all(partial, count, chunks, table, tensors, out, WIDTH: constexpr):
-    """The sums over all chunks, in their order; arguments as of `sums_of_tensors`.
+def sums_of_all(
+    partial, count, chunks, starts, table, tensors, out, means, WIDTH: constexpr
+):  # fmt: skip
+    """The five sums over all chunks, in their order, and with more programs mean squares.
+
+    The first five programs take a sum each. Each further one takes the sum of the squares of one
+    tensor, over its count.
 
     Args:
-        partial: see there.
+        partial: see `sums_of_tensors`.
         count: likewise.
         chunks: tensor and number in it of each chunk.
-        table: see there.
+        starts: see `sums_of_tensors`.
+        table: likewise.
         tensors: likewise.
-        out: as many as there are programs, float32.
+        out: float32, five.
+        means: float32; the table has the place of each tensor's.
         WIDTH: chunks that are added at a time.
     """
     which = tl.program_id(0)
     total = tl.zeros((WIDTH,), tl.float64)
-    for at in range(0, count, WIDTH):
-        place = at + tl.arange(0, WIDTH)
-        inside = place < count
-        value = tl.load(partial + which * count + place, mask=inside, other=0.0).to(tl.float64)
-        if which == 2:
-            index = tl.load(chunks + 2 * place, mask=inside, other=0)
-            value = value * tl.load(table + 12 * tensors + index, mask=inside, other=1)
-        total += value
-    tl.store(out + which, tl.sum(total, axis=0).to(tl.float32))
+    if which < 5:
+        for at in range(0, count, WIDTH):
+            place = at + tl.arange(0, WIDTH)
+            inside = place < count
+            value = tl.load(partial + which * count + place, mask=inside, other=0.0)
+            value = value.to(tl.float64)
+            if which == 2:
+                index = tl.load(chunks + 2 * place, mask=inside, other=0)
+                value = value * tl.load(table + 12 * tensors + index, mask=inside, other=1)
+            total += value
+        tl.store(out + which, tl.sum(total, axis=0).to(tl.float32))
+    else:
+        index = which - 5
+        begin, end = tl.load(starts + index), tl.load(starts + index + 1)
+        for at in range(begin, end, WIDTH):
+            place = at + tl.arange(0, WIDTH)
+            total += tl.load(partial + 4 * count + place, mask=place < end, other=0.0)
+        value = tl.sum(total, axis=0) / tl.load(table + 14 * tensors + index).to(tl.float64)
+        tl.store(means + tl.load(table + 13 * tensors + index), value.to(tl.float32))
 
 
 @jit
-def _moved(
+def moved(
     param, grad, first, first_scales, second, second_scales, mean, at, left, first_number, number,
     rate, beta1, beta2, scale, key, weight, decay, eps, gain, spread,
     P: constexpr, P_CHANCE: constexpr, G: constexpr,
@@ -165,7 +182,7 @@ def _moved(
     NESTEROV: constexpr, COUPLED: constexpr, AVERAGED: constexpr,
     MASKED: constexpr, ALIGNED: constexpr, ROWS: constexpr,
 ):  # fmt: skip
-    """Updates a tile."""
+    """Updates a tile; see `update_of_chunks`, whose numbers it is given."""
     p = plain(param, at, left, P, MASKED, ALIGNED, ROWS)
     x = plain(grad, at, left, G, MASKED, ALIGNED, ROWS) * scale
     m = moment(first, first_scales, at, left, M, True, M_SHIFT, M_TOP, MASKED, ALIGNED, ROWS)
@@ -305,7 +322,7 @@ def update_of_chunks(
         whole = tl.minimum(left // (256 * ROWS), tiles).to(tl.int32)
         for tile in range(whole):
             done = tile * (256 * ROWS)
-            _moved(
+            moved(
                 param, grad, first, first_scales, second, second_scales, mean,
                 begin + done, left - done, first_number, number,
                 rate, beta1, beta2, scale, key, weight, decay, eps, gain, spread,
@@ -315,7 +332,7 @@ def update_of_chunks(
             )  # fmt: skip
         done = whole * (256 * ROWS)
         if (whole < tiles) & (done < left):
-            _moved(
+            moved(
                 param, grad, first, first_scales, second, second_scales, mean,
                 begin + done, left - done, first_number, number,
                 rate, beta1, beta2, scale, key, weight, decay, eps, gain, spread,
@@ -324,9 +341,11 @@ def update_of_chunks(
                 True, ALIGNED, ROWS,
             )  # fmt: skip
         if V >= 0:
-            tl.debug_barrier()  # all threads have read the products
+            # Of all programs of a tensor the last to add has acquired what the others released:
+            # their reads, which the barrier puts in front of their addition, come before its write.
+            tl.debug_barrier()
             last = tl.load(starts + index + 1) - tl.load(starts + index) - 1
-            if tl.atomic_add(counters + index, 1) == last:
+            if tl.atomic_add(counters + index, 1, sem="acq_rel", scope="gpu") == last:
                 tl.store(at1, product1)
                 tl.store(at2, product2)
                 tl.store(counters + index, 0)

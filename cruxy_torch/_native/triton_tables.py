@@ -38,6 +38,7 @@ class Table(NamedTuple):
         starts: int32, `(tensors + 1,)`: the number of each tensor's first chunk, and of all.
         counters: int32 zeros, one for each tensor.
         aligned: whether every tensor begins at a multiple of 16 bytes.
+        begins: `starts` on the host.
     """
 
     values: Tensor
@@ -47,6 +48,7 @@ class Table(NamedTuple):
     starts: Tensor
     counters: Tensor
     aligned: bool
+    begins: tuple[int, ...]
 
     @property
     def count(self) -> int:
@@ -55,7 +57,9 @@ class Table(NamedTuple):
 
 
 _tables: collections.OrderedDict[tuple, Table] = collections.OrderedDict()
-_cuts: collections.OrderedDict[tuple, tuple[Tensor, Tensor, int]] = collections.OrderedDict()
+_cuts: collections.OrderedDict[tuple, tuple[Tensor, Tensor, int, tuple[int, ...]]] = (
+    collections.OrderedDict()
+)
 _of_graphs: list[object] = []
 """What a CUDA graph reads when it is replayed, at any time until the process ends."""
 
@@ -78,7 +82,7 @@ def table(columns: dict[str, Sequence[int]], device: torch.device) -> Table:
         if capturing:
             _of_graphs.append(_tables[key])
         return _tables[key]
-    chunks, starts, tiles = _cut(tuple(columns["numel"]), device)
+    chunks, starts, tiles, begins = _cut(tuple(columns["numel"]), device)
     lengths = columns["numel"]
     aligned = all(
         address % 16 == 0
@@ -88,7 +92,7 @@ def table(columns: dict[str, Sequence[int]], device: torch.device) -> Table:
     )
     values = torch.frombuffer(flat, dtype=torch.int64).clone().view(len(ROWS), count)
     counters = torch.zeros(count, dtype=torch.int32, device=device)
-    made = Table(_there(values, device), count, chunks, tiles, starts, counters, aligned)
+    made = Table(_there(values, device), count, chunks, tiles, starts, counters, aligned, begins)
     if not capturing:  # what is copied in a graph is there only when that is replayed
         _tables[key] = made
         if len(_tables) > _KEPT:
@@ -96,8 +100,26 @@ def table(columns: dict[str, Sequence[int]], device: torch.device) -> Table:
     return made
 
 
-def _cut(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """How tensors are cut into chunks: chunks, starts and tiles of a `Table`."""
+_constants: dict[tuple[torch.device, int, float], Tensor] = {}
+
+
+def constant(value: float, device: torch.device) -> Tensor:
+    """A float32 number on a device; 0-d, not to be written to."""
+    capturing, stream = _stream(device)
+    found = _constants.get((device, stream, value))
+    if found is None:
+        found = torch.full((), value, dtype=torch.float32, device=device)
+        if not capturing:  # what a graph fills is there only when that is replayed
+            _constants[device, stream, value] = found
+    elif capturing:
+        _of_graphs.append(found)
+    return found
+
+
+def _cut(
+    lengths: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor, int, tuple[int, ...]]:
+    """How tensors are cut into chunks: chunks, starts, tiles and begins of a `Table`."""
     capturing, stream = _stream(device)
     key = (device, stream, lengths)
     if key in _cuts:
@@ -115,7 +137,8 @@ def _cut(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor
     index = torch.repeat_interleave(counts)
     number = torch.arange(len(index), dtype=torch.int64, device="cpu") - starts[index]
     chunks = torch.stack((index, number), dim=1).to(torch.int32)
-    cut = _there(chunks, device), _there(starts.to(torch.int32), device), tiles
+    there = _there(chunks, device), _there(starts.to(torch.int32), device)
+    cut = *there, tiles, tuple(starts.tolist())
     if not capturing:
         _cuts[key] = cut
         if len(_cuts) > _KEPT:

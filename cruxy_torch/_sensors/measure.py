@@ -3,6 +3,7 @@
 # torch's foreach calls are what torch.optim itself is built on, underscore and all.
 # pyright: reportPrivateImportUsage=false
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ def sums(
     *,
     native: Passes | None,
     foreach: bool,
+    sized: Any = None,
 ) -> Tensor:
     """`sum g^2` and `sum |g|^gamma` over plain tensors, multiplied by `scale` first (WP 1).
 
@@ -37,13 +39,19 @@ def sums(
         momenta: see `products`, whose sums are appended; `None` for none.
         native: a library that takes what it can take; `None` for none.
         foreach: takes torch's foreach calls for the rest.
+        sized: see `measure_sums`.
 
     Returns:
         All as one float32 vector on the device of `scale`. Each tensor's sum is taken in float32,
         or in float64 for a float64 gradient.
     """
     totals = []
-    if native is not None:
+    if native is not None and sized is not None:
+        with contextlib.suppress(SetAsideError):
+            total, slow = sized.sums(grads, gamma, scale, momenta)
+            totals += [] if total is None else [total]
+            grads, momenta = _at(grads, slow), _at(momenta, slow)
+    elif native is not None:
         moments = [] if momenta is None else [[kept for kept, _ in momenta]]
         fast, slow = native.parts([grads], moments)
         for part in fast:
@@ -142,7 +150,7 @@ def products(
     return torch.stack((total[0] * scale, total[1]))
 
 
-def measure(
+def measure_sums(
     grads: list[Tensor],
     loss: Tensor,
     gamma: float,
@@ -153,8 +161,9 @@ def measure(
     process_group: dist.ProcessGroup | None,
     native: Passes | None,
     foreach: bool,
-) -> Signals:
-    """What the law sees, the same on every rank that shares the parameters.
+    sized: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """What the law's signals are computed of, the same on every rank that shares the parameters.
 
     A `DTensor` is measured on its local shard; one all-reduce over its mesh makes the sums global
     and averages the loss over the ranks that have a finite one. Plain gradients count as
@@ -171,36 +180,41 @@ def measure(
         process_group: ranks that hold the same gradients but a loss of their own.
         native: a library that takes what it can take; `None` for none.
         foreach: takes torch's foreach calls for the rest.
+        sized: what a library measures besides, see `Passes.together`; `None` for nothing.
+
+    Returns:
+        The sums that `signals` takes, and the loss, NaN or not finite where there is none.
     """
 
     def own_sums(indices: list[int], *, steers: bool) -> Tensor:
         chosen = [local(grads[i]) for i in indices]
         own = _at(momenta, indices) if steers else None
-        return sums(chosen, gamma, scale, own, native=native, foreach=foreach)
+        return sums(chosen, gamma, scale, own, native=native, foreach=foreach, sized=sized)
 
     def sums_of(indices: list[int]) -> Tensor:
         if momenta is None:
             return own_sums(indices, steers=False)
         total = own_sums([i for i in indices if momenta[i] is not None], steers=True)
-        total = torch.cat((total, total[:1]))
         rest = [i for i in indices if momenta[i] is None]
-        if rest:
-            total[:2] += own_sums(rest, steers=False)
-        return total
+        if alone and not rest:
+            return total
+        both = total[:2] + own_sums(rest, steers=False) if rest else total[:2]
+        return torch.cat((both, total[2:], total[:1]))
 
     plain, sharded = by_mesh(grads)
+    alone = not sharded and process_group is None
     total = sums_of(plain)
     if found_inf is not None:
         found = found_inf.to(total.device, non_blocking=True).sum() > 0
         total = torch.where(found, math.nan, total)
-    if not sharded and process_group is None:
-        return signals(total, torch.where(torch.isfinite(loss), loss, math.nan), gamma)
+    if alone:
+        return total, loss
     total, losses = _pooled(total, _counted(loss), sharded, sums_of)
     if process_group is not None:
         packed = torch.cat([total / dist.get_world_size(process_group), losses])
         dist.all_reduce(packed, group=process_group)
         total, losses = packed[:-2], packed[-2:]
-    return signals(total, _mean(losses), gamma)
+    return total, _mean(losses)
 
 
 def whole_sums(grad: Tensor, gamma: float, scale: Tensor, *, native: Passes | None) -> Tensor:
@@ -221,15 +235,24 @@ def conclude(total: Tensor, loss: Tensor, meshes: Iterable[Any], gamma: float) -
     return signals(total, _mean(losses), gamma)
 
 
-def signals(total: Tensor, loss: Tensor, gamma: float) -> Signals:
-    """The two norms of which `total` has the sums, the loss, and the alignment if it has that."""
-    total = plain(total)
+def signals(total: Any, loss: Any, gamma: float, *, xp: Any = torch) -> Signals:
+    """The two norms of which `total` has the sums, the loss, and the alignment if it has that.
+
+    Args:
+        total: a vector, or its numbers: `sum g^2`, `sum |g|^gamma`, `sum g m`, `sum m^2`, and
+            `sum g^2` of those gradients alone that have moments where it is another.
+        loss: NaN or not finite where there is none.
+        gamma: the exponent.
+        xp: the array namespace.
+    """
+    total = plain(total) if isinstance(total, Tensor) else total
+    loss = xp.where(xp.isfinite(loss), loss, math.nan)
     norms = {"grad_norm": total[0].sqrt(), "gamma_norm": total[1] ** (1.0 / gamma)}
     if len(total) == 2:
         return Signals(**norms, loss=loss)
-    norm = total[4].sqrt()
-    cosine = alignment(total[2], norm, total[3], xp=torch)
-    ratio = momentum_ratio(total[3], norm, xp=torch)
+    norm = total[4].sqrt() if len(total) > 4 else norms["grad_norm"]
+    cosine = alignment(total[2], norm, total[3], xp=xp)
+    ratio = momentum_ratio(total[3], norm, xp=xp)
     return Signals(**norms, loss=loss, alignment=cosine, momentum_ratio=ratio)
 
 

@@ -1,0 +1,7 @@
+"""What the tests need of JAX and jax 0.7 has elsewhere."""
+
+import jax
+import jax.experimental
+
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh
