@@ -20,6 +20,9 @@ from benchmarks._sweep import entry
 Losses = dict[str, list[float]]
 """Final figures of one workload by seed, by what is ranked."""
 
+GRIDS, DEFAULTS = "rate-sensitivity", "defaults"
+"""The benchmarks whose figures are read."""
+
 TUNED, UNTUNED = "tuned", "nothing tuned"
 
 
@@ -47,7 +50,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     read = _read(options.input, options.workloads)
-    tables = {part: dict(_losses(*files)) for part, files in read.items()}
+    tables = {part: dict(_losses(files)) for part, files in read.items()}
     several = [set(table) for table in tables.values()]
     names = sorted(set.intersection(*several))
     if options.optimizer:
@@ -63,16 +66,16 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     tables = {part: {name: table[name] for name in names} for part, table in tables.items()}
     ranks = {part: ranked(_means(table)) for part, table in tables.items()}
     seeds = jackknifed(tables)
-    commits = {file["environment"]["commit"] for files in read.values() for file in files if file}
+    figures = [file for files in read.values() for file in files.values()]
+    commits = {file["environment"]["commit"] for file in figures}
     rows = {}
     for name in names:
         own = mean([ranks[part][name] for part in tables])
         optimizer, _, how = name.partition(", ")
         label = next(
             file["optimizers"][optimizer]["label"]
-            for files in read.values()
-            for file in files
-            if file and optimizer in file["optimizers"]
+            for file in figures
+            if optimizer in file["optimizers"]
         )
         rows[name] = {
             "label": label,
@@ -91,13 +94,13 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
 
 
-def _read(folder: Path, wanted: Sequence[str] | None) -> dict[str, list[dict[str, Any] | None]]:
-    """Figures of rate-sensitivity and of defaults, `None` where there are none, by part.
+def _read(folder: Path, wanted: Sequence[str] | None) -> dict[str, dict[str, dict[str, Any]]]:
+    """Figures of rate-sensitivity, and of defaults where there are any, by part and benchmark.
 
     Raises:
         ValueError: if there are no figures, or not those wanted.
     """
-    prefix = "rate-sensitivity-"
+    prefix = f"{GRIDS}-"
     there = sorted(path.stem.removeprefix(prefix) for path in folder.glob(f"{prefix}*.json"))
     missing = [part for part in wanted or () if part not in there]
     if missing or not there:
@@ -105,26 +108,23 @@ def _read(folder: Path, wanted: Sequence[str] | None) -> dict[str, list[dict[str
             f"--input must hold figures of {', '.join(missing) or 'rate-sensitivity'}, got "
             f"{folder}; run python -m benchmarks rate-sensitivity."
         )
-    return {
-        part: [
-            _figures(folder / f"{name}-{part}.json") for name in ("rate-sensitivity", "defaults")
-        ]
+    paths = {
+        part: {name: folder / f"{name}-{part}.json" for name in (GRIDS, DEFAULTS)}
         for part in wanted or there
+    }
+    return {
+        part: {name: json.loads(path.read_text()) for name, path in own.items() if path.exists()}
+        for part, own in paths.items()
     }
 
 
-def _figures(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _losses(
-    grids: dict[str, Any], defaults: dict[str, Any] | None
-) -> Iterator[tuple[str, list[float]]]:
+def _losses(files: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, list[float]]]:
     """What is ranked on one workload, and its figures by seed.
 
     An optimizer at its best rate, unless it looks for its rate itself; and one at the rate that it
     comes with, from the grid where that is on it and else from the figures of `defaults`.
     """
+    grids = files[GRIDS]
     for name, row in grids["optimizers"].items():
         grid, default = grids["grid"][name], entry(*split(name)).default
         by_rate = dict(zip(grid, _by_seed(row, grids), strict=True))
@@ -132,16 +132,16 @@ def _losses(
             yield f"{name}, {TUNED}", by_rate[row["best_rate"]]
         if default in by_rate:
             yield f"{name}, {UNTUNED}", by_rate[default]
-    if defaults is not None:
-        for name, row in defaults["optimizers"].items():
-            yield f"{name}, {UNTUNED}", row["by_seed"]
+    if DEFAULTS in files:
+        for name, row in files[DEFAULTS]["optimizers"].items():
+            yield f"{name}, {UNTUNED}", _by_seed(row, files[DEFAULTS])
 
 
-def _by_seed(row: Mapping[str, Any], result: Mapping[str, Any]) -> list[list[float]]:
+def _by_seed(row: Mapping[str, Any], result: Mapping[str, Any]) -> Any:
     if "by_seed" not in row:
         raise ValueError(
-            f"--input must hold figures by seed, got rate-sensitivity-{result['part']}.json, which "
-            f"holds means alone; run {result['command']} again, which reuses finished runs."
+            f"--input must hold figures by seed, got those of {result['part']}, which hold means "
+            f"alone; run {result['command']} again, which reuses finished runs."
         )
     return row["by_seed"]
 

@@ -94,7 +94,7 @@ def test_figures_that_are_not_enough_are_refused(tmp_path, capsys):
     write(tmp_path, "one", {"adamw": {1e-3: [1.0], 1e-2: [2.0]}}, by_seed=False)
     with pytest.raises(SystemExit):
         standing(tmp_path)
-    assert "by seed, got rate-sensitivity-one.json" in capsys.readouterr().err
+    assert "by seed, got those of one" in capsys.readouterr().err
     write(tmp_path, "one", {"adamw": {1e-2: [2.0]}})
     with pytest.raises(SystemExit):
         standing(tmp_path)

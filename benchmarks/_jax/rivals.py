@@ -78,7 +78,7 @@ def _under_cosine(
 
 
 class _SoapState(NamedTuple):
-    count: jax.Array
+    count: Any
     mu: Any  # in the eigenbases
     nu: Any
     grams: list[tuple[jax.Array, ...]]  # of every leaf, one an axis
@@ -154,7 +154,7 @@ def scale_by_soap(
         mu, nu, bases = lax.switch(case, [begin, keep, refresh])
         return update, mu, nu, grams, bases
 
-    def update(updates: Any, state: _SoapState, params: Any = None) -> Any:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         leaves, treedef = jax.tree.flatten(updates)
         moments = map(treedef.flatten_up_to, (state.mu, state.nu))
         columns = (leaves, *moments, state.grams, state.bases)
@@ -194,7 +194,7 @@ def _scale_by_normuon(b1: float, b2: float = 0.95, eps: float = 1e-10) -> Direct
             return orthogonalize(flat.T, xp=jnp).T
         return orthogonalize(flat, xp=jnp)
 
-    def update(updates: Any, state: _NorMuonState, params: Any = None) -> Any:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         polars = jax.tree.map(polar, mu)
         nu = jax.tree.map(
@@ -227,7 +227,7 @@ def _root_mean_square(b2: float) -> Direction:
 
 
 class _AnytimeState(NamedTuple):
-    count: jax.Array
+    count: Any
     total: jax.Array
     share: jax.Array  # of the average in the parameters
     z: Any
@@ -261,7 +261,7 @@ def _anytime(
         share = jnp.full((), first, jnp.float32)
         return _AnytimeState(jnp.zeros((), jnp.int32), zero, share, z, direction.init(params))
 
-    def update(updates: Any, state: _AnytimeState, params: Any = None) -> Any:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         count = optax.safe_increment(state.count)
         length = rate * jnp.minimum(1.0, count / warm_up)
         total = state.total + length**2
@@ -273,7 +273,7 @@ def _anytime(
             *(state.z, steps, matrices(params)),
         )
         x = jax.tree.map(lambda x, z: x + weight * (z - x), x, z)
-        share = share_of(count + 1.0)
+        share = share_of(state.count + 2.0)
         moved = jax.tree.map(lambda x, z, y: z + share * (x - z) - y, x, z, params)
         return moved, _AnytimeState(count, total, share, z, inner)
 

@@ -76,7 +76,7 @@ def diffusion() -> Workload:
         clean, times, noise = batch
         angles = jnp.pi / 2 * times[:, None]
         seen = jnp.cos(angles) * clean + jnp.sin(angles) * noise
-        return ((nnx.merge(graph, params)(seen, times) - noise) ** 2).mean()
+        return ((nnx.merge(graph, params)(seen, jnp.asarray(times)) - noise) ** 2).mean()
 
     def batches(seed: int) -> Iterator[Noised]:
         rng = np.random.default_rng(seed)

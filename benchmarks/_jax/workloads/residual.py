@@ -95,7 +95,8 @@ def residual() -> Workload:
 
     def cost(model: ResNet, batch: Batch) -> jax.Array:
         images, labels = batch
-        return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
+        logits = model(jnp.asarray(images))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def net(params: nnx.State) -> ResNet:
         # A forward pass writes its own statistics over these and reads none.

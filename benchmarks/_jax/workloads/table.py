@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from sklearn.datasets import make_friedman1
@@ -78,7 +79,7 @@ def table(model: str) -> Workload:
 
     def loss(params: nnx.State, batch: Batch) -> jax.Array:
         rows, targets = batch
-        return ((nnx.merge(graph, params)(rows) - targets) ** 2).mean()
+        return ((nnx.merge(graph, params)(jnp.asarray(rows)) - targets) ** 2).mean()
 
     def batches(seed: int) -> Iterator[Batch]:
         rng = np.random.default_rng(seed)
