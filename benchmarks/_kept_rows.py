@@ -59,7 +59,8 @@ def _others(versions: dict[str, Any]) -> dict[str, Any]:
 def earlier(result: dict[str, Any]) -> dict[str, list[str]]:
     """The labels of kept rows, by their commit."""
     found: dict[str, list[str]] = {}
-    for row in result.get("optimizers", {}).values():
+    rows = result.get("optimizers")
+    for row in rows.values() if isinstance(rows, dict) else ():
         if isinstance(row, dict) and "commit" in row:
             found.setdefault(row["commit"], []).append(row["label"])
     return found
