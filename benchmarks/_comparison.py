@@ -11,6 +11,7 @@ from rich.console import Console
 
 from benchmarks._environment import device
 from benchmarks._frameworks import FRAMEWORKS, installed, room
+from benchmarks._rates import scaled
 from benchmarks._runs import Record, Task
 from benchmarks._statistics import Sensitivity, capped, sensitivity
 from benchmarks._sweep import entry, sweep
@@ -78,6 +79,35 @@ def add_arguments(
     )
 
 
+def add_rates(parser: argparse.ArgumentParser, default: tuple[float, ...] | None = None) -> None:
+    """Adds the option that takes the place of every optimizer's grid.
+
+    Args:
+        parser: where to.
+        default: the rates; `None` for the optimizers' own.
+    """
+    parser.add_argument(
+        "--rates",
+        nargs="+",
+        type=_rate,
+        default=default,
+        metavar="RATE",
+        help="instead of every grid, in units of its scale (Lion's is a tenth); what looks for its "
+        "rate itself starts where it comes with (default: "
+        f"{'every grid' if default is None else ' '.join(f'{rate:g}' for rate in default)})",
+    )
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = -1.0
+    if not 0.0 < rate < float("inf"):
+        raise argparse.ArgumentTypeError(f"--rates must be above 0 and finite, got {text}")
+    return rate
+
+
 def _whole(text: str, option: str, least: int = 1) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(
@@ -125,6 +155,16 @@ class Comparison:
             load(self.options.workload, self.data, framework)
         return full
 
+    def rates(self, optimizer: str) -> tuple[float, ...]:
+        """What is tried of an optimizer: its grid, or what `--rates` says instead."""
+        given = getattr(self.options, "rates", None)
+        if given is None:
+            return rates(optimizer)
+        found = entry(*split(optimizer))
+        if looks_for_its_rate(optimizer):
+            return (found.default,)
+        return scaled(tuple(sorted(set(given))), found.scale)
+
     def task(self, optimizer: str, rate: float, seed: int, **changes: Any) -> Task:
         """A run of the whole budget, evaluated at a quarter, half and the end of it."""
         framework, name = split(optimizer)
@@ -157,14 +197,14 @@ class Comparison:
         wanted = {
             (name, rate, seed): self.task(name, rate, seed)
             for name in optimizers
-            for rate in rates(name)
+            for rate in self.rates(name)
             for seed in seeds
         }
         runs = self.run(wanted.values())
         return {
             name: {
                 rate: {seed: runs[wanted[name, rate, seed]] for seed in seeds}
-                for rate in rates(name)
+                for rate in self.rates(name)
             }
             for name in optimizers
         }
@@ -233,6 +273,11 @@ def known(framework: str) -> list[str]:
 
 def _registry(framework: str) -> Mapping[str, Any]:
     return room(framework, "our_optimizers", FRAMEWORKS[framework]).OPTIMIZERS
+
+
+def looks_for_its_rate(optimizer: str) -> bool:
+    """Whether its grid is one of starts, none of which is tuned."""
+    return split(optimizer)[1].startswith("self_driving")
 
 
 def rates(optimizer: str) -> tuple[float, ...]:

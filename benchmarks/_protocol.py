@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._environment import environment
+from benchmarks._kept_rows import onto
 
 DPI = 130
 """Of every plot."""
@@ -77,6 +78,13 @@ def run(protocol: Protocol, argv: Sequence[str]) -> None:
         default=OUTPUT,
         help="directory for figures, plots and finished runs (default: %(default)s)",
     )
+    parser.add_argument(
+        "--onto",
+        type=Path,
+        metavar="JSON",
+        help="earlier figures of the same: rows that are not measured now are kept, each with its "
+        "commit; only where nothing that made them has changed",
+    )
     options = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     try:
@@ -91,6 +99,11 @@ def run(protocol: Protocol, argv: Sequence[str]) -> None:
         "environment": environment(framework),
         **figures,
     }
+    if options.onto is not None:
+        try:
+            result = onto(result, options.onto)
+        except ValueError as error:
+            parser.error(str(error))
     path = options.output / f"{protocol.name}-{figures['part']}.json"
     path.write_text(json.dumps(_without_nan(result), indent=1) + "\n")
     protocol.draw(result).savefig(path.with_suffix(".png"), dpi=DPI)
@@ -108,7 +121,7 @@ def _shown(argv: Sequence[str]) -> list[str]:
     """The arguments with files named without the folder they lie in on this machine."""
     shown: list[str] = []
     for i, argument in enumerate(argv):
-        if i and argv[i - 1] == "--output":
+        if i and argv[i - 1] in ("--output", "--onto"):
             shown.pop()
         else:
             shown.append(Path(argument).name if os.sep in argument else argument)

@@ -69,7 +69,8 @@ class Sensitivity(NamedTuple):
         best: the lowest loss over the grid, `l*`.
         best_rate: where it is.
         sensitivity: mean over the grid of what the loss lies above `best`.
-        at_edge: whether the best rate is an end of the grid, so that a better one may lie beyond.
+        at_edge: whether the best rate is an end of a grid of several, so that a better one may lie
+            beyond.
     """
 
     best: float
@@ -95,4 +96,5 @@ def sensitivity(losses: Mapping[float, float], start: float) -> Sensitivity:
     best_rate = min(curve, key=lambda rate: curve[rate])
     best = curve[best_rate]
     above = sum(loss - best for loss in curve.values()) / len(curve)
-    return Sensitivity(best, best_rate, above, best_rate in (min(curve), max(curve)))
+    at_edge = len(curve) > 1 and best_rate in (min(curve), max(curve))
+    return Sensitivity(best, best_rate, above, at_edge)

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks._environment import basis
 from benchmarks._frameworks import FRAMEWORKS, room
 from benchmarks._runs import Record, Task, record_from_json, task_from_json, to_json
+from benchmarks.workloads import home
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,6 +35,7 @@ _SHAKESPEARE = (
     "benchmarks/workloads/shakespeare.py",
     "benchmarks/_{framework}/workloads/shakespeare.py",
 )
+_WEIGHTS = "benchmarks/_jax/workloads/weights.py"
 
 ENGINES = {
     "jax": ("benchmarks/_jax/training.py", "benchmarks/_jax/faults.py", "benchmarks/faults.py"),
@@ -50,8 +52,16 @@ WORKLOADS = {
     "shakespeare": _SHAKESPEARE,
     "finetuning": ("benchmarks/_jax/workloads/finetuning.py", *_DIGITS, *_SHAKESPEARE),
     "cartpole": ("benchmarks/_jax/workloads/cartpole.py",),
+    "char": (
+        "benchmarks/_jax/workloads/char.py",
+        "benchmarks/workloads/shakespeare.py",
+        *(_WEIGHTS, *_DEMO),
+    ),
+    "table": ("benchmarks/_jax/workloads/table.py", _WEIGHTS),
+    "residual": ("benchmarks/_jax/workloads/residual.py", _WEIGHTS, *_DIGITS),
+    "diffusion": ("benchmarks/_jax/workloads/diffusion.py", _WEIGHTS, *_DIGITS),
 }
-"""What defines the workloads of a family."""
+"""What defines the workloads of a module."""
 
 
 def files(framework: str, optimizer: str, workload: str) -> list[Path]:
@@ -67,7 +77,7 @@ def files(framework: str, optimizer: str, workload: str) -> list[Path]:
     Raises:
         FileNotFoundError: if a pattern names no file; what moved would else count as unchanged.
     """
-    family = workload.partition("-")[0]
+    family = home(workload)
     patterns = [
         *entry(framework, optimizer).sources,
         *ENGINES[framework],

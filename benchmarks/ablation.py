@@ -1,7 +1,7 @@
 """What each part and constant is worth: one changed at a time, at the same rates."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -86,7 +86,7 @@ def _rates_to_compare_at(
 ) -> tuple[tuple[float, ...], float]:
     """The rates near the best one, since a part may only shift it, and the best one."""
     only = options.rate
-    if only is None and options.whole == "self_driving":
+    if only is None and options.whole.startswith("self_driving"):
         only = START
     if only is not None:
         return (only,), only
@@ -160,3 +160,28 @@ PROTOCOL = Protocol(
     rows=_rows,
     draw=_draw,
 )
+
+
+def among(wholes: Mapping[str, Sequence[str]], what: str, *, workload: str, seeds: int) -> Protocol:
+    """The same for variants that are listed, on seeds that nothing was chosen on.
+
+    Args:
+        wholes: the variants of each form of self-driving; the first form is the default.
+        what: the help for the choice.
+        workload: the default one.
+        seeds: how many by default.
+    """
+
+    def arguments(parser: argparse.ArgumentParser) -> None:
+        add_arguments(parser, optimizers=None, workload=workload, seeds=seeds, first_seed=3)
+        first = next(iter(wholes))
+        parser.add_argument(
+            "--whole", choices=wholes, default=first, help=f"{what} (default: %(default)s)"
+        )
+        parser.set_defaults(rate=None)
+
+    def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+        options.optimizer = options.optimizer or [*wholes[options.whole]]
+        return _measure(options, console)
+
+    return PROTOCOL._replace(arguments=arguments, measure=measure)

@@ -13,7 +13,7 @@ from benchmarks._protocol import Protocol, Rows
 from benchmarks.workloads import ALONE, NAMES, load
 from cruxy_control import SelfDriving
 
-DIRECTIONS = ("Adam", "Lion", "momentum SGD")
+DIRECTIONS = ("Adam", "Lion", "Muon", "momentum SGD")
 """How a gradient becomes a step."""
 
 WATCHED = 100

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from benchmarks._comparison import Comparison, add_arguments, final, split
 from benchmarks._protocol import Protocol, Rows
-from benchmarks._standings import cells, draw, ranked, standing
+from benchmarks._standings import cells, draw, named, ranked, standing
 from benchmarks._sweep import entry
 
 OPTIMIZERS = (
@@ -46,17 +46,21 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     losses = {name: final(by_seed) for name, by_seed in records.items()}
     rows = {
         name: standing(name, rates[name], losses[name], losses[reference])
-        | {"state_bytes": records[name][0].state_bytes_per_parameter}
+        | {
+            "by_seed": [*losses[name].values()],
+            "state_bytes": next(iter(records[name].values())).state_bytes_per_parameter,
+        }
         for name in names
     }
     return comparison.described() | {"optimizers": rows}
 
 
 def _rows(result: dict[str, Any]) -> Rows:
+    reference = named(result, REFERENCE)
     return Rows(
         ("optimizer", "rate", "held-out loss", "minus self-driving, paired", "bytes a parameter"),
         [
-            (row["label"], f"{row['rate']:g}", *cells(row), f"{row['state_bytes']:.1f}")
+            (row["label"], f"{row['rate']:g}", *cells(row, reference), f"{row['state_bytes']:.1f}")
             for row in ranked(result)
         ],
     )

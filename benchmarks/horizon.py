@@ -9,6 +9,8 @@ OPTIMIZERS = (
     "self_driving-muon-ended",
     "self_driving-ended",
     "self_driving-lion-ended",
+    "self_driving-muon-linear",
+    "self_driving-linear",
     "self_driving-muon",
     "scheduled-muon",
     "muon-cosine",
@@ -25,10 +27,11 @@ PROTOCOL = rate_sensitivity.PROTOCOL._replace(
     name="horizon",
     title="A known end.",
     reading=(
-        "Self-driving that is told when the run ends, that is not, and optimizers under a warm-up "
-        "and a cosine to that end, whose peak is tuned. The table reads like that of the "
-        "learning-rate sensitivity; self-driving's grid is where it starts. The constants were "
-        "chosen on the small GPT and seeds 0 to 2, which are not among these."
+        "Self-driving that is told when the run ends, that is given a schedule, and that is "
+        "neither, and optimizers under a warm-up and a cosine to that end, whose peak is tuned. "
+        "The table reads like that of the learning-rate sensitivity; self-driving's grid is where "
+        "it starts. The constants were chosen on the small GPT and seeds 0 to 2, which are not "
+        "among these."
     ),
     arguments=_arguments,
 )

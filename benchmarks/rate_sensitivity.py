@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks._comparison import Comparison, add_arguments, curve, final, label, rates
+from benchmarks._comparison import Comparison, add_arguments, add_rates, curve, final, label
 from benchmarks._plots import legend, one_panel, styles
 from benchmarks._protocol import Protocol, Rows
 from benchmarks._statistics import mean
@@ -36,6 +36,7 @@ NOTHING = 1e-6
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser, optimizers=OPTIMIZERS)
+    add_rates(parser)
 
 
 def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -43,7 +44,8 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     grid = comparison.over_grid(comparison.optimizers)
     found: dict[str, Any] = {}
     for name, by_rate in grid.items():
-        losses = {rate: mean(list(final(records).values())) for rate, records in by_rate.items()}
+        by_seed = {rate: list(final(records).values()) for rate, records in by_rate.items()}
+        losses = {rate: mean(values) for rate, values in by_seed.items()}
         diverged = {
             rate: sum(not np.isfinite(r.held_out[-1]) for r in records.values())
             for rate, records in by_rate.items()
@@ -58,12 +60,13 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             "sensitivity": at_best.sensitivity,
             "losses": [value.mean for value in losses.values()],
             "errors": [value.error for value in losses.values()],
+            "by_seed": list(by_seed.values()),
             "diverged": list(diverged.values()),
         }
     first = grid[comparison.optimizers[0]]
     starts = [record.start for records in first.values() for record in records.values()]
     return comparison.described() | {
-        "grid": {name: list(rates(name)) for name in comparison.optimizers},
+        "grid": {name: list(by_rate) for name, by_rate in grid.items()},
         "start": float(np.mean(starts)),
         "optimizers": found,
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._commands import MODULES, protocol
+from benchmarks._kept_rows import earlier
 from benchmarks._protocol import DPI, OUTPUT, Protocol, Rows
 from benchmarks.workloads import NAMES
 
@@ -109,13 +110,16 @@ def redraw(results: dict[Path, dict[str, Any]], names: Sequence[str]) -> None:
 def check_alike(results: dict[Path, dict[str, Any]]) -> None:
     """Refuses tables of one benchmark whose commit, or an optimizer's grid, differ.
 
+    What takes different things apart, as ablations do, needs one commit for each.
+
     Raises:
         ValueError: if they do.
     """
-    commits: dict[str, Path] = {}
+    commits: dict[str | None, dict[str, Path]] = {}
     grids: dict[str, tuple[Path, Any]] = {}
     for path, result in results.items():
-        commits.setdefault(result["environment"]["commit"], path)
+        of_whole = commits.setdefault(result.get("whole"), {})
+        of_whole.setdefault(result["environment"]["commit"], path)
         for optimizer, grid in result.get("grid", {}).items():
             first, known = grids.setdefault(optimizer, (path, grid))
             if known != grid:
@@ -123,8 +127,10 @@ def check_alike(results: dict[Path, dict[str, Any]]) -> None:
                     f"{optimizer} has the grid {known} in {first.name} and {grid} in {path.name}; "
                     "run one of them again."
                 )
-    if len(commits) > 1:
-        listed = ", ".join(f"{path.name} at {commit[:10]}" for commit, path in commits.items())
+    for of_whole in commits.values():
+        if len(of_whole) < 2:
+            continue
+        listed = ", ".join(f"{path.name} at {commit[:10]}" for commit, path in of_whole.items())
         raise ValueError(f"figures of one benchmark need one commit, got {listed}; run them again.")
 
 
@@ -170,6 +176,7 @@ def _section(path: Path, result: dict[str, Any], found: Protocol) -> str:
         f"{environment['processor']}, {environment['cores']} cores; {environment['device']}",
         f"Python {environment['python']}, {packages}",
         f"commit {environment['commit'][:10]}",
+        *(f"{', '.join(who)} at {commit[:10]}" for commit, who in earlier(result).items()),
     ]
     if "seeds" in result:
         facts.insert(0, f"seeds {', '.join(map(str, result['seeds']))}")

@@ -1,25 +1,25 @@
 """What rates by role are worth to self-driving: one role's rate changed at a time."""
 
-import argparse
-
 from benchmarks import ablation
-from benchmarks._comparison import add_arguments
 from benchmarks._protocol import Protocol
 
-OPTIMIZERS = (
-    "self_driving-embedding-third",
-    "self_driving-norm-thrice",
-    "self_driving-embedding-third-norm-thrice",
-    "self_driving-head-third",
-)
+WHOLES = {
+    "self_driving": (
+        "self_driving-embedding-third",
+        "self_driving-norm-thrice",
+        "self_driving-embedding-third-norm-thrice",
+        "self_driving-head-third",
+    ),
+    "self_driving-ended": ("self_driving-ended-embedding-third",),
+    "self_driving-muon": ("self_driving-muon-embedding-third",),
+    "self_driving-muon-ended": ("self_driving-muon-ended-embedding-third",),
+}
+"""What gets rates by role, and the variants of each."""
 
 
-def _arguments(parser: argparse.ArgumentParser) -> None:
-    add_arguments(parser, optimizers=OPTIMIZERS, first_seed=3)
-    parser.set_defaults(whole="self_driving", rate=None, optimizer=list(OPTIMIZERS))
-
-
-PROTOCOL: Protocol = ablation.PROTOCOL._replace(
+PROTOCOL: Protocol = ablation.among(
+    WHOLES, "what gets rates by role", workload="shakespeare-small", seeds=3
+)._replace(
     name="roles",
     title="Rates by role under self-driving.",
     reading=(
@@ -28,5 +28,4 @@ PROTOCOL: Protocol = ablation.PROTOCOL._replace(
         "gain; one within twice its error of zero is none. The seeds are none on which the "
         "multiples were chosen. A model that has no such role shows a zero."
     ),
-    arguments=_arguments,
 )

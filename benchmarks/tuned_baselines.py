@@ -8,7 +8,7 @@ from rich.console import Console
 
 from benchmarks._comparison import Comparison, add_arguments, curve, final, rates
 from benchmarks._protocol import Protocol, Rows
-from benchmarks._standings import cells, draw, ranked, standing
+from benchmarks._standings import cells, draw, named, ranked, standing
 
 OPTIMIZERS = (
     "self_driving",
@@ -51,10 +51,15 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _rows(result: dict[str, Any]) -> Rows:
+    reference = named(result, REFERENCE)
     return Rows(
         ("optimizer", "tuned rate", "held-out loss", f"minus {REFERENCE}, paired by seed"),
         [
-            (row["label"], f"{row['rate']:g}" + (" (edge)" if row["at_edge"] else ""), *cells(row))
+            (
+                row["label"],
+                f"{row['rate']:g}" + (" (edge)" if row["at_edge"] else ""),
+                *cells(row, reference),
+            )
             for row in ranked(result)
         ],
     )

@@ -1,20 +1,18 @@
 """What a relative limit that gives way is worth to self-driving."""
 
-import argparse
-
 from benchmarks import ablation
-from benchmarks._comparison import add_arguments
 from benchmarks._protocol import Protocol
 
-OPTIMIZERS = ("self_driving-yield-20", "self_driving-yield-50")
+WHOLES = {
+    "self_driving-held": ("self_driving-yield-20", "self_driving-yield-50"),
+    "self_driving-lion-held": ("self_driving-lion-yield-50",),
+    "self_driving-muon-held": ("self_driving-muon-yield-50",),
+}
+"""Self-driving under a limit that holds, and with limits that give way."""
 
-
-def _arguments(parser: argparse.ArgumentParser) -> None:
-    add_arguments(parser, optimizers=OPTIMIZERS, workload="cartpole", seeds=8, first_seed=3)
-    parser.set_defaults(whole="self_driving", rate=None, optimizer=list(OPTIMIZERS))
-
-
-PROTOCOL: Protocol = ablation.PROTOCOL._replace(
+PROTOCOL: Protocol = ablation.among(
+    WHOLES, "what runs under a limit that holds", workload="cartpole", seeds=8
+)._replace(
     name="yielding",
     title="A relative limit that gives way.",
     reading=(
@@ -22,5 +20,4 @@ PROTOCOL: Protocol = ablation.PROTOCOL._replace(
         "difference, paired by seed, is a gain; one within twice its error of zero is none. The "
         "seeds are none on which the constants were chosen."
     ),
-    arguments=_arguments,
 )

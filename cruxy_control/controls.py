@@ -35,7 +35,7 @@ class Controls(NamedTuple):
             something else; at 0 nothing of the sign is left. A law that moves this or the next has
             a true `steers_decay`.
         decay_scale: factor on the weight decay, at least 0.
-        limit_factor: factor in `(0, 1]` on the relative limits. A law that says this or one of the
+        limit_factor: factor above 0 on the relative limits. A law that says this or one of the
             next has a true `needs_alignment`.
         run_phase: where a run is, an index into `RUN_PHASES`; telemetry.
         schedule_scale: the share of the highest rate so far that a schedule has left; telemetry.

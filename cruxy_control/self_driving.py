@@ -36,8 +36,8 @@ class Hold(NamedTuple):
         peak: the highest rate that was set so far; float32, `()`.
         limited_steps: for how many good steps in a row every rate was above the relative limit;
             int32, `()`.
-        resisted: how often that was so though the alignment was positive, a count that fades;
-            float32, `()`.
+        resisted: how often that was so though the alignment was positive, a count that fades and
+            that a falling rate leaves as it is; float32, `()`.
     """
 
     peak: Any
@@ -94,20 +94,22 @@ class SelfDriving(V2Sensors):
         scale * cooldown_peak * (1 - k / K),    k = 0, 1, ..., K = (1 - search_share) total_steps.
 
     The rate that is found is that which an average of the iterates bears for ever; one that falls
-    may start at twice of it. `begin_cooldown` begins the same at any step, and then counts in place
-    of `total_steps`. The end is the law's and not the state's: a run that is resumed under another
-    `total_steps` ends there.
+    may start at twice of it, and moves more on the way: the relative limit is `cooldown_peak` times
+    as high there, and where the end is known already in the search, after its first `gain_time`
+    steps, in which a start that is far too low overshoots. `begin_cooldown` begins a fall at any
+    step, and it then counts in place of `total_steps`. The end is the law's and not the state's: a
+    run that is resumed under another `total_steps` ends there.
 
     A schedule is obeyed where it lowers the rate, once the search is over (`gain_t` below
     `SEARCH`): below `schedule_share` of the highest rate that was set so far (`Signals.base_rate`)
     the scale is held, since the sensor would ask for what the schedule has just taken. Before that,
     and where it rises, as a warm-up does, the law corrects the rate as it does without one.
 
-    With `limit_yield` the relative limit gives way where nothing opposes the steps, as on a policy
-    that improves or a net that has fitted its data. Of the steps in which the limit holds every
-    tensor while `a_bar > 0` it keeps a count that fades,
+    The relative limit gives way where nothing opposes the steps, as on a policy that improves or a
+    net that has fitted its data. Of the steps in which the limit holds every tensor while
+    `a_bar > 0` it keeps a count that fades, and multiplies the limit:
 
-        n <- n + 1 there,  0.95 n elsewhere;    limit_factor = (1 + n / limit_yield)^(-1/2).
+        n <- n + 1 there,  0.95 n elsewhere;    (1 + n / limit_yield)^(-1/2).
 
     Clipping, guard and telemetry are those of `Meta3`; the decay rates stay as they are set.
 
@@ -119,7 +121,8 @@ class SelfDriving(V2Sensors):
         scale_bounds: bounds of the factor on the rate.
         total_steps: steps of the run, where they are known; `None` for a run without an end.
         search_share: share of them in which the rate is found, in `(0, 1)`.
-        cooldown_peak: multiple of the rate that was found at which the fall begins, above 0.
+        cooldown_peak: multiple of the rate that was found at which the fall begins, above 0; where
+            it is above 1 also of the relative limit.
         schedule_share: share of the highest rate that was set below which a schedule teaches
             nothing, in `[0, 1]`; 0 lets the law work against every schedule.
         limit_yield: number of such steps after which the limit is down to 0.71 of itself, above 0;
@@ -149,7 +152,7 @@ class SelfDriving(V2Sensors):
     search_share: float = 0.2
     cooldown_peak: float = 2.0
     schedule_share: float = 0.8
-    limit_yield: float | None = None
+    limit_yield: float | None = 50.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,7 +172,7 @@ class SelfDriving(V2Sensors):
         check_range("cooldown_peak", self.cooldown_peak, 0.0, lower_open=True, remedy="use 2")
         check_range("schedule_share", self.schedule_share, 0.0, 1.0, remedy="use 0.8")
         if self.limit_yield is not None:
-            remedy = "use 20, or None for a limit that holds"
+            remedy = "use 50, or None for a limit that holds"
             check_range("limit_yield", self.limit_yield, 0.0, lower_open=True, remedy=remedy)
 
     @property
@@ -225,7 +228,7 @@ class SelfDriving(V2Sensors):
         return state, controls._replace(
             meta_scale=scale,
             alignment=state.alignment.value,
-            limit_factor=self._limit_factor(state, xp),
+            limit_factor=self._limit_factor(state, falls, xp),
             run_phase=self._phase(state, falls, multiple, xp),
             schedule_scale=_share(_of(signals.base_rate, 0.0, state), state.hold.peak, xp),
             limit_scale=_of(signals.limit_scale, 1.0, state),
@@ -233,10 +236,12 @@ class SelfDriving(V2Sensors):
             momentum_ratio=_of(signals.momentum_ratio, NOT_KNOWN, state),
         )
 
-    def _limit_factor(self, state: SelfDrivingState, xp: Any) -> Any:
+    def _limit_factor(self, state: SelfDrivingState, falls: Any, xp: Any) -> Any:
+        ends = falls if self.total_steps is None else falls | (state.step >= self.gain_time)
+        factor = xp.where(ends, max(1.0, self.cooldown_peak), xp.ones_like(state.scale))
         if self.limit_yield is None:
-            return xp.ones_like(state.scale)
-        return 1.0 / xp.sqrt(1.0 + state.hold.resisted / self.limit_yield)
+            return factor
+        return factor / xp.sqrt(1.0 + state.hold.resisted / self.limit_yield)
 
     def _phase(self, state: SelfDrivingState, falls: Any, multiple: Any, xp: Any) -> Any:
         search, trunk, cooldown, end = map(float, range(len(RUN_PHASES)))
@@ -273,11 +278,17 @@ class SelfDriving(V2Sensors):
             step=xp.where(moved, filters.next_count(state.step, xp=xp), state.step),
             scale=xp.clip(scale, *self.scale_bounds),
             cooldown=state.cooldown._replace(falling=xp.where(held, multiple, 0.0)),
-            hold=self._hold(state, signals.limit_scale, alignment.value, peak, xp),
+            hold=self._hold(state, signals.limit_scale, alignment.value, held, peak, xp),
         )
 
     def _hold(
-        self, state: SelfDrivingState, limit_scale: Any, alignment: Any, peak: Any, xp: Any
+        self,
+        state: SelfDrivingState,
+        limit_scale: Any,
+        alignment: Any,
+        held: Any,
+        peak: Any,
+        xp: Any,
     ) -> Hold:
         count, resisted = state.hold.limited_steps, state.hold.resisted
         limited = (limit_scale > 0.0) & (limit_scale < 1.0)
@@ -285,7 +296,7 @@ class SelfDriving(V2Sensors):
         return Hold(
             peak=peak,
             limited_steps=xp.where(limited, filters.next_count(count, xp=xp), 0),
-            resisted=xp.where(limit_scale > 0.0, xp.clip(more, 0.0, 1e9), resisted),
+            resisted=xp.where((limit_scale > 0.0) & ~held, xp.clip(more, 0.0, 1e9), resisted),
         )
 
 

@@ -11,41 +11,30 @@ class Usual(NamedTuple):
     """The constants that go with a kind of direction.
 
     Attributes:
-        relative_limit: in a run without an end.
+        relative_limit: no tensor moves by more than this share of its size in a step.
         weight_decay: its coefficient.
         set_point: the alignment that is steered to in a run without an end.
         set_point_ended: the same where the end is known.
+        limit_yield: how the limit gives way, see `SelfDriving`; `None` for one that holds.
     """
 
     relative_limit: float
     weight_decay: float
     set_point: float = -0.25
     set_point_ended: float = -0.25
+    limit_yield: float | None = 50.0
 
 
 USUAL = {
     "adam": Usual(0.1, 1e-4),
-    "lion": Usual(0.01, 1e-3),
-    "muon": Usual(0.2, 0.1, -0.15, -0.2),
+    "lion": Usual(0.01, 1e-3, limit_yield=None),
+    "muon": Usual(0.2, 0.1, -0.15, -0.2, limit_yield=None),
 }
 """By the kind of a direction: `"adam"` where its elements are of size 1 or less and shrink,
 `"lion"` where they are signs, `"muon"` where matrices are made orthogonal.
 
 An orthogonal step bears a larger rate than the sensor takes Adam's for: it is steered to an
-alignment nearer to 0."""
-
-
-def usual_limit(kind: str, law: Any) -> float:
-    """The relative limit of a kind of direction under a law.
-
-    It is twice that of `USUAL` where the law, or the one that it is put around, knows the end: a
-    rate that is to fall may be one that moves more.
-
-    Args:
-        kind: a key of `USUAL`.
-        law: the law.
-    """
-    return USUAL[kind].relative_limit * (1.0 if end_of(law) is None else 2.0)
+alignment nearer to 0. Only Adam's limit gives way: the others gained nothing by it."""
 
 
 def end_of(law: Any) -> int | None:
@@ -56,14 +45,15 @@ def end_of(law: Any) -> int | None:
 
 
 def usual_law(kind: str, *, ends: bool) -> SelfDriving:
-    """The law with the set point of a kind of direction.
+    """The law with the constants of a kind of direction.
 
     Args:
         kind: a key of `USUAL`.
         ends: whether the end of the run is known.
     """
     own = USUAL[kind]
-    return SelfDriving(set_point=own.set_point_ended if ends else own.set_point)
+    set_point = own.set_point_ended if ends else own.set_point
+    return SelfDriving(set_point=set_point, limit_yield=own.limit_yield)
 
 
 def told_the_end(law: Law, total_steps: int | None) -> Law:

@@ -18,15 +18,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--engine", choices=ENGINES, default="f64")
     parser.add_argument("--bits", type=int, default=20)
     parser.add_argument("--grain", type=int, help="sequences in a grain; without it no grains")
+    parser.add_argument("--optimizer", choices=("adamw", "self-driving"), default="adamw")
     parser.add_argument("--plain-kernels", action="store_true", help="no C kernels in PyTorch")
     parser.add_argument("--replace", action="store_true", help="publish other bits than before")
     parser.add_argument("--bench", action="store_true", help="print the slowdown as well")
     options = parser.parse_args(arguments)
     where = check.framework(options.framework, options.device, native=not options.plain_kernels)
-    reference = Reference(grain=options.grain, precision=Precision(options.bits, options.engine))
+    driver = check.self_driving() if options.optimizer == "self-driving" else None
+    precision = Precision(options.bits, options.engine)
+    reference = Reference(grain=options.grain, precision=precision, driver=driver)
     if options.command == "publish":
         return _publish(where, reference, options.replace)
-    print(check.describe(where))
+    print(", ".join(x for x in check.describe(where, reference).values() if x))
     found, problem = check.verify(where, reference)
     print(f"checksum {found}: {problem or 'as published'}")
     if options.bench:
@@ -39,16 +42,20 @@ def _publish(where: check.Framework, reference: Reference, replace: bool) -> int
     """Writes the table of a reference into the file of published ones, and what it was seen on."""
     path = check.PUBLISHED
     rows = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    new = check.table(where, reference)
-    if reference.grain is not None:
-        del new["operations"], new["steps"]  # a grain at a time, too long to keep
     old = rows.get(check.key(reference), {})
+    found, _ = check.verify(where, reference)
+    new = {**old, "checksum": found}
+    if found != old.get("checksum"):
+        new = check.table(where, reference)
+        if reference.grain is not None:
+            del new["operations"], new["steps"]  # a grain at a time, too long to keep
     known = old.get("checksum", new["checksum"]) == new["checksum"]
     if not known and not replace:
         print(f"{new['checksum']} is not {old['checksum']}, which is published; verify says where")
         return 1
-    seen = old.get("seen", []) if known else []
-    rows[check.key(reference)] = {**new, "seen": sorted({*seen, check.describe(where)})}
+    seen, here = old.get("seen", []) if known else [], check.describe(where, reference)
+    seen = sorted([*(row for row in seen if row != here), here], key=lambda row: [*row.values()])
+    rows[check.key(reference)] = {**new, "seen": seen}
     path.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
     print(f"{check.key(reference)}: {new['checksum']}")
     return 0

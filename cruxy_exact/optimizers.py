@@ -103,14 +103,28 @@ def adamw(
 
 
 def adam_direction(
-    g: Any, m: Any, v: Any, factors: tuple[Any, Any], *, b1: Any, b2: Any, eps: float, xp: Any
+    g: Any,
+    m: Any,
+    v: Any,
+    factors: tuple[Any, Any],
+    *,
+    b1: Any,
+    b2: Any,
+    eps: float,
+    nesterov: bool = False,
+    xp: Any,
 ) -> tuple[Any, Any, Any]:
-    """The new moments and Adam's direction. Arguments as of `adamw`."""
-    m = add(mul(m, rounded(b1), xp=xp), mul(g, rest(b1, xp=xp), xp=xp), xp=xp)
+    """The new moments and Adam's direction. Arguments as of `adamw`.
+
+    With `nesterov` the numerator is `b1 m + (1 - b1) g` of the new `m`.
+    """
+    share = mul(g, rest(b1, xp=xp), xp=xp)
+    m = add(mul(m, rounded(b1), xp=xp), share, xp=xp)
+    ahead = add(mul(m, rounded(b1), xp=xp), share, xp=xp) if nesterov else m
     square = mul(mul(g, g, xp=xp), rest(b2, xp=xp), xp=xp)
     v = add(mul(v, rounded(b2), xp=xp), square, xp=xp)
     root = mul(sqrt(v, xp=xp), factors[1], xp=xp) + f32(eps)
-    return m, v, div(mul(m, factors[0], xp=xp), root, xp=xp)
+    return m, v, div(mul(ahead, factors[0], xp=xp), root, xp=xp)
 
 
 def change(p: Any, u: Any, *, lr: Any, weight_decay: Any, xp: Any) -> Any:
@@ -214,6 +228,30 @@ def _scaled(leaves: Sequence[Any], xp: Any) -> tuple[list[Any], Any]:
     e = field(largest(peaks, 0, xp=xp), xp=xp)
     e = xp.where(e > 253, xp.full_like(e, 253), e)
     return [x * power(127 - e, xp=xp) for x in flat], e
+
+
+def norms_and_product(a: Sequence[Any], b: Sequence[Any], *, xp: Any) -> tuple[Any, Any, Any]:
+    """What a cosine is made of: `sum a b`, the root of `sum a^2`, and `sum b^2`.
+
+    Each side is multiplied by a power of two of its own first, so that nothing over- or underflows;
+    a cosine does not see it.
+
+    Args:
+        a: float32 arrays, settled; at least one.
+        b: of the same shapes.
+        xp: the array namespace.
+
+    Returns:
+        Three float32 `()`. NaN where anything that they are made of is not finite.
+    """
+    (a, _), (b, _) = _scaled(a, xp), _scaled(b, xp)
+
+    def product(x: Any, y: Any) -> Any:
+        pairs = zip(x, y, strict=True)
+        parts = [total(mul(s, t, xp=xp), 0, keepdims=True, xp=xp) for s, t in pairs]
+        return total(join(parts, 0, xp=xp), xp=xp)
+
+    return product(a, b), sqrt(product(a, a), xp=xp), product(b, b)
 
 
 def gamma_norm(leaves: Sequence[Any], gamma: float, *, xp: Any) -> Any:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from cruxy_exact import accumulate, attention, initial, layers, optimizers
 from cruxy_exact._namespace import count_up, join, zeros
-from cruxy_exact.arithmetic import f32, mul, settle
+from cruxy_exact.arithmetic import f32, mul, settle, sub
+from cruxy_exact.driven import Driven, Group, Leaf
 from cruxy_exact.engines import DEFAULT, Precision
 from cruxy_exact.random_bits import random_bits, stream_key
 from cruxy_exact.tape import Node, Record, Tape
@@ -35,6 +36,7 @@ class Reference:
         seed: of all random bits.
         grain: sequences in a grain; `None` takes the batch as one, without grains.
         precision: of the matrix products.
+        driver: Adam under a law in the place of AdamW and its clip; `None` for those.
     """
 
     vocabulary: int = 64
@@ -49,6 +51,7 @@ class Reference:
     seed: int = 7
     grain: int | None = None
     precision: Precision = DEFAULT
+    driver: Driven | None = None
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], float | None]]:
         """The parameters: their shapes, and the scale of their uniform values; `None` for ones."""
@@ -175,7 +178,11 @@ class Reference:
         params = self.init(like, xp=xp)
         one = zeros((), xp.float32, like, xp=xp) + 1.0
         empty = {name: xp.zeros_like(p) for name, p in params.items()}
-        return State(params, empty, dict(empty), one, one)
+        state = State(params, empty, dict(empty), one, one)
+        if self.driver is None:
+            return state
+        averages = dict(params) if self.driver.averaging is not None else {}
+        return state._replace(driven=self.driver.init(one * 0, xp=xp), averages=averages)
 
     def step(
         self,
@@ -207,7 +214,10 @@ class Reference:
             loss, grads = self._by_grains(params, x, y, step, xp, record)
         share = f32(1 / (self.batch * self.length))
         grads = {name: mul(g, share, xp=xp) for name, g in grads.items()}
-        return self.update(state, grads, xp=xp, record=record), mul(loss, share, xp=xp)
+        loss = mul(loss, share, xp=xp)
+        if self.driver is not None:
+            return self.drive(self.driver, state, grads, loss, xp=xp, record=record), loss
+        return self.update(state, grads, xp=xp, record=record), loss
 
     def _by_grains(
         self, params: Arrays, x: Any, y: Any, step: Any, xp: Any, record: Record | None
@@ -243,6 +253,33 @@ class Reference:
             new.params[name], new.m[name], new.v[name] = out
         return new
 
+    def drive(
+        self,
+        driver: Driven,
+        state: "State",
+        grads: Arrays,
+        loss: Any,
+        *,
+        xp: Any,
+        record: Record | None = None,
+    ) -> "State":
+        """Adam under the law of `driver`, with the usual options of a self-driving run."""
+        record = record or (lambda name, value: None)
+        group = Group(1e-3, 0.9, 0.99, 1e-8, (state.product1, state.product2))
+        leaves = [
+            Leaf(p, grads[name], state.m[name], state.v[name], state.averages.get(name), 1e-4)
+            for name, p in state.params.items()
+        ]
+        driven, [products], moved = driver.step(state.driven, [group], leaves, loss, xp=xp)
+        new = State({}, {}, {}, *products, driven, {})
+        for (name, p), leaf in zip(state.params.items(), moved, strict=True):
+            new.params[name], new.m[name], new.v[name] = sub(p, leaf.change, xp=xp), leaf.m, leaf.v
+            record(f"{name} update", new.params[name])
+            if leaf.average is not None:
+                new.averages[name] = leaf.average
+                record(f"{name} average", leaf.average)
+        return new
+
 
 class State(NamedTuple):
     """What training the reference model keeps.
@@ -253,6 +290,8 @@ class State(NamedTuple):
         v: their second moments.
         product1: of the decay rates of the first moment so far; float32, `()`.
         product2: of those of the second.
+        driven: of `Driven`, where there is one.
+        averages: of the parameters, where they are kept; likewise.
     """
 
     params: Arrays
@@ -260,3 +299,5 @@ class State(NamedTuple):
     v: Arrays
     product1: Any
     product2: Any
+    driven: Any = ()
+    averages: Any = ()

@@ -233,9 +233,21 @@ class Namespace:
         a, b = self._both(a, b)
         return self.where((a > b) | (a != a), a, b)
 
+    def fmin(self, a: Any, b: Any) -> Scalar:
+        """The smaller; the other where one is NaN."""
+        a, b = self._both(a, b)
+        return self.where((a < b) | (b != b), a, b)
+
     def _both(self, a: Any, b: Any) -> tuple[Scalar, Scalar]:
         one = a if isinstance(a, Scalar) else b
-        return tuple(x if isinstance(x, Scalar) else one * 0 + x for x in (a, b))  # pyright: ignore
+
+        def lifted(x: Any) -> Scalar:
+            like, value, _ = one._pair(x)
+            return self._scalar(
+                value if hasattr(value, "dtype") else self.xp.full_like(like, value)
+            )
+
+        return tuple(x if isinstance(x, Scalar) else lifted(x) for x in (a, b))  # pyright: ignore
 
     def clip(self, x: Scalar, lower: Any, upper: Any) -> Scalar:
         """`x` between two bounds."""

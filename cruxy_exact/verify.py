@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cruxy_exact.checksum import DEFINITION, checksum, to_bytes
+from cruxy_exact.driven import Driven
 from cruxy_exact.engines import choose
 from cruxy_exact.reference import Reference, State
 
@@ -23,6 +25,8 @@ PUBLISHED = Path(__file__).with_name("published.json")
 STEPS = 50
 SIDES = {"torch": "cruxy_torch.exact", "jax": "cruxy_optax.exact"}
 """Where a framework's own exact layers are."""
+LAWS = ("driving", "usual")
+"""Modules of `cruxy_control` that say what a law's orders mean, and what is usual."""
 
 Records = list[tuple[str, str]]
 
@@ -130,9 +134,20 @@ def short(name: str, value: Any, xp: Any) -> str:
     return hashlib.sha256(to_bytes(name, value, xp=xp)).hexdigest()[:4]
 
 
+def self_driving() -> Driven:
+    """What `Reference.driver` is for a self-driving run.
+
+    The laws are not this package's: like a framework they are found by their name.
+    """
+    rules, usual = (importlib.import_module(f"cruxy_control.{name}") for name in LAWS)
+    law = usual.usual_law("adam", ends=False)
+    return Driven(law, rules, True, usual.usual_limit("adam", law), 16.0)
+
+
 def key(reference: Reference) -> str:
     """The name under which a reference is published."""
-    return f"{DEFINITION} bits={reference.precision.bits} grain={reference.grain}"
+    name = f"{DEFINITION} bits={reference.precision.bits} grain={reference.grain}"
+    return name if reference.driver is None else f"{name} optimizer=self-driving"
 
 
 def published() -> dict[str, Any]:
@@ -141,10 +156,11 @@ def published() -> dict[str, Any]:
 
 
 def of(where: Framework, reference: Reference, state: State) -> str:
-    """The checksum of the parameters."""
+    """The checksum of the parameters, and of their averages where they are kept."""
     bits, grain = reference.precision.bits, reference.grain
+    averages = {f"average.{name}": x for name, x in dict(state.averages).items()}
     with where.around():
-        return checksum(state.params, bits=bits, grain=grain, xp=where.xp)
+        return checksum({**state.params, **averages}, bits=bits, grain=grain, xp=where.xp)
 
 
 def verify(
@@ -200,11 +216,43 @@ def table(where: Framework, reference: Reference, steps: int = STEPS) -> dict[st
     }
 
 
-def describe(where: Framework) -> str:
-    """The framework, its version and the machine, as published checksums name them."""
+def describe(where: Framework, reference: Reference) -> dict[str, str]:
+    """What a run was seen on, as published checksums name it.
+
+    Args:
+        where: the framework.
+        reference: the model, whose engine is named.
+
+    Returns:
+        The framework with its version, the device, the processor, its instruction sets of those
+        that compilers choose between, the system, the engine, and what limits the instruction sets.
+    """
     version = importlib.import_module(where.name).__version__
-    device = getattr(where.like, "device", "cpu")
-    return f"{where.name} {version}, {device}, {platform.machine()}, {platform.system()}"
+    limits = [f"{name}={os.environ[name]}" for name in LIMITS if os.environ.get(name)]
+    return {
+        "framework": f"{where.name} {version}",
+        "device": str(getattr(where.like, "device", "cpu")).lower(),
+        "processor": _of_processor("model name") or platform.processor() or platform.machine(),
+        "instruction sets": " ".join(x for x in SETS if x in _of_processor("flags").split()),
+        "system": f"{platform.system()} {platform.machine()}",
+        "engine": reference.precision.engine,
+        "limited by": " ".join(limits),
+    }
+
+
+SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
+"""Instruction sets that change how float or integer products are computed."""
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "XLA_FLAGS", "OPENBLAS_CORETYPE",
+          "OMP_NUM_THREADS")  # fmt: skip
+"""Variables of the environment that limit them, or the number of threads."""
+
+
+def _of_processor(field: str) -> str:
+    """A field of the first processor, where the system has such a list; else empty."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    values = (line.partition(":")[2].strip() for line in lines if line.startswith(field))
+    return next(values, "")
 
 
 def slowdown(where: Framework, reference: Reference, steps: int = 10) -> tuple[float, float]:

@@ -41,7 +41,12 @@ from cruxy_optax._actuators.trust import (
     clip_by_rms,
     scale_by_trust_ratio_ema,
 )
-from cruxy_optax._actuators.voted import ScaleByVotedLionState, scale_by_voted_lion, vote_specs
+from cruxy_optax._actuators.voted import (
+    ScaleByVotedLionState,
+    merge_votes,
+    scale_by_voted_lion,
+    vote_specs,
+)
 from cruxy_optax._diagnose import Diagnosis, diagnose
 from cruxy_optax._distributed.compressed import (
     AverageGradientsState,
@@ -140,6 +145,7 @@ __all__ = [
     "explain",
     "label_roles",
     "limit_relative_step",
+    "merge_votes",
     "meta3",
     "meta_lion",
     "orthogonalize_updates",

@@ -15,7 +15,8 @@ from cruxy_control.signals import NOT_KNOWN, Signals
 from cruxy_optax._controls import materialize_controls, storable
 from cruxy_optax._distributed.axes import as_axes
 from cruxy_optax._low_bit import as_built as decodable
-from cruxy_optax._low_bit import is_low_bit, where
+from cruxy_optax._low_bit import is_low_bit
+from cruxy_optax._low_bit import where as where_low_bit
 from cruxy_optax._sensors.measure import alignment, measure
 from cruxy_optax._states import (
     as_built,
@@ -25,7 +26,7 @@ from cruxy_optax._states import (
     says,
     states_that_say,
 )
-from cruxy_optax._tree import as_arrays, as_floating, check_real, find, unshared
+from cruxy_optax._tree import as_arrays, as_floating, check_real, find, unshared, where
 
 
 class StabilizeState(NamedTuple):
@@ -231,11 +232,11 @@ def controlled_update(
     """One update under these controls; where they say that the step does not count, none at all."""
     ok = controls.ok
     # Where the step is skipped nothing of the gradient may reach a sum: 0 * NaN is NaN.
-    safe = jax.tree.map(lambda g: jnp.where(ok, g, jnp.zeros_like(g)), updates)
+    safe = jax.tree.map(lambda g: where(ok, g), updates)
     new_updates, new_state = inner.update(
         safe, inner_state, params, controls=controls, **extra_args
     )
-    new_updates = jax.tree.map(lambda u: jnp.where(ok, u, jnp.zeros_like(u)), new_updates)
+    new_updates = jax.tree.map(lambda u: where(ok, u), new_updates)
     if not states_that_say(new_state, "casts_updates"):
         like = updates if params is None else params
         new_updates = jax.tree.map(as_floating, new_updates, like)
@@ -252,10 +253,10 @@ def _restore(ok: jax.Array, new: optax.OptState, old: optax.OptState) -> optax.O
         if held(after):
             return jax.tree.map(recoded, after, before, is_leaf=is_low_bit)
         # Some optax states take on the dtype of the updates, which are float32 here.
-        return as_floating(jnp.where(ok, after, before), before)
+        return as_floating(where(ok, after, before), before)
 
     def recoded(after: Any, before: Any) -> Any:
-        return where(ok, after, before) if is_low_bit(after) else after
+        return where_low_bit(ok, after, before) if is_low_bit(after) else after
 
     return jax.tree.map(choose, new, old, is_leaf=held)
 

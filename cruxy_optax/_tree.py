@@ -74,6 +74,9 @@ def materialize(*scalars: Any) -> tuple[jax.Array, ...]:
     XLA on CPU copies cheap arithmetic into every loop that uses it, and would work the tail of the
     control law out again for every parameter. Neither a barrier nor a stack alone stops it: the
     one is dropped before fusion, the other is folded away.
+
+    Not for a scalar of each tensor: XLA compiles what is alike for many tensors once, and a place
+    of its own in a stack makes every one of them another.
     """
     # A stack of one would be no stack.
     row = [jnp.asarray(s, jnp.float32) for s in (*scalars, *([0.0] if len(scalars) == 1 else []))]
@@ -85,6 +88,17 @@ def as_floating(x: jax.Array, like: Any) -> jax.Array:
     """`x` in the dtype of `like`, where that is a floating one."""
     dtype = jnp.result_type(like)
     return x.astype(dtype) if jnp.issubdtype(dtype, jnp.floating) else x
+
+
+def where(ok: jax.Array, x: Any, otherwise: Any = None) -> jax.Array:
+    """`x` where a scalar holds and else something like it, zeros unless given.
+
+    One operation a tensor, where `jnp.where` makes a function of its own.
+    """
+    x = jnp.asarray(x)
+    otherwise = jnp.zeros_like(x) if otherwise is None else jnp.asarray(otherwise)
+    alike = x.shape == otherwise.shape and x.dtype == otherwise.dtype
+    return lax.select(ok, x, otherwise) if alike else jnp.where(ok, x, otherwise)
 
 
 def check_real(leaves: Sequence[Any]) -> None:

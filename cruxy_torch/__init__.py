@@ -30,6 +30,7 @@ from cruxy_torch._optimizers.axiom import AXIOM
 from cruxy_torch._optimizers.cosmic import Cosmic
 from cruxy_torch._optimizers.cruxy import CruxyOptimizer
 from cruxy_torch._optimizers.tiger import Tiger
+from cruxy_torch._optimizers.voting import merge_votes
 from cruxy_torch._roles.groups import param_groups
 from cruxy_torch._roles.labels import RoleMask, label_roles, role_mask
 from cruxy_torch._roles.layouts import qkv_slices
@@ -79,6 +80,7 @@ __all__ = [
     "label_roles",
     "load_model",
     "local_gradients_hook",
+    "merge_votes",
     "param_groups",
     "qkv_slices",
     "role_mask",

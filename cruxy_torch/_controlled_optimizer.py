@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer
 from cruxy_control import Law
 from cruxy_control.law import check_law, needs_alignment
 from cruxy_torch import _checks, _law_state, _step, _telemetry
+from cruxy_torch._averaged import averages_in_place
 from cruxy_torch._diagnose import Diagnosed
 from cruxy_torch._distributed.replicas import ReplicaCheck
 from cruxy_torch._distributed.shards import is_sharded
@@ -265,19 +266,11 @@ class ControlledOptimizer(Diagnosed, Optimizer):
             )
         if self._averaged:
             raise RuntimeError("averaged() blocks must not be nested; leave the outer one first.")
-        kept: list[tuple[Tensor, Tensor]] = []
         self._averaged = True
         try:
-            with torch.no_grad():
-                for param, state in self.state.items():
-                    if "average" in state:
-                        kept.append((param, param.detach().clone()))
-                        param.copy_(state["average"])
-            yield
+            with averages_in_place(self.state):
+                yield
         finally:
-            with torch.no_grad():
-                for param, value in kept:
-                    param.copy_(value)
             self._averaged = False
 
     def observe(self, loss: float | Tensor) -> None:

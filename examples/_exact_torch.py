@@ -107,21 +107,18 @@ def train(options: argparse.Namespace) -> str:
     count = REFERENCE.batch * (REFERENCE.length if is_gpt else 1)
     for step in range(begin, options.steps):
         x, y = REFERENCE.data(step, like, xp=torch) if is_gpt else images(step, like)
-        loss = torch.zeros((), device=DEVICE)
         for part in np.array_split(np.arange(REFERENCE.batch), options.micro_batches):
             for i in part[rank::world]:  # a sample is a grain
                 exact.set_step(model, step, int(i))
-                of_grain = exact.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
-                of_grain.backward()
-                grains.add()
-                loss += of_grain.detach()
-        grains.finish(count)
+                loss = exact.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
+                loss.backward()
+                grains.add(loss)
+        mean = grains.finish(count)  # over all micro-batches and processes
         exact.clip_grad_norm_(model.parameters(), REFERENCE.clip)
         optimizer.step()
         optimizer.zero_grad()
         if rank == 0 and (step % 10 == 0 or step == options.steps - 1):
-            share = f" ({world} processes: this one's share)" if world > 1 else ""
-            print(f"step {step}: loss {float(loss) / count:.3f}{share}")
+            print(f"step {step}: loss {float(mean):.3f}")
     checksum = exact.checksum(model.named(), grain=REFERENCE.grain)
     if rank == 0:
         print(f"checksum {checksum}")

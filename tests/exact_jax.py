@@ -40,6 +40,8 @@ def init(reference):
 
 
 def optimizer(exact, r):
+    if r.driver is not None:
+        return optax.chain(exact.scale_by_count(r.batch * r.length), exact.self_driving())
     return optax.chain(
         exact.scale_by_count(r.batch * r.length),
         exact.clip_by_global_norm(r.clip),
@@ -49,14 +51,16 @@ def optimizer(exact, r):
 
 def train(exact, r, steps, data=own_data, place=lambda p: p, put=jnp.asarray, begin=None):
     """Trains over the whole batch; `place` shards the parameters, `put` the data."""
-    tx = optimizer(exact, r)
+    tx = optax.with_extra_args_support(optimizer(exact, r))
     params = place({name: jnp.asarray(p) for name, p in init(r).items()})
     first, params, state = begin or (0, params, tx.init(params))
 
     @jax.jit
     def step(params, state, x, y, count):
-        grads = jax.grad(lambda p: exact.reference_loss(r, p, x, y, count))(params)
-        updates, state = tx.update(grads, state, params)
+        loss = lambda p: exact.reference_loss(r, p, x, y, count)  # noqa: E731
+        value, grads = jax.value_and_grad(loss)(params)
+        value = exact.scale(value, 1 / (r.batch * r.length))
+        updates, state = tx.update(grads, state, params, value=value)
         return exact.apply_updates(params, updates), state
 
     for count in range(first, steps):
@@ -68,24 +72,21 @@ def train(exact, r, steps, data=own_data, place=lambda p: p, put=jnp.asarray, be
 def train_by_grains(exact, r, steps, devices=1, calls=1, data=own_data, **options):
     """Grains of `r.grain` sequences over devices (`shard_map`) and calls."""
     mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,))
-    tx = exact.accumulate_grains(
-        optax.chain(exact.clip_by_global_norm(r.clip), exact.adamw(r.lr)),
-        every=calls,
-        count=r.batch * r.length,
-    )
+    inner = optax.chain(exact.clip_by_global_norm(r.clip), exact.adamw(r.lr))
+    inner = inner if r.driver is None else exact.self_driving()
+    tx = exact.accumulate_grains(inner, every=calls, count=r.batch * r.length)
     params = {name: jnp.asarray(p) for name, p in init(r).items()}
     state = tx.init(params)
 
     def local(params, x, y, numbers, count):
         def body(grains, batch):
             x, y, number = batch
-            grads = jax.grad(lambda p: exact.reference_loss(r, p, x, y, count, grain=number))(
-                params
-            )
-            return exact.add_grain(grains, grads), None
+            loss = lambda p: exact.reference_loss(r, p, x, y, count, grain=number)  # noqa: E731
+            return exact.add_grain(grains, jax.value_and_grad(loss)(params)), None
 
         params = jax.lax.pcast(params, "d", to="varying")
-        grains, _ = jax.lax.scan(body, exact.no_grains(params), (x, y, numbers))
+        zero = jax.lax.pcast(jnp.zeros(()), "d", to="varying")
+        grains, _ = jax.lax.scan(body, exact.no_grains((zero, params)), (x, y, numbers))
         return exact.all_reduce_grains(grains, "d")
 
     spread = jax.shard_map(
@@ -94,8 +95,9 @@ def train_by_grains(exact, r, steps, devices=1, calls=1, data=own_data, **option
 
     @jax.jit
     def step(params, state, x, y, numbers, count):
-        grains = spread(params, x, y, numbers, count)
-        updates, state = tx.update(grains, state, params)
+        losses, grains = spread(params, x, y, numbers, count)
+        value = exact.scale(exact.grain_sum(losses), 1 / (r.batch * r.length))
+        updates, state = tx.update(grains, state, params, value=value)
         return exact.apply_updates(params, updates), state
 
     for count in range(steps):

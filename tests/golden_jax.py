@@ -9,7 +9,11 @@ import numpy as np
 import optax
 
 import cruxy_optax as cruxy
+from cruxy_control import SelfDriving
 from golden_runs import SAVED, STEPS, digest, machine, start, stream
+
+HELD = SelfDriving(limit_yield=None)
+"""The law of then, whose limit did not give way."""
 
 RUNS: dict[str, tuple[Any, str]] = {}
 """By name: what makes the optimizer, and the dtype of the parameters."""
@@ -18,7 +22,9 @@ for _bits in (None, 16, 8, 4):
     _b = "" if _bits is None else f"-{_bits}"
     RUNS[f"meta3{_b}"] = (lambda bits=_bits: cruxy.meta3(3e-3, state_bits=bits), "float32")
     RUNS[f"meta_lion{_b}"] = (lambda bits=_bits: cruxy.meta_lion(1e-3, state_bits=bits), "float32")
-    RUNS[f"self_driving{_b}"] = (lambda bits=_bits: cruxy.self_driving(state_bits=bits), "float32")
+    RUNS[f"self_driving{_b}"] = (
+        lambda bits=_bits: cruxy.self_driving(law=HELD, state_bits=bits), "float32",
+    )  # fmt: skip
     RUNS[f"self_driving_lion{_b}"] = (
         lambda bits=_bits: cruxy.self_driving_lion(state_bits=bits), "float32",
     )  # fmt: skip

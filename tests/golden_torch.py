@@ -8,9 +8,13 @@ import numpy as np
 import torch
 
 import cruxy_torch
+from cruxy_control import SelfDriving
 from golden_runs import SAVED, STEPS, digest, machine, start, stream
 
-DRIVING: dict[str, Any] = {"mode": "self_driving"}
+HELD = SelfDriving(limit_yield=None)
+"""The law of then, whose limit did not give way."""
+
+DRIVING: dict[str, Any] = {"mode": "self_driving", "law": HELD}
 LION: dict[str, Any] = {"use_lion": True, "lr": 1e-3, "betas": (0.9, 0.99)}
 
 CRUXY: dict[str, dict[str, Any]] = {

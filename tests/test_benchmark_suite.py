@@ -9,6 +9,8 @@ from benchmark_quadratic import known_workload  # noqa: F401
 from benchmarks import report
 from benchmarks.__main__ import main
 from benchmarks._commands import MODULES, protocol
+from benchmarks._kept_rows import onto
+from benchmarks._standings import cells
 from benchmarks._statistics import mean, paired, sensitivity
 from benchmarks.stability_stress import recovery
 
@@ -165,3 +167,48 @@ def test_every_benchmark_explains_itself(name, capsys):
         main([name, "--help"])
     assert stopped.value.code == 0
     assert f"python -m benchmarks {name}" in capsys.readouterr().out
+
+
+def test_rows_that_are_not_measured_anew_are_kept_with_their_commit(tmp_path):
+    path, old = figures(tmp_path, versions={}, processor="one")
+    earlier = tmp_path / "earlier.json"
+    new = {**old, "optimizers": {"adamw": old["optimizers"]["adamw"] | {"best": 0.5}}}
+    new["environment"] = old["environment"] | {"commit": "b" * 40}
+    earlier.write_text(json.dumps(old))
+    merged = onto(new, earlier)
+    assert list(merged["optimizers"]) == ["adamw", "meta3"]
+    assert merged["optimizers"]["adamw"]["best"] == 0.5
+    assert merged["optimizers"]["meta3"] == old["optimizers"]["meta3"] | {"commit": "a" * 40}
+    assert merged["grid"] == old["grid"]
+    path.write_text(json.dumps(merged))
+    report.main(["--input", str(tmp_path), "--docs", str(tmp_path / "docs")])
+    page = (tmp_path / "docs" / "evidence.md").read_text()
+    assert "commit bbbbbbbbbb; Meta3 at aaaaaaaaaa." in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [7]}, "the same seeds"),
+        ({"environment": {"changed": True}}, "figures of a commit"),
+        (
+            {"environment": {"changed": False, "processor": "other", "versions": {}}},
+            "figures of this processor",
+        ),
+    ],
+)
+def test_rows_of_something_else_are_not_kept(changes, message, tmp_path):
+    new = {"seeds": [0], "environment": {"processor": "one", "versions": {}}, "optimizers": {}}
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps(new | changes))
+    with pytest.raises(ValueError, match=message):
+        onto(new, earlier)
+
+
+def test_a_kept_row_is_not_paired_with_a_reference_of_now():
+    now = {"loss": 1.0, "error": 0.3, "difference": 0.0, "difference_error": 0.0}
+    then = {"loss": 2.0, "error": 0.4, "difference": 0.7, "difference_error": 0.1}
+    assert cells(then, now) == ("2.000 \u00b1 0.400", "+0.700 \u00b1 0.100")
+    kept = then | {"commit": "a" * 40}
+    assert cells(kept, now) == ("2.000 \u00b1 0.400", "+1.000 \u00b1 0.500, not paired")
+    assert cells(kept, now | {"commit": "a" * 40})[1] == "+0.700 \u00b1 0.100"

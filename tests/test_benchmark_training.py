@@ -22,6 +22,7 @@ from benchmarks._jax.our_optimizers import (
     VARIED,
     WIRED,
 )
+from benchmarks._jax.rivals import RIVALS
 from benchmarks.faults import FAULTS
 
 
@@ -61,7 +62,7 @@ def test_runs_of_different_optimizers_are_not_trained_together():
 VARIANTS = set().union(ABLATION, VARIED, PUBLISHED, COMPACT, COMPONENTS, ROLES, ENDED)
 
 
-UNGUARDED = PEERS.keys() | SCHEDULED.keys() | {"adamw-clipped"}
+UNGUARDED = PEERS.keys() | RIVALS.keys() | SCHEDULED.keys() | {"adamw-clipped"}
 
 
 EVERY = [

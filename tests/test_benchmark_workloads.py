@@ -24,7 +24,10 @@ SMALL = ("shakespeare-small", "digits-conv", "digits-vit")
 """Every model that has a twin, in its smallest size."""
 
 
-CHEAP = ("digits-conv", "digits-vit", "finetuning-vit", "cartpole")
+NEW = ("char-lstm", "table-mlp", "digits-diffusion", "digits-resnet")
+
+
+CHEAP = ("digits-conv", "digits-vit", "finetuning-vit", "cartpole", *NEW)
 
 
 # The longest sums, over 64 images of 8 x 8 positions, have 4,096 terms, and a sum's error grows as
@@ -162,6 +165,40 @@ def test_language_model_is_fine_tuned_from_what_it_has_read(monkeypatch):
     grads = jax.jit(jax.grad(workload.loss))(params, first)
     nearer = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
     assert float(workload.loss(nearer, first)) < float(workload.loss(params, first))
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_workload_is_learned_from_its_batches(name):
+    (record,) = training_jax.train([task(name, "adamw", 1e-2, steps=40)])
+    assert record.finite
+    assert record.held_out[-1] < 0.8 * record.start
+
+
+@pytest.mark.parametrize("name", ["table-mlp", "digits-diffusion"])
+def test_figure_of_a_model_that_finds_nothing_is_one(name):
+    workload = load(name)
+    nothing = jax.tree.map(jnp.zeros_like, workload.init(0))
+    # Means of a table's held-out part, and of a thousand draws of a noise, are not exactly 0 and 1.
+    assert float(workload.held_out(nothing)) == pytest.approx(1.0, abs=0.02)
+
+
+def test_held_out_images_are_normalized_by_the_statistics_of_all_training_images():
+    workload = load("digits-resnet")
+    params = workload.init(0)
+    figure = jax.jit(workload.held_out)
+    stem = params["stem"]["kernel"]
+    stem.set_value(1000.0 * stem[...])
+    larger = float(figure(params))
+    stem.set_value(stem[...] / 1000.0)
+    # Those of the start, or of another net, would be off by the factor; what is left is epsilon's.
+    assert larger == pytest.approx(float(figure(params)), rel=1e-3)
+
+
+def test_language_models_come_in_other_widths_and_with_other_batches():
+    small, wide = load("shakespeare-small"), load("shakespeare-width-96")
+    assert wide.settings == small.settings | {"width": 96, "batch": 8}
+    assert next(load("shakespeare-batch-160").batches(0)).shape == (160, 65)
+    assert next(load("shakespeare-batch-2").batches(0)).shape == (2, 65)
 
 
 def test_text_is_refused_by_workloads_that_read_none():

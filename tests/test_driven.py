@@ -11,7 +11,8 @@ import torch
 
 import cruxy_optax
 from cruxy_control import RUN_PHASES, Meta3, SelfDriving, Signals, explain
-from cruxy_control.usual import USUAL
+from cruxy_control.self_driving import begin_cooldown
+from cruxy_control.usual import USUAL, usual_law
 from cruxy_optax._states import direction_kind
 from cruxy_torch import CruxyOptimizer, Direction, Orthogonal, SignBlend
 
@@ -117,15 +118,27 @@ class TestLimitThatYields:
             count = count + 1.0 if binds else 0.95 * count
             assert controls.limit_factor == pytest.approx((1.0 + count / 20.0) ** -0.5, rel=1e-6)
 
-    def test_by_default_it_holds(self):
-        state = started(SelfDriving())
+    @pytest.mark.parametrize(("kind", "factor"), [("adam", 0.845), ("lion", 1.0), ("muon", 1.0)])
+    def test_by_default_only_that_of_adam_does(self, kind, factor):
+        law = usual_law(kind, ends=False)
+        state = started(law)
         for _ in range(20):
-            state, controls = stepped(SelfDriving(), state, 0.9, limit=0.1)
-        assert controls.limit_factor == 1.0
+            state, controls = stepped(law, state, 0.9, limit=0.1)
+        assert controls.limit_factor == pytest.approx(factor, abs=1e-3)
+
+    def test_a_rate_that_falls_leaves_the_count_as_it_is(self):
+        law = SelfDriving(total_steps=50, limit_yield=10.0)
+        state = started(law)
+        for _ in range(10):
+            state, _ = stepped(law, state, 0.9, limit=0.5)
+        before = state.hold.resisted
+        for _ in range(20):
+            state, _ = stepped(law, state, 0.9, limit=0.5)
+        assert before == state.hold.resisted == 10.0
 
     @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
     def test_what_is_no_count_is_refused(self, value):
-        with pytest.raises(ValueError, match=r"limit_yield must be .*use 20"):
+        with pytest.raises(ValueError, match=r"limit_yield must be .*use 50"):
             SelfDriving(limit_yield=value)
 
     def test_both_frameworks_lower_the_limits_of_all_tensors(self):
@@ -196,7 +209,7 @@ class TestExplain:
             optimizer.step()
         for text in (cruxy_optax.explain(state), optimizer.explain()):
             assert "still looked for (step 3" in text
-            assert "The relative limit, not the law" in text
+            assert "The relative limit (at 0.98 of its value), not the law" in text
 
     def test_of_other_laws_it_names_the_factors(self):
         tx = cruxy_optax.stabilize(cruxy_optax.scale_by_meta_learning_rate(0.1), law=Meta3())
@@ -218,6 +231,20 @@ def phases(law, steps):
         state, controls = stepped(law, state, -0.25)
         seen.append(RUN_PHASES[int(controls.run_phase)])
     return seen
+
+
+@pytest.mark.parametrize(("total", "begun"), [(200, None), (None, 30), (20, None)])
+def test_the_limit_is_doubled_where_an_end_is_known_but_not_at_once(total, begun):
+    law = SelfDriving(total_steps=total, limit_yield=None)
+    state, seen = started(law), []
+    for step in range(40):
+        if step == begun:
+            state = begin_cooldown(state, 100, xp=np)
+        state, controls = stepped(law, state, -0.25)
+        seen.append(float(controls.limit_factor))
+    # The controls are read from the state after the step.
+    first = {200: 19, None: 30, 20: 4}[total]
+    assert seen == [1.0] * first + [2.0] * (40 - first)
 
 
 def test_phases_of_a_run_whose_end_is_known_and_of_one_without():
@@ -281,7 +308,7 @@ class TestDirections:
             weight_decay=USUAL[kind].weight_decay,
             mask=(lambda p: jax.tree.map(lambda x: x.ndim > 1, p)) if kind == "muon" else None,
             relative_limit=USUAL[kind].relative_limit,
-            law=SelfDriving(set_point=USUAL[kind].set_point),
+            law=SelfDriving(set_point=USUAL[kind].set_point, limit_yield=USUAL[kind].limit_yield),
         )
         ends = []
         for tx in (usual, said):
@@ -292,15 +319,9 @@ class TestDirections:
             ends.append((own, cruxy_optax.telemetry(state)["meta_scale"]))
         jax.tree.map(np.testing.assert_array_equal, *ends)
 
-    def test_a_known_end_doubles_the_limit_and_moves_the_set_point_of_muon(self):
-        params = {"kernel": 2.0 * jnp.ones((4, 4))}
-        tx = cruxy_optax.self_driving(
-            1e3, direction=DIRECTIONS["orthogonal"], weight_decay=0.0, total_steps=100
-        )
-        _, state = tx.update(params, tx.init(params), params)
-        assert cruxy_optax.telemetry(tx.update(params, state, params)[1])["limit_scale"] == (
-            pytest.approx(0.4 * 2.0 / 1e3, rel=1e-5)
-        )
+    def test_a_known_end_moves_the_set_point_of_muon(self):
+        assert usual_law("muon", ends=True).set_point == -0.2
+        assert usual_law("muon", ends=False).set_point == -0.15
 
     def test_what_is_no_direction_is_refused(self):
         with pytest.raises(TypeError, match="direction must be a gradient transformation, got 'x'"):

@@ -61,6 +61,12 @@ def test_grains_of_one_sequence(framework):
     assert train(framework, "f64", "1") == GRAINS
 
 
+@pytest.mark.parametrize("allowed", ["true", "false"])
+def test_jax_with_and_without_excess_precision(allowed):
+    """Which lets XLA leave out a conversion to a smaller type and back."""
+    assert train("jax", XLA_FLAGS=f"--xla_allow_excess_precision={allowed}") == WHOLE
+
+
 def test_fast_math_is_another_run():
     """The negative control."""
     assert train("jax", XLA_FLAGS="--xla_cpu_enable_fast_math=true") != WHOLE

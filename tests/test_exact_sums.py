@@ -31,7 +31,7 @@ def test_every_engine_gives_the_same_bits(bits, engine, name):
     assert same(product(a, b, name, bits=bits, engine=engine), product(a, b, "numpy", bits=bits))
 
 
-@pytest.mark.parametrize("engine", ["f64", "digits"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("length", [8192, 8193, 20000])
 def test_long_inner_axes_of_extreme_numbers_are_exact(length, engine):
     a = np.full((3, length), 1 - 2.0**-24, np.float32)

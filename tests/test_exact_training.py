@@ -206,16 +206,38 @@ def test_verify_names_the_first_step_and_operation_that_differ(calls, place):
 
 def test_published_checksums_are_of_this_definition():
     rows = check.published()
-    assert {check.key(Reference()), check.key(Reference(grain=1))} <= rows.keys()
+    references = Reference(), Reference(grain=1), SELF_DRIVING
+    assert {check.key(reference) for reference in references} <= rows.keys()
     assert all(row["seen"] and len(row["checksum"]) == 16 for row in rows.values())
+
+
+SELF_DRIVING = Reference(driver=check.self_driving())
+
+
+@pytest.mark.parametrize("name", JAX_SLOW)
+def test_a_self_driving_run_has_the_bits_it_has_in_numpy(name):
+    found = []
+    for framework in ("numpy", name.partition(".")[0]):
+        where = check.framework(framework)
+        state, _, _ = check.train(where, SELF_DRIVING, 3)
+        found.append(check.of(where, SELF_DRIVING, state))
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("reference", [Reference(), Reference(grain=1), SELF_DRIVING])
+def test_what_is_published_comes_out_again(reference, framework):
+    assert check.verify(check.framework(framework), reference)[1] == ""
 
 
 FILES = [
     *(ROOT / "cruxy_exact" / f"{name}.py" for name in (
         "arithmetic", "sums", "engines", "layers", "attention", "convolution", "optimizers",
-        "accumulate", "initial", "reference", "scalars", "tape",
+        "accumulate", "initial", "reference", "scalars", "tape", "driven",
     )),
     *(ROOT / "cruxy_torch" / "exact").glob("*.py"),
+    *(ROOT / "cruxy_optax" / "exact").glob("*.py"),
 ]  # fmt: skip
 ON_THE_HOST = {"div", "rotary_table", "_cos_sin", "shapes", "slowdown", "__init__", "heads"}
 """Functions in which `/` is of Python numbers, but for `div` itself."""
@@ -240,12 +262,22 @@ def quotients(tree):
     return found
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.name != "models.py"], ids=lambda p: p.stem)
+PLAIN = ("models.py", "_reference.py")
+"""Which hold what exact training is compared with."""
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name not in PLAIN], ids=lambda p: p.stem)
 def test_nothing_is_divided_outside_div_and_no_fused_call_is_made(path):
     tree = ast.parse(path.read_text("utf-8"))
-    allowed = {("gamma_norm", "1 / gamma"), ("linear", "1 / math.sqrt(rows)")}
+    allowed = {
+        ("gamma_norm", "1 / gamma"),
+        ("linear", "1 / math.sqrt(rows)"),
+        ("mean", "1.0 / jnp.size(x)"),
+        ("init", "1 / math.sqrt(math.prod(shape[:-1]))"),
+    }
     assert [q for q in quotients(tree) if q not in allowed] == []
-    called = {ast.unparse(n.func).rpartition(".")[2].rstrip("_")
-              for n in ast.walk(tree) if isinstance(n, ast.Call)}  # fmt: skip
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    called = {ast.unparse(n.func).rpartition(".")[2].rstrip("_") for n in calls}
     fused = {"addcmul", "addcdiv", "lerp", "addmm", "baddbmm", "pow", "rsqrt", "einsum"}
     assert not called & fused
+    assert not {keyword.arg for n in calls for keyword in n.keywords} & {"alpha", "beta"}

@@ -1,5 +1,6 @@
 """Exact training in JAX: optimizers, grains, checksum, modules, refusals, and the hashes."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,14 +16,15 @@ import pytest
 torch = pytest.importorskip("torch")
 flax_nnx = pytest.importorskip("flax.nnx")
 
-from cruxy_control import SelfDriving  # noqa: E402
+import cruxy_optax  # noqa: E402
+from cruxy_control import PlateauGuard, SelfDriving  # noqa: E402
 from cruxy_exact import verify as check  # noqa: E402
 from cruxy_exact.reference import Reference  # noqa: E402
 from cruxy_optax import exact  # noqa: E402
 from cruxy_optax.exact import _frame  # noqa: E402
 from cruxy_torch import exact as torch_exact  # noqa: E402
 from exact_arrays import normal, same  # noqa: E402
-from exact_jax import DESIGN, train, train_by_grains  # noqa: E402
+from exact_jax import DESIGN, own_data, sharded, train, train_by_grains  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SMALL = Reference(vocabulary=16, width=16, heads=2, blocks=1, length=8, batch=4)
@@ -61,8 +63,26 @@ def test_grains_add_up_in_any_order():
     assert same(added(range(40)), added(np.random.default_rng(0).permutation(40)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [None, (8, 1), (4, 2)])
+def test_a_self_driving_run_has_the_same_bits_on_every_mesh(mesh):
+    reference = dataclasses.replace(SMALL, batch=8, driver=check.self_driving())
+    placed = () if mesh is None else sharded(*mesh)
+    params, state = train(exact, reference, 4, own_data, *placed)
+    numpy, _, _ = check.train(check.framework("numpy"), reference, 4)
+    assert equal(params, numpy.params)
+    assert equal(cruxy_optax.averaged_params(state, params), numpy.averages)
+
+
+@pytest.mark.slow
+def test_a_self_driving_run_has_the_bits_of_its_grains_over_devices():
+    reference = dataclasses.replace(SMALL_GRAINS, driver=check.self_driving())
+    assert equal(train_by_grains(exact, reference, 3, 2)[0], numpys(reference, 3))
+
+
 PARAMS = {"w": normal(4, 3), "b": normal(3, seed=1)}
 GRADS = [{"w": normal(4, 3, seed=i), "b": normal(3, seed=i + 9)} for i in (2, 3, 4)]
+GUARDED = PlateauGuard(SelfDriving(total_steps=3), patience=1, loss_decay=0.0)
 OPTIMIZERS = {
     "adamw": (
         lambda: exact.adamw(1e-2, weight_decay=0.1),
@@ -78,10 +98,18 @@ OPTIMIZERS = {
         lambda p: torch_exact.SGD(p, 1e-2, 0.9, 0.1, nesterov=True),
     ),
     "controlled": (lambda: exact.controlled(1e-2), lambda p: torch_exact.Controlled(p, 1e-2)),
+    "self-driving": (exact.self_driving, torch_exact.SelfDriving),
+    "guarded": (
+        lambda: exact.self_driving(law=GUARDED),
+        lambda p: torch_exact.SelfDriving(p, law=GUARDED),
+    ),
 }
+LAWS = ("controlled", "self-driving", "guarded")
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "guarded" else n for n in OPTIMIZERS]
+)
 def test_an_optimizer_steps_as_in_pytorch(name):
     make, make_torch = OPTIMIZERS[name]
     tx, params = optax.with_extra_args_support(make()), PARAMS
@@ -93,8 +121,11 @@ def test_an_optimizer_steps_as_in_pytorch(name):
         params = exact.apply_updates(params, updates)
         for k, p in theirs.items():
             p.grad = torch.from_numpy(grads[k].copy())
-        optimizer.step(**({"loss": 1.0} if name == "controlled" else {}))
+        optimizer.step(**({"loss": 1.0} if name in LAWS else {}))
     assert equal(params, {k: p.detach().numpy() for k, p in theirs.items()})
+    if "driving" in name:
+        averages = {k: optimizer.state[p]["average"].numpy() for k, p in theirs.items()}
+        assert equal(cruxy_optax.averaged_params(state, params), averages)
 
 
 def test_a_step_that_is_not_finite_moves_nothing_under_a_law():
@@ -243,7 +274,8 @@ def test_dropout_without_a_step_is_an_error_unless_it_drops_nothing():
     [
         (lambda: exact.adamw(-1.0), ValueError, "learning_rate must be"),
         (lambda: exact.sgd(0.1, nesterov=True), ValueError, "momentum above 0"),
-        (lambda: exact.controlled(0.1, law=SelfDriving()), ValueError, "measures no alignment"),
+        (lambda: exact.controlled(0.0, law=SelfDriving()), ValueError, "learning_rate must be"),
+        (lambda: exact.self_driving(relative_limit=0.0), ValueError, "relative_limit must be"),
         (lambda: exact.accumulate_grains(exact.sgd(0.1), 0), ValueError, "every must be"),
         (lambda: exact.sgd(0.1).update(PARAMS, exact.sgd(0.1).init(PARAMS)), ValueError, "params"),
         (lambda: exact.adamw(0.1).init({"a": jnp.ones(1, jnp.bfloat16)}), TypeError, "bfloat16"),

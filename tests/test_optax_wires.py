@@ -300,6 +300,66 @@ class TestVote:
             meta_lion(0.01, vote="data", axis_names="data")
 
 
+class TestAnotherNumberOfDevices:
+    """`merge_votes`."""
+
+    @staticmethod
+    def step_on(devices):
+        """A step on so many devices, and how the state lies there."""
+        tx = meta_lion(0.01, vote="data", weight_decay=0.0)
+        fewer = Mesh(np.array(jax.devices()[:devices]), ("data",))
+        specs = cruxy_optax.vote_specs(tx, params(), "data")
+
+        @jax.jit
+        @functools.partial(
+            jax.shard_map, mesh=fewer, in_specs=(P("data"), specs), out_specs=(P(), specs)
+        )
+        def step(grads, state):
+            return tx.update(own(grads), state, params(), value=1.0)
+
+        return step
+
+    @staticmethod
+    def four():
+        """The state of four devices after two steps, off their mesh."""
+        step, state = voting()
+        for seed in (5, 6):
+            _, state = step(gradients(seed), state, jnp.ones(DEVICES))
+        return jax.device_get(state)
+
+    @pytest.mark.parametrize("devices", [1, 2, 8])
+    def test_every_device_begins_with_the_mean_and_trains(self, devices):
+        state = self.four()
+        merged = cruxy_optax.merge_votes(state, devices)
+        for name, mu in state.inner_state[1].mu.items():
+            got = merged.inner_state[1].mu[name]
+            assert got.shape == (devices, *mu.shape[1:])
+            want = np.broadcast_to(np.asarray(mu, np.float64).mean(0), got.shape)
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-9)
+        grads = jax.tree.map(lambda g: jnp.resize(g, (devices, *g.shape[1:])), gradients(7))
+        updates, after = self.step_on(devices)(grads, merged)
+        assert all(bool((u != 0).all()) for u in jax.tree.leaves(updates))
+        assert int(after.inner_state[1].count) == 3
+
+    def test_as_many_as_before_keep_their_own(self):
+        state = self.four()
+        assert (
+            cruxy_optax.merge_votes(state, DEVICES).inner_state[1].mu["w"]
+            is (state.inner_state[1].mu["w"])
+        )
+
+    def test_a_state_of_more_devices_is_not_cut(self):
+        grads = jax.tree.map(lambda g: g[:2], gradients(7))
+        with pytest.raises(ValueError, match=r"along 'data', got 2 on each; .*merge_votes\(state"):
+            self.step_on(2)(grads, self.four())
+
+    def test_what_does_not_vote_is_refused(self):
+        with pytest.raises(ValueError, match="state must be of an optimizer that votes"):
+            cruxy_optax.merge_votes(meta_lion(0.01).init(params()), 2)
+        with pytest.raises(ValueError, match="devices must be a whole number >= 1, got 0"):
+            cruxy_optax.merge_votes(self.four(), 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mean-8", "mean-4", "vote"])
 def test_devices_agree_after_100_steps_and_a_resume_is_bit_equal(kind):

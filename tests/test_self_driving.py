@@ -63,6 +63,22 @@ def test_projection_on_a_noisy_quadratic_is_minus_half_the_rate_in_units_of_the_
     assert along / length == pytest.approx(-rate * curvature / 2, rel=0.15, abs=0.02)
 
 
+@pytest.mark.parametrize("step_of", [np.sign, np.tanh, lambda m: np.sign(m) * np.abs(m) ** 0.3])
+def test_along_any_step_it_is_minus_half_the_rate_times_the_curvature_along_that_step(step_of):
+    # E<g_t, d_{t-1}> = -(rate / 2) E d'Hd for x_{t+1} = x_t - rate d_t, whatever d is made of.
+    curvature, rate = np.linspace(0.5, 2.0, 256), 0.3
+    rng = np.random.default_rng(0)
+    x, m, along, length = np.zeros(256), np.zeros(256), 0.0, 0.0
+    for t in range(4000):
+        g = curvature * x + rng.normal(size=256)
+        step = step_of(m)
+        if t > 500:
+            along, length = along + g @ step, length + step @ (curvature * step)
+        m = 0.9 * m + 0.1 * g
+        x = x - rate * step_of(m)
+    assert along / length == pytest.approx(-rate / 2, rel=0.15)
+
+
 def test_rate_grows_by_the_gain_while_gradients_agree_and_falls_while_they_oppose():
     law = SelfDriving(gain=1.0, gain_time=20.0)
     state, controls = stepped(law, started(law), np.nan)

@@ -1,5 +1,6 @@
 """Exact training in use: the example, two processes, optimizers beside torch's, compiling."""
 
+import dataclasses
 import importlib
 import os
 import socket
@@ -11,9 +12,10 @@ torch = pytest.importorskip("torch")
 
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
-from cruxy_control import SelfDriving, StabilityV2  # noqa: E402
+from cruxy_control import PlateauGuard, SelfDriving, StabilityV2  # noqa: E402
+from cruxy_exact import verify as check  # noqa: E402
 from cruxy_exact.reference import Reference  # noqa: E402
-from cruxy_torch import exact, use_backend  # noqa: E402
+from cruxy_torch import CruxyOptimizer, exact, use_backend  # noqa: E402
 from exact_models import batch, model, reference_state  # noqa: E402
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -141,12 +143,16 @@ def test_an_exact_optimizer_follows_torchs_in_float64(name):
 def controlled(backend, steps=4, resume=False, law=None):
     """The checksum after some steps, one of which has a gradient that is not finite."""
     net = model(SMALL).eval()
-    optimizer = exact.Controlled(net.parameters(), lr=1e-2, law=law)
+    if isinstance(law, SelfDriving | PlateauGuard):
+        make = lambda: exact.SelfDriving(net.parameters(), law=law)  # noqa: E731
+    else:
+        make = lambda: exact.Controlled(net.parameters(), lr=1e-2, law=law)  # noqa: E731
+    optimizer = make()
     with use_backend(backend):
         for step in range(steps):
             if resume and step == 2:
                 saved = optimizer.state_dict()
-                optimizer = exact.Controlled(net.parameters(), lr=1e-2, law=law)
+                optimizer = make()
                 optimizer.load_state_dict(saved)
             x, y = batch(SMALL, step)
             optimizer.zero_grad()
@@ -155,11 +161,15 @@ def controlled(backend, steps=4, resume=False, law=None):
             if step == 1:
                 next(net.parameters()).grad[0, 0] = float("nan")
             optimizer.step(loss=loss.detach())
-    return exact.checksum(net)
+    averages = [s["average"] for s in optimizer.state.values() if "average" in s]
+    return exact.checksum({**net.state_dict(), "averages": averages})
 
 
-@pytest.mark.parametrize("law", [None, StabilityV2()])
-def test_meta3_has_the_same_bits_with_and_without_c_kernels_and_after_a_stop(law):
+GUARDED = PlateauGuard(SelfDriving(), patience=1, loss_decay=0.0)
+
+
+@pytest.mark.parametrize("law", [None, StabilityV2(), SelfDriving(total_steps=5), GUARDED])
+def test_a_law_has_the_same_bits_with_and_without_c_kernels_and_after_a_stop(law):
     found = {controlled("auto", law=law), controlled("reference", law=law)}
     found.add(controlled("auto", resume=True, law=law))
     assert len(found) == 1
@@ -173,15 +183,90 @@ def test_meta3_moves_nothing_where_the_first_gradient_is_not_finite():
     assert p.tolist() == [1.0, 1.0]
 
 
-def test_a_law_that_measures_alignment_is_an_error():
-    with pytest.raises(ValueError, match="measures no alignment"):
-        exact.Controlled([torch.nn.Parameter(torch.ones(2))], law=SelfDriving())
+def self_driving(make, steps=40):
+    """What parameters and averages come to on a noisy quadratic, from a step far too small."""
+    random = torch.Generator().manual_seed(0)
+    p = [torch.nn.Parameter(torch.randn(n, generator=random)) for n in (30, 7)]
+    optimizer = make(p)
+    for _ in range(steps):
+        for x in p:
+            x.grad = (x.detach() - 1.0) + 0.5 * torch.randn(len(x), generator=random)
+        optimizer.step(loss=torch.tensor(1.0))
+    with optimizer.averaged():
+        averages = [x.detach().clone() for x in p]
+    return torch.cat([x.detach() for x in (*p, *averages)])
+
+
+@pytest.mark.parametrize("steps", [{}, {"total_steps": 40}])
+def test_an_exact_self_driving_run_follows_a_plain_one(steps):
+    """The law amplifies roundings: its integral has a gain of up to 1 a step."""
+    ours = self_driving(lambda p: exact.SelfDriving(p, **steps))
+    theirs = self_driving(
+        lambda p: CruxyOptimizer(p, mode="self_driving", weight_decay=1e-4, **steps)
+    )
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]])
+def test_a_self_driving_run_by_grains_has_the_bits_of_numpy(order):
+    reference = dataclasses.replace(SMALL, driver=check.self_driving())
+    net = model(reference)
+    optimizer, grains = exact.SelfDriving(net.parameters()), exact.GrainAccumulator(net)
+    for step in range(2):
+        x, y = batch(reference, step)
+        for i in order:
+            exact.set_step(net, step, i)
+            loss = exact.cross_entropy(net(x[i : i + 1]), y[i : i + 1])
+            loss.backward()
+            grains.add(loss)
+        loss = grains.finish(reference.batch * reference.length)
+        optimizer.step(loss=loss)
+        optimizer.zero_grad()
+    wanted = reference_state(reference, 2)
+    assert all(torch.equal(p, torch.from_numpy(wanted[k])) for k, p in net.named().items())
+
+
+def test_no_tensor_moves_by_more_than_the_relative_limit():
+    p = torch.nn.Parameter(torch.full((4,), 2.0))
+    optimizer = exact.Controlled([p], lr=100.0, weight_decay=0.0, relative_limit=0.1)
+    p.grad = torch.ones(4)
+    optimizer.step()
+    assert torch.allclose(p.detach(), torch.full((4,), 1.8 + 0.05), atol=1e-5)
+
+
+def test_averages_are_in_place_inside_their_block_alone():
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = exact.Controlled([p], lr=0.5, averaging=0.0)
+    for _ in range(2):
+        p.grad = torch.ones(2)
+        optimizer.step()
+    after = p.detach().clone()
+    with optimizer.averaged():
+        assert not torch.equal(p, after)
+        with pytest.raises(RuntimeError, match="inside averaged"):
+            optimizer.step()
+    assert torch.equal(p, after)
+
+
+def test_the_order_of_the_parameters_is_no_part_of_the_bits():
+    def trained(order):
+        p = [torch.nn.Parameter(torch.full((n,), 0.1 * n)) for n in (3, 5, 11, 2, 6)]
+        optimizer = exact.SelfDriving([p[i] for i in order])
+        for step in range(6):
+            for x in p:
+                x.grad = torch.linspace(-1.0, 2.0, len(x)) / (1 + step)
+            optimizer.step()
+        return torch.cat([x.detach() for x in p])
+
+    assert torch.equal(trained(range(5)), trained([3, 1, 4, 0, 2]))
 
 
 @pytest.mark.parametrize(
     ("make", "options"),
     [(exact.AdamW, {"lr": -1.0}), (exact.AdamW, {"betas": (1.0, 0.9)}), (exact.Lion, {"lr": -1.0}),
-     (exact.SGD, {"nesterov": True}), (exact.Controlled, {"weight_decay": -1.0})],
+     (exact.SGD, {"nesterov": True}), (exact.Controlled, {"weight_decay": -1.0}),
+     (exact.Controlled, {"lr": 0.0, "law": SelfDriving()}),
+     (exact.SelfDriving, {"averaging": -1.0}), (exact.SelfDriving, {"relative_limit": 0.0})],
 )  # fmt: skip
 def test_a_number_out_of_its_range_is_an_error(make, options):
     with pytest.raises(ValueError, match=r"(must be|needs)"):

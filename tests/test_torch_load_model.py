@@ -163,6 +163,26 @@ def test_saved_adapters_load_into_the_model_in_bfloat16(folder, tmp_path, backen
 
 
 @every_way
+def test_an_evaluation_in_between_leaves_codes_and_gradients_as_they_are(folder, backend, bits):
+    torch.manual_seed(1)
+    model = load_model(folder, bits=bits, backend=backend, train="lora", rank=4)
+    ids = tokens() % 64
+    before, grads = codes(model), []
+    for _ in range(2):
+        model.train()
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if "lora_B" in n})
+        model.eval()
+        with torch.no_grad():
+            model(input_ids=ids)
+    after = codes(model)
+    assert all(torch.equal(a, b) for n in before for a, b in zip(before[n], after[n], strict=True))
+    assert all(grads[0][name].abs().sum() > 0 for name in grads[0])
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+
+
+@every_way
 def test_checkpointed_activations_give_adapters_the_same_gradients(folder, backend, bits):
     grads = []
     for checkpointed in (False, True):

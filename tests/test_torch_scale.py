@@ -55,3 +55,26 @@ def test_four_ranks_train_as_one(tmp_path):
     for rank in range(4):
         seen = torch.load(tmp_path / f"rank{rank}.pt")
         assert {name: off for name, off in seen.items() if off > 1e-5} == {}
+
+
+def differences(folder, cases):
+    """Of a step after a checkpoint of another mesh from the step without, by case."""
+    torch.multiprocessing.spawn(workers.resume, (str(folder), cases), nprocs=4)
+    return torch.load(folder / "rank0.pt")
+
+
+def test_a_run_on_one_mesh_goes_on_another(tmp_path):
+    seen = differences(tmp_path, workers.FAST)
+    assert {
+        case: off for case, off in seen.items() if not isinstance(off, float) or off > 1e-6
+    } == {}
+
+
+@pytest.mark.slow
+def test_every_run_on_one_mesh_goes_on_another(tmp_path):
+    seen = differences(
+        tmp_path, [(name, bits) for name in workers.RESUMED for bits in workers.BITS]
+    )
+    assert {
+        case: off for case, off in seen.items() if not isinstance(off, float) or off > 1e-6
+    } == {}

@@ -531,6 +531,15 @@ def test_what_is_wrong_is_named(made, error, message):
         made().fit(2)
 
 
+def test_under_torchrun_it_says_what_trains_in_several_processes(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    one_batch(nn.MSELoss())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"got 2 processes, .* the same files; use CruxyTrainer"):
+        one_batch(nn.MSELoss())
+
+
 def test_a_compiled_model_is_given_what_the_model_takes():
     batch = {"input_ids": torch.ones(1, 3), "text": ["dropped"]}
     found = Loss(None, torch.compile(Tiny())).arguments(batch)

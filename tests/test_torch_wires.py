@@ -139,6 +139,73 @@ class TestVote:
             assert got == pytest.approx(float(torch.stack(squares).mean().sqrt()), rel=1e-5)
 
 
+class TestAnotherNumberOfRanks:
+    """`merge_votes`: four ranks have voted, and two go on."""
+
+    @pytest.fixture(params=[32, 8])
+    def cases(self, results, request):
+        return [rank["merged"][request.param] for rank in results]
+
+    def test_every_rank_begins_with_the_mean_of_all_momenta(self, cases):
+        case = cases[0]
+        for i, state in case["merged"]["state"].items():
+            own = [states["state"][i] for states in case["states"]]
+            if "exp_avg" in state:
+                want = np.stack([each["exp_avg"].double().numpy() for each in own]).mean(0)
+                np.testing.assert_allclose(state["exp_avg"].numpy(), want, rtol=1e-5, atol=1e-9)
+            else:
+                want = np.stack([decoded(each) for each in own]).mean(0)
+                # Half of the largest step, 1/4 of 14.75, and a scale rounded up to bfloat16.
+                allowed = np.abs(want).max(1, keepdims=True) / 8 / 14.75 * (1 + 2**-7)
+                assert (np.abs(decoded(state) - want) <= allowed).all()
+        for rank in cases[:2]:
+            for i, state in case["merged"]["state"].items():
+                assert all(torch.equal(state[key], rank["begun"][i][key]) for key in state)
+
+    def test_the_two_go_on_alike(self, cases):
+        first, second = cases[:2]
+        assert torch.equal(first["after"], second["after"])
+        assert not torch.equal(first["after"], first["before"])
+        assert first["steps"] == 2 * workers.STEPS
+
+    def test_all_four_may_go_on_from_it_too(self, cases):
+        assert all(torch.equal(cases[0]["all"], case["all"]) for case in cases)
+
+    def test_the_next_state_is_a_ranks_own_again(self, cases):
+        assert [case["saved"] for case in cases[:2]] == [
+            f"Lion by vote of rank {rank} of 2" for rank in range(2)
+        ]
+
+    def test_what_another_number_has_saved_is_refused_and_says_what_to_do(self, cases):
+        for rank, case in enumerate(cases[:2]):
+            assert f"rank {rank} of 2, got one of Lion by vote of rank {rank} of 4" in case["error"]
+            assert "cruxy_torch.merge_votes(states)" in case["error"]
+
+    def test_states_that_are_not_all_or_of_other_steps_are_refused(self, cases):
+        states = cases[0]["states"]
+        with pytest.raises(ValueError, match="must be those of all ranks that voted, each once"):
+            cruxy_torch.merge_votes(states[:3])
+        with pytest.raises(ValueError, match="each once, got 4"):
+            cruxy_torch.merge_votes([*states[:3], states[0]])
+        with pytest.raises(ValueError, match="got 0: none"):
+            cruxy_torch.merge_votes([])
+        late = dict(states[3], param_groups=[dict(states[3]["param_groups"][0])])
+        late["param_groups"][0]["controller"] = {
+            **late["param_groups"][0]["controller"], "step": torch.tensor(3)
+        }  # fmt: skip
+        with pytest.raises(ValueError, match=r"after the same step, got steps \[3, 8\]"):
+            cruxy_torch.merge_votes([*states[:3], late])
+
+
+def decoded(state):
+    """A momentum in 8 bits as its blocks, by the levels that `BlockCode` documents."""
+    scales = state["exp_avg_scales"].double().numpy()[:, None]
+    codes = state["exp_avg_codes"].numpy().astype(np.int64)
+    k = np.abs(codes)
+    levels = 2.0 ** (k // 32) * (1 + k % 32 / 32) - 1
+    return np.sign(codes) * scales * levels / 14.75
+
+
 def test_a_run_that_is_resumed_ends_with_the_same_bits(results):
     for rank in results:
         assert rank["resumed-ddp-8"]["same"]
@@ -161,11 +228,12 @@ def test_all_ranks_have_the_same_bits_after_100_steps_and_have_learnt(long_resul
 
 def test_what_cannot_be_is_refused(results):
     for rank, result in enumerate(results):
-        other, sharded, plain, double = result["refused"]["errors"]
+        other, sharded, plain, double, trainer = result["refused"]["errors"]
         assert f"Lion by vote of rank {rank} of 4, got one of Lion by vote of rank" in other
         assert "parameters must be whole on every rank where ranks vote" in sharded
         assert "use_lion must be True in every group where ranks vote" in plain
         assert "must be dense and of at most 32 bits an element, got torch.float64" in double
+        assert "Trainer must be alone, got 4 processes" in trainer
 
 
 class TestTopK:

@@ -118,5 +118,73 @@ def run(rank, folder):
     dist.destroy_process_group()
 
 
+BITS = (32, 16, 8, 4)
+RESUMED = {
+    "meta3": lambda ps, bits: ours.CruxyOptimizer(ps, state_bits=bits),
+    "lion": lambda ps, bits: ours.CruxyOptimizer(ps, use_lion=True, state_bits=bits),
+    "self_driving": lambda ps, bits: ours.CruxyOptimizer(ps, mode="self_driving", state_bits=bits),
+    "axiom": lambda ps, bits: ours.AXIOM(ps, momentum=0.9, momentum_bits=bits),
+    "cosmic": lambda ps, bits: ours.Cosmic(ps, state_budget="60KB", state_bits=bits),
+    "tiger": lambda ps, bits: ours.Tiger(ps, state_bits=bits),
+}
+FAST = (("self_driving", 32), ("axiom", 32))
+"""What the fast tests resume; the others are slow."""
+
+
+class Bag(torch.nn.Module):
+    """Parameters and nothing else."""
+
+    def __init__(self, params):
+        super().__init__()
+        self.values = torch.nn.ParameterList(params)
+
+
+def _saved_and_loaded(make, folder, first, second):
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    params, gradients = placed(first)
+    net, optimizer = Bag(params), make(params)
+    train(optimizer, params, gradients, steps=2)
+    model, state = get_state_dict(net, optimizer)
+    save({"model": model, "optimizer": state}, checkpoint_id=folder)
+    others, same = placed(second)
+    for _ in range(2):
+        same()  # the gradients of the steps before
+    other, loaded = Bag(others), make(others)
+    model, state = get_state_dict(other, loaded)
+    kept = {"model": model, "optimizer": state}
+    load(kept, checkpoint_id=folder)
+    set_state_dict(
+        other, loaded, model_state_dict=kept["model"], optim_state_dict=kept["optimizer"]
+    )
+    train(optimizer, params, gradients, steps=1)
+    train(loaded, others, same, steps=1)
+    pairs = zip(params, others, strict=True)
+    return max((p.full_tensor() - q.full_tensor()).abs().max().item() for p, q in pairs)
+
+
+def resume(rank, folder, cases):
+    """Runs on a mesh of two by two that go on, on one of one by four; leaves the differences."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), 4)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=4)
+    meshes = [dist.init_device_mesh("cpu", shape) for shape in ((2, 2), (1, 4))]
+    seen = {}
+    for name, bits in cases:
+
+        def make(ps, name=name, bits=bits):
+            return RESUMED[name](ps, bits)
+
+        try:
+            difference = _saved_and_loaded(make, f"{folder}/{name}-{bits}", *meshes)
+        except Exception as error:  # the test says which
+            difference = f"{type(error).__name__}: {error}"
+        seen[f"{name}-{bits}"] = difference
+    torch.save(seen, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
     sys.stdout.write(json.dumps(count()))

@@ -1,6 +1,7 @@
 """What the four processes of the wire tests do; each returns what it saw."""
 
 import contextlib
+import copy
 import math
 import os
 
@@ -154,6 +155,45 @@ def resumed(kind):
     return {"same": torch.equal(parameters(fresh), want)}
 
 
+def pair():
+    """A group of the first two ranks; all ranks have to ask for it."""
+    return dist.new_group([0, 1])
+
+
+def merged():
+    """A run of four ranks that two go on with, in 32 and in 8 bits, and all four again."""
+    found, two = {}, pair()
+    for bits in (32, 8):
+        net, optimizer, _ = replicated(vote=True, state_bits=bits)
+        train(net, optimizer)
+        states = [None] * RANKS
+        dist.all_gather_object(states, optimizer.state_dict())
+        state = cruxy_torch.merge_votes(states)
+        found[bits] = {"states": states, "merged": state}
+        if dist.get_rank() < 2:
+            small = network()
+            small.load_state_dict(net.module.state_dict())
+            fewer = CruxyOptimizer(
+                small.parameters(), use_lion=True, vote=two, lr=1e-3, state_bits=bits
+            )
+            try:
+                fewer.load_state_dict(states[dist.get_rank()])
+            except ValueError as error:
+                found[bits]["error"] = str(error)
+            fewer.load_state_dict(state)
+            found[bits]["begun"] = copy.deepcopy(fewer.state_dict()["state"])
+            found[bits]["before"] = parameters(small)
+            train(small, fewer, start=STEPS)
+            found[bits]["after"] = parameters(small)
+            found[bits]["saved"] = fewer.state_dict()["param_groups"][0]["direction"]
+            found[bits]["steps"] = fewer.telemetry()["step"]
+        dist.barrier()
+        optimizer.load_state_dict(state)
+        train(net, optimizer, start=STEPS, steps=2)
+        found[bits]["all"] = parameters(net)
+    return found
+
+
 def averages(bits):
     """200 compressed means of the same gradients, by the hook and by the reduce-scatter."""
     rank = dist.get_rank()
@@ -238,6 +278,10 @@ def refused():
         double(torch.ones(2, 32, dtype=torch.float64)).sum().backward()
     except (ValueError, RuntimeError) as error:
         errors.append(str(error))
+    try:
+        cruxy_torch.Trainer(network(), [])
+    except ValueError as error:
+        errors.append(str(error))
     return {"errors": errors}
 
 
@@ -274,7 +318,7 @@ KINDS = ["ddp-8", "ddp-4", "fsdp-8", "fsdp-4", "vote"]
 FAST = (
     {f"trained-{kind}": lambda kind=kind: trained(kind) for kind in KINDS}
     | {f"averages-{bits}": lambda bits=bits: averages(bits) for bits in (8, 4)}
-    | {"voted": voted, "refused": refused, "top_k": top_k}
+    | {"voted": voted, "refused": refused, "top_k": top_k, "merged": merged}
     | {f"resumed-{kind}": lambda kind=kind: resumed(kind) for kind in ("ddp-8", "vote")}
 )
 SLOW = {f"long-{kind}": lambda kind=kind: long(kind) for kind in KINDS} | {

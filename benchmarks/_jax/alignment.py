@@ -17,6 +17,7 @@ from cruxy_control import SelfDriving
 from cruxy_optax import (
     scale_by_controlled_adam,
     scale_by_controlled_lion,
+    scale_by_controlled_muon,
     scale_by_meta_learning_rate,
     stabilize,
 )
@@ -24,6 +25,7 @@ from cruxy_optax import (
 DIRECTIONS = {
     "Adam": (lambda: scale_by_controlled_adam(0.9, 0.99), 1.0),
     "Lion": (lambda: scale_by_controlled_lion(0.9, 0.95), 0.1),
+    "Muon": (scale_by_controlled_muon, 1.0),
     "momentum SGD": (lambda: optax.trace(0.9), 3.0),
 }
 """How a gradient becomes a step, and the scale of the grid of rates to `RATES`."""

@@ -14,22 +14,25 @@ from cruxy_optax import exact
 
 
 def steps(
-    size: Mapping[str, Any], engines: Sequence[str]
+    size: Mapping[str, Any], engines: Sequence[str], *, cpu_time: bool = False
 ) -> tuple[dict[str, Callable[[], float]], int]:
     """What is timed, by name, and the number of parameters.
 
     Args:
         size: fields of `Reference`.
         engines: of the exact products.
+        cpu_time: whether one thread works and the processor's time counts, not the clock's.
 
     Returns:
         Functions that take a step and return its seconds; `"plain"` is one of them.
     """
+    clock = time.process_time if cpu_time else time.perf_counter
     like = jnp.zeros(1, jnp.float32)
     reference = Reference(**size)
-    found = {"plain": _timed(exact.plain_step(reference, like))}
+    found = {"plain": _timed(exact.plain_step(reference, like), clock)}
     for engine in engines:
-        found[engine] = _timed(_exact_step(Reference(**size, precision=Precision(engine=engine))))
+        chosen = Reference(**size, precision=Precision(engine=engine))
+        found[engine] = _timed(_exact_step(chosen), clock)
     return found, sum(p.size for p in _initial(reference).values())
 
 
@@ -60,14 +63,14 @@ def _exact_step(reference: Reference) -> Callable[[int], None]:
     return run
 
 
-def _timed(step: Callable[[int], Any]) -> Callable[[], float]:
+def _timed(step: Callable[[int], Any], clock: Callable[[], float]) -> Callable[[], float]:
     count = 0
 
     def call() -> float:
         nonlocal count
-        begun = time.perf_counter()
+        begun = clock()
         step(count)
         count += 1
-        return time.perf_counter() - begun
+        return clock() - begun
 
     return call

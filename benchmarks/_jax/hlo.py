@@ -168,3 +168,28 @@ def axes_of(devices: tuple[int, ...], mesh: Mapping[str, int]) -> tuple[str, ...
     return tuple(
         name for name, along in zip(mesh, places, strict=True) if len(set(along.tolist())) > 1
     )
+
+
+def kernels(text: str) -> set[str]:
+    """What each fusion of a compiled step computes, names left out: what is alike stands once.
+
+    XLA compiles those that are alike once, however many tensors there are.
+    """
+    bodies: dict[str, list[str]] = {}
+    name = ""
+    for line in text.splitlines():
+        if line and not line[0].isspace() and (match := re.match(r"(?:ENTRY )?%?([\w.-]+) ", line)):
+            name = match.group(1)
+            bodies[name] = []
+        elif name and line.startswith("  "):
+            bodies[name].append(re.sub(r", metadata=\{.*|, backend_config=.*", "", line.strip()))
+    found = set()
+    for called in set(re.findall(r" fusion\(.*calls=%?([\w.-]+)", text)):
+        known: dict[str, str] = {}
+
+        def number(match: re.Match[str], known: dict[str, str] = known) -> str:
+            return known.setdefault(match.group(), f"%{len(known)}")
+
+        body = (re.sub(r"to_apply=%[\w.-]+", "", line) for line in bodies[called])
+        found.add("\n".join(re.sub(r"%[\w.-]+", number, line) for line in body))
+    return found

@@ -17,10 +17,12 @@ from benchmarks._jax.optimizers import (
 from benchmarks._jax.optimizers import (
     SOURCES as PEER_SOURCES,
 )
+from benchmarks._jax.rivals import RIVALS, warm_up_linear
 from benchmarks._jax.wired_optimizers import wired
 from benchmarks._rates import STARTS, WEIGHT_DECAY
 from cruxy_control import LoraPid, Meta3, PlateauGuard, SelfDriving, tagged
 from cruxy_control.slices import blocks
+from cruxy_control.usual import usual_law
 from cruxy_optax import (
     averaged_params,
     axiom,
@@ -50,6 +52,7 @@ from cruxy_optax import (
 SOURCES = (
     *PEER_SOURCES,
     "benchmarks/_jax/our_optimizers.py",
+    "benchmarks/_jax/rivals.py",
     *("cruxy_control/**/*.py", "cruxy_exact/**/*.py", "cruxy_optax/**/*.py"),
 )
 
@@ -74,11 +77,22 @@ def _driving(make: Callable[..., Any], label: str, **options: Any) -> Optimizer:
     return entry._replace(averaged=averaged_params) if averages else entry
 
 
-def _scheduled(rate: Any, steps: int) -> optax.GradientTransformation:
-    """The AdamW inside `self_driving`, as it is usually trained: a clip, a warm-up and a cosine."""
-    schedule = warm_up_cosine(rate, steps)
-    adamw = optax.adamw(schedule, b2=0.99, weight_decay=WEIGHT_DECAY, mask=matrices, nesterov=True)
-    return optax.chain(optax.clip_by_global_norm(1.5), adamw)
+Schedule = Callable[[Any, int], optax.Schedule]
+
+
+def _scheduled(schedule: Schedule) -> Callable[[Any, int], optax.GradientTransformation]:
+    """The AdamW inside `self_driving`, as it is usually trained: a clip, a warm-up and a decay."""
+
+    def make(rate: Any, steps: int) -> optax.GradientTransformation:
+        adamw = optax.adamw(
+            *(schedule(rate, steps), 0.9, 0.99),
+            weight_decay=WEIGHT_DECAY,
+            mask=matrices,
+            nesterov=True,
+        )
+        return optax.chain(optax.clip_by_global_norm(1.5), adamw)
+
+    return make
 
 
 def _without(label: str, **changes: Any) -> Optimizer:
@@ -137,14 +151,26 @@ def _ended(make: Callable[..., Any], label: str, **options: Any) -> Optimizer:
     return _driving(make, f"{label}, known end")._replace(make=build, grid=FEW_STARTS)
 
 
+def _falling(make: Callable[..., Any], label: str) -> Optimizer:
+    """Self-driving under a schedule of the user's, which it obeys once it has found its rate."""
+
+    def build(rate: Any, steps: int) -> optax.GradientTransformation:
+        schedule = optax.schedules.linear_schedule(1.0, 0.0, steps)
+        return make(lambda n: rate * schedule(n), weight_decay=WEIGHT_DECAY, mask=matrices)
+
+    return _driving(make, f"{label}, linear to 0")._replace(make=build, grid=FEW_STARTS)
+
+
 ENDED = {
     "self_driving-ended": _ended(self_driving, "Self-driving"),
     "self_driving-lion-ended": _ended(self_driving_lion, "Self-driving Lion")._replace(
         default=1e-4
     ),
     "self_driving-muon-ended": _ended(self_driving_muon, "Self-driving Muon"),
+    "self_driving-linear": _falling(self_driving, "Self-driving"),
+    "self_driving-muon-linear": _falling(self_driving_muon, "Self-driving Muon"),
 }
-"""The same, told when the run ends."""
+"""The same, told when the run ends or given a schedule."""
 
 ROLES = {
     "self_driving-embedding-third": _driving(
@@ -160,14 +186,23 @@ ROLES = {
         self_driving, "Self-driving, head / 3", rates={"head": 1 / 3}
     ),
     "self_driving-lora-plus": _driving(self_driving, "Self-driving, LoRA+", rates={"lora.b": 16.0}),
+    "self_driving-ended-embedding-third": _ended(
+        self_driving, "Self-driving, embedding / 3", rates={"embedding": 1 / 3}
+    ),
+    "self_driving-muon-embedding-third": _driving(
+        self_driving_muon, "Self-driving Muon, embedding / 3", rates={"embedding": 1 / 3}
+    ),
+    "self_driving-muon-ended-embedding-third": _ended(
+        self_driving_muon, "Self-driving Muon, embedding / 3", rates={"embedding": 1 / 3}
+    ),
 }
 """Self-driving with rates by role."""
 
 
-def _scheduled_muon(rate: Any, steps: int) -> optax.GradientTransformation:
+def _scheduled_muon(schedule: Schedule) -> Callable[[Any, int], optax.GradientTransformation]:
     """Likewise the Muon inside `self_driving_muon`."""
-    return self_driving_muon(
-        warm_up_cosine(rate, steps),
+    return lambda rate, steps: self_driving_muon(
+        schedule(rate, steps),
         weight_decay=WEIGHT_DECAY,
         relative_limit=None,
         averaging=None,
@@ -176,8 +211,13 @@ def _scheduled_muon(rate: Any, steps: int) -> optax.GradientTransformation:
 
 
 SCHEDULED = {
-    "scheduled": Optimizer("Self-driving's AdamW, cosine", _scheduled, sources=SOURCES),
-    "scheduled-muon": Optimizer("Self-driving's Muon, cosine", _scheduled_muon, sources=SOURCES),
+    name: Optimizer(label, make, sources=SOURCES)
+    for name, label, make in (
+        ("scheduled", "Self-driving's AdamW, cosine", _scheduled(warm_up_cosine)),
+        ("scheduled-linear", "Self-driving's AdamW, linear", _scheduled(warm_up_linear)),
+        ("scheduled-muon", "Self-driving's Muon, cosine", _scheduled_muon(warm_up_cosine)),
+        ("scheduled-muon-linear", "Self-driving's Muon, linear", _scheduled_muon(warm_up_linear)),
+    )
 }
 """What self-driving does without its controller, under a schedule that has to be tuned."""
 
@@ -198,17 +238,36 @@ VARIED = {
     "self_driving-limit-0.03": _varied("relative limit 0.03", relative_limit=0.03),
     "self_driving-limit-0.05": _varied("relative limit 0.05", relative_limit=0.05),
     "self_driving-limit-0.2": _varied("relative limit 0.2", relative_limit=0.2),
+    "self_driving-limit-holds": _varied("a limit that holds", law={"limit_yield": None}),
     "self_driving-power-8": _varied("averaging power 8", averaging=8.0),
     "self_driving-power-32": _varied("averaging power 32", averaging=32.0),
     "self_driving-b2-0.999": _varied("b2 0.999", b2=0.999),
 }
 """Self-driving with one part removed or one constant changed each."""
 
+
+def _yielding(make: Callable[..., Any], label: str, steps: float | None) -> Optimizer:
+    """Self-driving whose limit gives way after so many steps, or holds."""
+
+    def build(rate: Any, **options: Any) -> optax.GradientTransformation:
+        kind = make.__name__.removeprefix("self_driving").removeprefix("_") or "adam"
+        law = dataclasses.replace(usual_law(kind, ends=False), limit_yield=steps)
+        return make(rate, law=law, **options)
+
+    how = "limit that holds" if steps is None else f"limit that yields, {steps:g}"
+    return _driving(build, f"{label}, {how}")
+
+
 YIELDING = {
-    "self_driving-yield-20": _varied("limit that yields, 20", law={"limit_yield": 20.0}),
-    "self_driving-yield-50": _varied("limit that yields, 50", law={"limit_yield": 50.0}),
+    "self_driving-held": _yielding(self_driving, "Self-driving", None),
+    "self_driving-yield-20": _yielding(self_driving, "Self-driving", 20.0),
+    "self_driving-yield-50": _yielding(self_driving, "Self-driving", 50.0),
+    "self_driving-lion-held": _yielding(self_driving_lion, "Self-driving Lion", None),
+    "self_driving-lion-yield-50": _yielding(self_driving_lion, "Self-driving Lion", 50.0),
+    "self_driving-muon-held": _yielding(self_driving_muon, "Self-driving Muon", None),
+    "self_driving-muon-yield-50": _yielding(self_driving_muon, "Self-driving Muon", 50.0),
 }
-"""Self-driving with a relative limit that gives way where nothing opposes the steps."""
+"""Self-driving with a relative limit that gives way where nothing opposes the steps, or holds."""
 
 
 def _with(label: str, *parts: Any, before: tuple[Any, ...] = (), **options: Any) -> Optimizer:
@@ -299,6 +358,7 @@ OPTIMIZERS: dict[str, Any] = (
     | COMPACT
     | PEERS
     | GUARDED_PEERS
+    | RIVALS
     | COMPONENTS
     | ABLATION
     | VARIED

@@ -99,10 +99,10 @@ WAYS = (
 )
 
 
-def shapes_of(name: str) -> dict[torch.Size, int]:
-    """How many parameters of each shape a model of `MODELS` has; no weight is made."""
+def shapes_of(config: Any) -> dict[torch.Size, int]:
+    """How many parameters of each shape a model has; no weight is made."""
     counts: dict[torch.Size, int] = {}
-    for param in skeleton(MODELS[name]).parameters():
+    for param in skeleton(config).parameters():
         counts[param.shape] = counts.get(param.shape, 0) + 1
     return counts
 

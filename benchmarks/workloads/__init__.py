@@ -44,12 +44,20 @@ class Workload(NamedTuple):
 
 
 FAMILIES = {
-    "shakespeare": ("small", "paper", "10m", "untied"),
-    "digits": ("conv", "vit"),
+    "shakespeare": (
+        *("small", "paper", "10m", "untied"),
+        *("width-64", "width-96", "width-192", "width-384", "batch-2", "batch-160"),
+    ),
+    "digits": ("conv", "vit", "resnet", "diffusion"),
     "finetuning": ("vit", "gpt", "lora"),
     "cartpole": (),
+    "char": ("lstm",),
+    "table": ("mlp",),
 }
 """The modules that make workloads, in the rooms, and the sizes of each."""
+
+HOMES = {"digits-resnet": "residual", "digits-diffusion": "diffusion"}
+"""Modules of those that need one of their own, which is called without a size."""
 
 NAMES = tuple(
     f"{family}-{size}" if size else family
@@ -58,12 +66,22 @@ NAMES = tuple(
 )
 """Every workload by name."""
 
-ALONE = (
-    "shakespeare-untied",
-    *(f"finetuning-{size}" for size in FAMILIES["finetuning"]),
-    "cartpole",
+IN_BOTH = (
+    *("shakespeare-small", "shakespeare-paper", "shakespeare-10m"),
+    *("digits-conv", "digits-vit"),
 )
-"""In JAX alone: their weights are drawn or learned in it, or their environment is simulated."""
+
+ALONE = tuple(name for name in NAMES if name not in IN_BOTH)
+"""In JAX alone: their weights are drawn or learned in it, or nothing compares the frameworks by
+them."""
+
+TEXTS = ("shakespeare", "char")
+"""Families that read a text, which may be another."""
+
+
+def home(name: str) -> str:
+    """The module of a workload."""
+    return HOMES.get(name, name.partition("-")[0])
 
 
 def load(name: str, data: str | None = None, framework: str = "jax") -> Workload:
@@ -71,7 +89,7 @@ def load(name: str, data: str | None = None, framework: str = "jax") -> Workload
 
     Args:
         name: one of `NAMES`.
-        data: a text file for those on Shakespeare; `None` for the text they come with.
+        data: a text file for those on Shakespeare (`TEXTS`); `None` for the text they come with.
         framework: "jax" or "torch".
 
     Raises:
@@ -86,9 +104,10 @@ def load(name: str, data: str | None = None, framework: str = "jax") -> Workload
             f"the workload must be one of {both} to be trained in PyTorch, got {name!r}."
         )
     family, _, size = name.partition("-")
-    if data is not None and family != "shakespeare":
+    if data is not None and family not in TEXTS:
         raise ValueError(f"--data is a text for the workloads on Shakespeare, got {name}.")
-    make = getattr(room(framework, f"workloads.{family}", name), family)
-    if family == "shakespeare":
+    module = home(name)
+    make = getattr(room(framework, f"workloads.{module}", name), module)
+    if family in TEXTS:
         return make(size, None if data is None else Path(data))
-    return make(size) if size else make()
+    return make(size) if size and name not in HOMES else make()

@@ -5,7 +5,7 @@ Text and sizes are the demo's.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,33 @@ from _data import batches as windows_to_train_on  # isort: skip
 from _demo import MODELS, VALIDATION_WINDOWS, GPTConfig  # isort: skip
 
 STEPS = {"small": 1000, "paper": 1000, "10m": 5000}
+
+
+class Variant(NamedTuple):
+    """The small model in another width or with another batch.
+
+    Attributes:
+        batch: windows in a batch.
+        steps: optimizer steps of a run.
+        width: of the model, a multiple of its heads; `None` for its own.
+        windows: to evaluate.
+    """
+
+    batch: int
+    steps: int
+    width: int | None = None
+    windows: int = VALIDATION_WINDOWS
+
+
+VARIANTS = {
+    **{f"width-{width}": Variant(8, 300, width, 256) for width in (64, 96, 192, 384)},
+    "batch-2": Variant(2, 1000),
+    "batch-160": Variant(160, 300),
+}
+"""For what has to hold at any width and batch; an eighth and ten times of the small model's own.
+
+All widths see the same batches, as many as the widest can in about a minute on one core.
+"""
 
 AT_ONCE = 64
 """Held-out windows that are evaluated at the same time."""
@@ -32,9 +59,11 @@ def corpus_for(size: str, data: Path | None) -> Corpus:
     return load_corpus(data, MODELS[size].config.context)
 
 
-def held_out_windows(corpus: Corpus, config: GPTConfig) -> np.ndarray:
+def held_out_windows(
+    corpus: Corpus, config: GPTConfig, windows: int = VALIDATION_WINDOWS
+) -> np.ndarray:
     """Token ids to evaluate, shape `(windows, context + 1)`."""
-    return validation_windows(corpus.validation, config.context, VALIDATION_WINDOWS)
+    return validation_windows(corpus.validation, config.context, windows)
 
 
 def workload(

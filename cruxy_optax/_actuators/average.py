@@ -10,7 +10,7 @@ from cruxy_control.checks import check_range
 from cruxy_control.controls import Controls
 from cruxy_control.formulas.averaging import averaging_weight
 from cruxy_optax._release import LayerStack
-from cruxy_optax._tree import accumulator_dtype, find
+from cruxy_optax._tree import accumulator_dtype, find, where
 
 
 class AverageIteratesState(NamedTuple):
@@ -87,7 +87,7 @@ def average_iterates(power: float = 16.0) -> optax.GradientTransformationExtraAr
         weight = jnp.where(ok, averaging_weight(state.count, power, xp=jnp), 0.0)
 
         def moved(mean: jax.Array, p: jax.Array, u: jax.Array) -> jax.Array:
-            new = jnp.asarray(p).astype(mean.dtype) + jnp.where(ok, u, 0.0).astype(mean.dtype)
+            new = jnp.asarray(p).astype(mean.dtype) + where(ok, u).astype(mean.dtype)
             return mean + weight * (new - mean)
 
         average = jax.tree.map(moved, state.average, params, updates)

@@ -11,7 +11,7 @@ import optax
 from cruxy_control.checks import check_range
 from cruxy_control.controls import Controls, betas
 from cruxy_optax._controls import materialize, require_controls
-from cruxy_optax._tree import accumulator_dtype, root
+from cruxy_optax._tree import accumulator_dtype, root, where
 
 
 class ScaleByControlledAdamState(NamedTuple):
@@ -126,8 +126,7 @@ def scale_by_controlled_adam(
 
 def masked(g: jax.Array, controls: Controls) -> jax.Array:
     """The gradient in its accumulator's dtype; 0 on a skipped step, whatever stood before."""
-    g = jnp.asarray(g)
-    return jnp.where(controls.ok, g, jnp.zeros_like(g)).astype(accumulator_dtype(g))
+    return where(controls.ok, g).astype(accumulator_dtype(g))
 
 
 def _seen(decay: jax.Array) -> jax.Array:

@@ -14,7 +14,6 @@ from cruxy_control.formulas.limits import RELATIVE_FLOOR, rate_share
 from cruxy_control.formulas.limits import relative_limit as limit_of
 from cruxy_optax._controls import require_controls
 from cruxy_optax._distributed.axes import as_axes, is_spread, mean_square, whole_mean_square
-from cruxy_optax._tree import materialize
 
 
 class ThrottleByPhaseState(NamedTuple):
@@ -136,8 +135,10 @@ def scale_by_meta_learning_rate(
         zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
         return ScaleByMetaLearningRateState(jnp.zeros((), jnp.int32), zero, one, zero)
 
-    def limited(rate: jax.Array, share: chex.Numeric, params: optax.Params | None) -> optax.Params:
-        """The rate of every leaf, below this share of its size."""
+    def limited(
+        rate: jax.Array, share: chex.Numeric, params: optax.Params | None
+    ) -> tuple[optax.Params, jax.Array]:
+        """The rate of every leaf, below this share of its size; and the largest of them."""
         if params is None:
             raise ValueError(
                 "a relative limit measures the parameters, but got params=None; call "
@@ -152,10 +153,13 @@ def scale_by_meta_learning_rate(
             limit = limit_of(square, share, relative_floor, xp=jnp, whole=whole)
             return jnp.minimum(rate, limit)
 
-        limits = tuple(map(one, squares))
+        limits = list(map(one, squares))
         if any(map(is_spread, leaves)):
-            limits = materialize(*limits)
-        return treedef.unflatten(limits)
+            # The largest tensor has the largest rate: not every one is worked out another time.
+            largest = one(jnp.stack(squares).max())
+        else:
+            largest = jnp.stack([jnp.zeros_like(rate), *limits]).max()
+        return treedef.unflatten(limits), largest
 
     def update_fn(
         updates: optax.Updates,
@@ -175,8 +179,7 @@ def scale_by_meta_learning_rate(
         if relative_limit is None:
             scaled = jax.tree.map(lambda u: -rate * u, updates)
         else:
-            rates = limited(rate, relative_limit * controls.limit_factor, params)
-            largest = jnp.stack([jnp.zeros_like(rate), *jax.tree.leaves(rates)]).max()
+            rates, largest = limited(rate, relative_limit * controls.limit_factor, params)
             scaled = jax.tree.map(lambda u, r: -r * u, updates, rates)
         share = rate_share(largest, rate, xp=jnp)
         share = jnp.where(controls.ok, share, state.limit_scale)

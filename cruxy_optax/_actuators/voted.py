@@ -10,6 +10,7 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from cruxy_control.checks import check_count
 from cruxy_control.controls import Controls, betas
 from cruxy_exact.votes import ballots, coins, majority, pack_votes, unpack_votes
 from cruxy_optax._actuators.moments import check_betas, check_floating, first_moment_like, masked
@@ -69,7 +70,8 @@ def scale_by_voted_lion(
         Each leaf of its momentum has one axis more, the devices: see `vote_specs`.
 
     Raises:
-        ValueError: where an argument is outside its range; from `update` outside `stabilize`.
+        ValueError: where an argument is outside its range; from `update` outside `stabilize`, or
+            where the state is of more devices than there are, see `merge_votes`.
 
     References:
         Liu et al., [Communication Efficient Distributed Training with Distributed
@@ -99,6 +101,7 @@ def scale_by_voted_lion(
         grads = jax.tree.map(lambda g: masked(g, controls), updates)
         leaves, structure = jax.tree.flatten(grads)
         momenta = structure.flatten_up_to(state.mu)
+        _check_one_each(momenta, axis_name)
         pairs = [(g, m[0].astype(g.dtype)) for g, m in zip(leaves, momenta, strict=True)]
         signs = _majority([beta1 * m + rest1 * g for g, m in pairs], state.count, seed, axis_name)
         new = structure.unflatten([(beta2 * m + rest2 * g)[None] for g, m in pairs])
@@ -142,6 +145,65 @@ def vote_specs(
 
     state = jax.eval_shape(tx.init, params)
     return jax.tree.map(spec, state, is_leaf=lambda n: isinstance(n, ScaleByVotedLionState))
+
+
+def merge_votes(state: optax.OptState, devices: int) -> optax.OptState:
+    """The state of an optimizer that votes, for another number of devices.
+
+    Where the number changes, the momentum of each device becomes the mean of those there were,
+    which is that of the mean gradient, and every device goes its own way from there. For as many
+    devices as before it is the state itself, from which a run goes on bit for bit.
+
+    Args:
+        state: of `meta_lion(vote=)` or a chain with `scale_by_voted_lion`, as arrays of all
+            devices.
+        devices: along the axis of the vote from now on, at least 1.
+
+    Returns:
+        The same with the momenta of so many devices, to be laid on a mesh by `vote_specs`.
+
+    Raises:
+        ValueError: where nothing in the state votes, or `devices` is below 1.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from cruxy_optax import merge_votes, meta_lion
+        >>> state = meta_lion(1e-4, vote="data").init(jnp.ones(3))
+        >>> merge_votes(state, 4).inner_state[1].mu.shape
+        (4, 3)
+    """
+    check_count("devices", devices, 1, remedy="count those along the axis of the vote")
+    found = []
+
+    def mean(m: jax.Array) -> jax.Array:
+        if m.shape[0] == devices:
+            return m
+        one = jnp.mean(m.astype(jnp.float32), axis=0, keepdims=True).astype(m.dtype)
+        return jnp.broadcast_to(one, (devices, *m.shape[1:]))
+
+    def merged(node: Any) -> Any:
+        if not isinstance(node, ScaleByVotedLionState):
+            return node
+        found.append(node)
+        return node._replace(mu=jax.tree.map(mean, node.mu))
+
+    new = jax.tree.map(merged, state, is_leaf=lambda n: isinstance(n, ScaleByVotedLionState))
+    if not found:
+        raise ValueError(
+            "state must be of an optimizer that votes, got one without a scale_by_voted_lion; any "
+            "other is the same on every number of devices."
+        )
+    return new
+
+
+def _check_one_each(momenta: list[jax.Array], axis_name: str) -> None:
+    for m in momenta:
+        if m.shape[0] != 1:
+            raise ValueError(
+                f"a state must hold one momentum for each device along {axis_name!r}, got "
+                f"{m.shape[0]} on each; one of another number of devices goes through "
+                "cruxy_optax.merge_votes(state, devices)."
+            )
 
 
 def _own(x: jax.Array, axis_name: str) -> jax.Array:

@@ -97,14 +97,23 @@ def sum_over_shards(
         axis_names: axes of an enclosing `jax.shard_map` or `jax.pmap`.
         replica_axes: those along which every device has a leaf of its own: the mean over them.
     """
-    total = jnp.zeros((), jnp.float32)
+    parts = []
     for partial, leaf in zip(sums, leaves, strict=True):
         # A leaf that varies along an axis is a shard of a parameter; one that does not is a copy,
         # and the mean of equal copies is that copy.
         copies = math.prod(lax.psum(1, a) for a in axis_names if a not in split_axes(leaf))
-        total = total + partial / copies
+        parts.append(partial if copies == 1 else partial / copies)
+    total = sum_of_numbers(parts, leaves)
     total = lax.psum(total, tuple(axis_names)) if axis_names else total
     return mean_over_axes(total, replica_axes)
+
+
+def sum_of_numbers(numbers: Sequence[jax.Array], leaves: Sequence[jax.Array]) -> jax.Array:
+    """The sum of one number a leaf; float32, or float64."""
+    total = sum(numbers, jnp.zeros((), jnp.float32))
+    if total.dtype == jnp.float32 and any(map(is_spread, leaves)):
+        return materialize(total)[0]  # or XLA adds them up again for everything that reads the sum
+    return total
 
 
 def mean_square(leaf: jax.Array, axis_names: Sequence[str] = ()) -> jax.Array:
@@ -132,8 +141,7 @@ def whole_mean_square(
     ]
     total = max(1, sum(counts))
     shares = [square * (n / total) for square, n in zip(squares, counts, strict=True)]
-    whole = sum(shares, jnp.zeros((), jnp.float32))
-    return materialize(whole)[0] if any(map(is_spread, leaves)) else whole
+    return sum_of_numbers(shares, leaves)
 
 
 def whatever_the_axes(

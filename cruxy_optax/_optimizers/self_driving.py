@@ -11,8 +11,7 @@ import optax
 from cruxy_control.checks import check_range
 from cruxy_control.law import Law
 from cruxy_control.roles import Rule
-from cruxy_control.self_driving import SelfDriving
-from cruxy_control.usual import USUAL, told_the_end, usual_law, usual_limit
+from cruxy_control.usual import USUAL, told_the_end, usual_law
 from cruxy_optax._actuators.average import average_iterates
 from cruxy_optax._actuators.clip import clip_by_predicted_norm
 from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_controlled_lion
@@ -77,17 +76,18 @@ def self_driving(
             own") says which limit, set point and decay go with it. `b1`, `b2`, `eps`, `nesterov`,
             `mu_dtype` and `state_bits` are Adam's and are left out.
         nesterov: looks one step ahead.
-        relative_limit: see `scale_by_meta_learning_rate`; 0.1, and 0.2 where the end of the run is
-            known, or what goes with `direction`. `None` for no limit, and then a start
-            far above the best rate is not recovered from.
+        relative_limit: see `scale_by_meta_learning_rate`; 0.1, or what goes with `direction`. It is
+            doubled where the end of the run is known, and in a cooldown
+            (`SelfDriving.cooldown_peak`). `None` for no limit, and then a start far above the best
+            rate is not recovered from.
         averaging: the power of `average_iterates`; `None` keeps no average and saves its buffer:
             then the parameters themselves are what there is to evaluate, as noisy as the rate.
         total_steps: steps of the run, where they are known: the rate is found in the first fifth
             of them and then falls to 0 from twice of it (`SelfDriving.total_steps`). `None` for a
             run without an end.
         rates: factors on the rate by role, such as `{"embedding": 1 / 3}`; see `scale_by_role`.
-        law: the controller with its constants; `None` for `SelfDriving` with the set point that
-            goes with the direction.
+        law: the controller with its constants; `None` for `SelfDriving` with those that go with the
+            direction.
         axis_names: axes of an enclosing `jax.shard_map` or `jax.pmap`; see `stabilize`.
         state_bits: bits an element of the moments, 32, 16, 8 or 4; see `meta3`.
 
@@ -140,7 +140,7 @@ def self_driving(
     decay = USUAL[kind].weight_decay if isinstance(weight_decay, str) else weight_decay
     if kind == "muon" and mask is None:
         mask = _matrices
-    limit, roles = _limit(relative_limit, kind, law), by_role(rates)
+    limit, roles = _limit(relative_limit, kind), by_role(rates)
     return _steered(moments, learning_rate, decay, mask, roles, limit, averaging, law, axis_names)
 
 
@@ -156,7 +156,7 @@ def self_driving_lion(
     averaging: float | None = 16.0,
     total_steps: int | None = None,
     rates: Mapping[str, Any] | None = None,
-    law: Law = SelfDriving(),
+    law: Law | None = None,
     axis_names: str | Sequence[str] = (),
     state_bits: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -172,13 +172,13 @@ def self_driving_lion(
         mu_dtype: dtype of the momentum.
         weight_decay: decoupled weight decay.
         mask: where weight decay applies.
-        relative_limit: 0.01, and 0.02 where the end is known: a sign has size 1 where Adam's
-            direction has a quarter of it or less, and
-            never shrinks: on a small convolutional net 0.02 ended in divergence.
+        relative_limit: 0.01: a sign has size 1 where Adam's direction has a quarter of it or less,
+            and never shrinks: on a small convolutional net 0.02 ended in divergence.
         averaging: the power of `average_iterates`; `None` keeps no average.
         total_steps: steps of the run, where they are known.
         rates: factors on the rate by role.
-        law: the controller with its constants.
+        law: the controller with its constants; `None` for `SelfDriving` with those that go with
+            Lion.
         axis_names: axes of an enclosing `jax.shard_map` or `jax.pmap`.
         state_bits: bits an element of the momentum, 32, 16, 8 or 4.
 
@@ -203,11 +203,13 @@ def self_driving_lion(
         Chen et al., [Symbolic Discovery of Optimization
         Algorithms](https://arxiv.org/abs/2302.06675), 2023; those of `self_driving`.
     """
+    if law is None:
+        law = usual_law("lion", ends=total_steps is not None)
     moments = in_bits(
         state_bits, mu_dtype, lambda mu_dtype: scale_by_controlled_lion(b1, b2, mu_dtype)
     )
     law = told_the_end(law, total_steps)
-    limit, roles = _limit(relative_limit, "lion", law), by_role(rates)
+    limit, roles = _limit(relative_limit, "lion"), by_role(rates)
     return _steered(
         moments, learning_rate, weight_decay, mask, roles, limit, averaging, law, axis_names
     )
@@ -254,8 +256,8 @@ def self_driving_muon(
         weight_decay: decoupled weight decay, multiplied by the rate that is found.
         mask: where it applies; `None` for what has at least two axes.
         nesterov: looks one step ahead.
-        relative_limit: no tensor gets a rate above this share of its own root mean square; 0.2, and
-            0.4 where the end is known.
+        relative_limit: no tensor gets a rate above this share of its own root mean square, nor of
+            that of all parameters.
         averaging: the power of `average_iterates`; `None` keeps no average.
         total_steps: steps of the run, where they are known.
         rates: factors on the rate by role.
@@ -313,7 +315,7 @@ def self_driving_muon(
         ),
     )
     law = told_the_end(law, total_steps)
-    limit = _limit(relative_limit, "muon", law)
+    limit = _limit(relative_limit, "muon")
     mask = _matrices if mask is None else mask
     roles = by_role(rates, rules, model)
     return _steered(
@@ -350,11 +352,9 @@ def _matrices(params: optax.Params) -> Any:
     return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
 
 
-def _limit(given: Limit, direction: str, law: Law) -> chex.Numeric | None:
+def _limit(given: Limit, kind: str) -> chex.Numeric | None:
     """The limit that was given, or that which is usual for the direction."""
-    if isinstance(given, str) and given == "usual":
-        return usual_limit(direction, law)
-    return given
+    return USUAL[kind].relative_limit if isinstance(given, str) and given == "usual" else given
 
 
 def _steered(

@@ -20,7 +20,7 @@ from cruxy_optax.exact._attention import (
     softmax,
 )
 from cruxy_optax.exact._checksum import checksum
-from cruxy_optax.exact._controlled import ControlledState, controlled
+from cruxy_optax.exact._controlled import ControlledState, controlled, self_driving
 from cruxy_optax.exact._frame import check_flags
 from cruxy_optax.exact._functional import (
     add,
@@ -116,6 +116,7 @@ __all__ = [
     "rotary_table",
     "scale",
     "scale_by_count",
+    "self_driving",
     "sgd",
     "silu",
     "softmax",

@@ -75,7 +75,7 @@ def adamw(
         Loshchilov and Hutter, [Decoupled Weight Decay
         Regularization](https://arxiv.org/abs/1711.05101), 2019.
     """
-    rate = _rate(learning_rate)
+    rate = rate_of(learning_rate)
     b1, b2 = _beta("b1", b1), _beta("b2", b2)
     eps = check_range("eps", eps, 0.0, remedy="1e-8 is a usual value")
     weight_decay = _decay(weight_decay)
@@ -94,7 +94,7 @@ def adamw(
             lr = rate(state.count)
 
             def one(p: Any, g: Any, decay: float, m: Any, v: Any) -> tuple[Any, ...]:
-                options = {"b1": b1, "b2": b2, "eps": eps}
+                options: Any = {"b1": b1, "b2": b2, "eps": eps}
                 m, v, u = core.adam_direction(g, m, v, factors, **options, xp=jnp)
                 return -core.change(p, u, lr=lr, weight_decay=decay, xp=jnp), m, v
 
@@ -146,7 +146,7 @@ def lion(
         Chen et al., [Symbolic Discovery of Optimization
         Algorithms](https://arxiv.org/abs/2302.06675), 2023.
     """
-    rate, b1, b2 = _rate(learning_rate), _beta("b1", b1), _beta("b2", b2)
+    rate, b1, b2 = rate_of(learning_rate), _beta("b1", b1), _beta("b2", b2)
     weight_decay = _decay(weight_decay)
 
     def init_fn(params: optax.Params) -> LionState:
@@ -200,7 +200,7 @@ def sgd(
             `update` without `params`.
         TypeError: from `update` where an array is not float32.
     """
-    rate, decay = _rate(learning_rate), _beta("momentum", momentum or 0.0)
+    rate, decay = rate_of(learning_rate), _beta("momentum", momentum or 0.0)
     weight_decay = _decay(weight_decay)
     if nesterov and not decay:
         raise ValueError(f"nesterov needs a momentum above 0, got {momentum!r}; use momentum=0.9.")
@@ -235,6 +235,19 @@ def leaf_by_leaf(
     *trees: Any,
 ) -> tuple[Any, ...]:
     """`one(p, g, weight decay, ...)` of every leaf, its results as trees."""
+    decays, treedef = decays_of(params, weight_decay, mask)
+    columns = [jax.tree.leaves(settled(params)), treedef.flatten_up_to(settled(updates)), decays]
+    columns += [treedef.flatten_up_to(tree) for tree in trees]
+    rows = [one(*row) for row in zip(*columns, strict=True)]
+    if not rows:
+        return (updates, *trees)
+    return tuple(treedef.unflatten(column) for column in zip(*rows, strict=True))
+
+
+def decays_of(
+    params: optax.Params | None, weight_decay: float, mask: Mask
+) -> tuple[list[float], Any]:
+    """The weight decay of every leaf, and the structure of the tree."""
     if params is None:
         raise ValueError("exact optimizers need params; call update(grads, state, params).")
     treedef = jax.tree.structure(params)
@@ -245,12 +258,7 @@ def leaf_by_leaf(
             jax.tree.map(lambda m, p: jax.tree.map(lambda _: m, p), chosen, params)
         )
         decays = [weight_decay if m else 0.0 for m in leaves]
-    columns = [jax.tree.leaves(settled(params)), treedef.flatten_up_to(settled(updates)), decays]
-    columns += [treedef.flatten_up_to(tree) for tree in trees]
-    rows = [one(*row) for row in zip(*columns, strict=True)]
-    if not rows:
-        return (updates, *trees)
-    return tuple(treedef.unflatten(column) for column in zip(*rows, strict=True))
+    return decays, treedef
 
 
 def zeros(params: optax.Params) -> Any:
@@ -258,7 +266,7 @@ def zeros(params: optax.Params) -> Any:
     return jax.tree.map(lambda p: jnp.zeros_like(as_float32(p)), params)
 
 
-def _rate(learning_rate: optax.ScalarOrSchedule) -> Callable[[Any], Any]:
+def rate_of(learning_rate: optax.ScalarOrSchedule) -> Callable[[Any], Any]:
     """A function of the count, to a float32 array or a Python number."""
     if callable(learning_rate):
         return lambda count: jnp.asarray(learning_rate(count), jnp.float32)

@@ -4,6 +4,7 @@ Nothing here imports that subsystem for those who use none.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -36,6 +37,14 @@ def local(tensor: Tensor) -> Tensor:
 def in_processes() -> bool:
     """Whether several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def launched_ranks() -> int:
+    """How many processes train together, or were started by torchrun to do so."""
+    if in_processes():
+        return dist.get_world_size()
+    launched = dist.is_available() and dist.is_torchelastic_launched()
+    return int(os.environ.get("WORLD_SIZE", "1")) if launched else 1
 
 
 def is_first_rank() -> bool:

@@ -1,5 +1,6 @@
 """What autograd keeps for the backward pass, in 8 or 4 bits an element."""
 
+import sys
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -8,6 +9,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from cruxy_control.checks import check_count
 from cruxy_exact.affine import AffineCode
@@ -23,6 +26,17 @@ _SAME_NUMBERS = frozenset(
     "ViewBackward0".split()
 )
 """Operations whose output is their input in another shape or dtype."""
+
+_FINE = AffineCode(8)
+"""For what the backward pass takes the exponential of: with wide steps that is biased."""
+
+_LOG_PROBABILITIES = frozenset(
+    (functional.cross_entropy, functional.log_softmax, torch.log_softmax, Tensor.log_softmax)
+)
+"""Functions whose backward pass takes the exponential of their logarithms of probabilities."""
+
+_STATISTIC = 8
+"""Attention takes that of one number a row, of so many times fewer elements than its query."""
 
 _steps: "weakref.WeakKeyDictionary[torch.nn.Module, int]" = weakref.WeakKeyDictionary()
 """How often each model's activations have been compressed."""
@@ -74,6 +88,28 @@ class _Exact(NamedTuple):
     version: int
 
 
+class _Exponentiated(TorchFunctionMode):
+    """Knows, while a function runs, of which tensors its backward pass takes the exponential.
+
+    Attributes:
+        most: elements of the largest of them; 0 where there is none.
+    """
+
+    most = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, before = kwargs or {}, self.most
+        if func in _LOG_PROBABILITIES:
+            self.most = sys.maxsize
+        elif func is functional.scaled_dot_product_attention:
+            query = args[0] if args else kwargs["query"]
+            self.most = query.numel() // _STATISTIC
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.most = before
+
+
 class ActivationStore:
     """What `compress_activations` returns: a context, and an account of what was kept in it.
 
@@ -94,6 +130,7 @@ class ActivationStore:
         self._min, self._stochastic, self._seed = min_elements, stochastic, seed
         self._step = step
         self._hooks: Any = None
+        self._exponentiated = _Exponentiated()
         self._begin(0)
 
     def _begin(self, step: int) -> None:
@@ -121,6 +158,7 @@ class ActivationStore:
         self._parameters = {_address(t) for t in kept} - {None, 0}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._hooks.__enter__()
+        self._exponentiated.__enter__()
         return self
 
     def __exit__(
@@ -131,6 +169,7 @@ class ActivationStore:
     ) -> None:
         hooks, self._hooks = self._hooks, None
         self._seen = {}  # storages that come later may have their addresses
+        self._exponentiated.__exit__(kind, error, trace)
         hooks.__exit__(kind, error, trace)
 
     def memory_stats(self) -> dict[str, float | int]:
@@ -226,16 +265,17 @@ class ActivationStore:
             flat = tensor.reshape(-1)
             stride, offset = _contiguous_strides(tensor.shape), 0
         if entry is None:
-            entry = self._encode(flat)
+            is_fine = tensor.numel() <= self._exponentiated.most
+            entry = self._encode(flat, _FINE if is_fine else self._code)
             known[key] = weakref.ref(entry)
         return _View(entry, tensor.shape, stride, int(offset))
 
-    def _encode(self, flat: Tensor) -> _Entry:
+    def _encode(self, flat: Tensor, code: AffineCode) -> _Entry:
         key = None
         if self._stochastic:
             key = stream_key(self._counter, self._seed, self._ordinal, xp=torch).to(flat.device)
         self._ordinal += 1
-        entry = _Entry(encode(flat, self._code, key))
+        entry = _Entry(encode(flat, code, key))
         self._entries.add(entry)
         self._original += flat.numel() * flat.element_size()
         self._coded += entry.coded.nbytes
@@ -256,7 +296,9 @@ def compress_activations(
     The forward pass is what it is without it, bit for bit. The backward pass computes with what
     the codes stand for: 1.016 bytes an element for 8 bits and 0.516 for 4, where float32 has 4 and
     bfloat16 2. Codes are unbiased (`cruxy_exact.AffineCode`): the mean over many draws of a
-    saved tensor is that tensor, and so is that of the gradients of what is linear in it.
+    saved tensor is that tensor, and so is that of the gradients of what is linear in it. Where the
+    backward pass takes an exponential, of a loss's log-probabilities and of attention's sums, 8
+    bits are kept in any case: wider steps have a bias there that grows as a model becomes sure.
     `backward` may be called inside the block or after it.
 
     What is passed through as it is: parameters and buffers, their views and their copies in another

@@ -83,6 +83,7 @@ def load_model(
             f"{type(model).__name__}; try backend='bitsandbytes', which also takes GPT-2's Conv1D, "
             "or bits=16."
         )
+    _keep_unpacked(model)
     if train == "lora":
         model = _adapted(model, rank)
     elif gradient_checkpointing and bits < 16:
@@ -146,6 +147,18 @@ def _where(options: dict[str, Any]) -> dict[str, Any]:
     """Those options that say where a model is, which its configuration needs too."""
     names = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code", "local_files_only")
     return {name: options[name] for name in names if name in options}
+
+
+def _keep_unpacked(model: nn.Module) -> None:
+    """Keeps bitsandbytes from packing codes anew on a CPU in the first evaluation.
+
+    What it packs for inference it does not unpack for training, where its product then has no
+    derivative: what is below a layer gets no gradient through it.
+    """
+    for module in model.modules():
+        packs: dict[str, Any] = vars(module)
+        if "support_avx512bf16_for_cpu" in packs:
+            packs["support_avx512bf16_for_cpu"] = False
 
 
 def _adapted(model: nn.Module, rank: int) -> Any:

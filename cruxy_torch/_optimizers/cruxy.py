@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cruxy_control import Law, SelfDriving
 from cruxy_control.law import needs_alignment
-from cruxy_control.usual import USUAL, told_the_end, usual_law, usual_limit
+from cruxy_control.usual import USUAL, told_the_end, usual_law
 from cruxy_torch import _checks, _step
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.moments import Adam, Lion
@@ -143,7 +143,8 @@ class CruxyOptimizer(DirectedOptimizer):
         vote: ranks that vote on the sign of each element of Lion's update, each from gradients and
             a momentum of its own: a bit an element in place of an all-reduce of gradients, which is
             switched off by `local_gradients_hook`. The law sees the mean over ranks of the sums of
-            squares. All ranks need gradients of the same parameters, and save a state each.
+            squares. All ranks need gradients of the same parameters, and save a state each; see
+            `merge_votes` for a change in their number.
 
     Raises:
         ValueError: where an argument is outside its range or two exclude each other.
@@ -183,7 +184,6 @@ class CruxyOptimizer(DirectedOptimizer):
             "_foreach",
             "_fused",
             "_compile",
-            "_limited_as",
         ),
     )
 
@@ -233,8 +233,9 @@ class CruxyOptimizer(DirectedOptimizer):
         if law is None:
             law = law_of(named, gamma_norm, meta_lr_eta, meta_lr_beta2, meta_interval)
             if isinstance(law, SelfDriving) and kind in USUAL:
-                set_point = usual_law(kind, ends=total_steps is not None).set_point
-                law = dataclasses.replace(law, set_point=set_point)
+                usual = usual_law(kind, ends=total_steps is not None)
+                own = {"set_point": usual.set_point, "limit_yield": usual.limit_yield}
+                law = dataclasses.replace(law, **own)
         law = told_the_end(law, total_steps)
         _checks.check_choices(
             momentum_dtype, state_bits, select, foreach, fused, compile, differentiable
@@ -242,12 +243,10 @@ class CruxyOptimizer(DirectedOptimizer):
         _check_direction(direction, law, use_lion=use_lion)
         voting.check(vote, process_group, direction, compile=compile)
         driving = needs_alignment(law)
-        self._limited_as = None
         if betas is None:
             betas = (0.9, (0.95 if use_lion else 0.99) if driving else 0.999)
         if relative_limit == "mode":
-            relative_limit = usual_limit(kind, law) if driving else None
-            self._limited_as = kind if driving else None
+            relative_limit = USUAL[kind].relative_limit if driving else None
         if averaging == "mode":
             averaging = 16.0 if driving else None
         self._momentum_dtype, self._direction = momentum_dtype, direction
@@ -285,7 +284,6 @@ class CruxyOptimizer(DirectedOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_vote", None)
-        self.__dict__.setdefault("_limited_as", None)
         for group in self.param_groups:
             group.setdefault("state_bits", 32)
 
@@ -294,6 +292,11 @@ class CruxyOptimizer(DirectedOptimizer):
         if self._direction == "muon":
             param_group = muon.with_betas(param_group, self.defaults["use_nesterov"])
         super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads as torch's optimizers do; where ranks vote, this rank's state or the merged one."""
+        own = state_dict if self._vote is None else voting.own_state(state_dict, self._vote)
+        super().load_state_dict(own)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         _checks.check_group(group)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cruxy_control.checks import check_count
 from cruxy_control.law import needs_alignment
-from cruxy_control.usual import end_of, told_the_end, usual_limit
+from cruxy_control.usual import end_of, told_the_end
 from cruxy_torch import _checks
 from cruxy_torch._actuators.apply import DirectedGroup, group_of
 from cruxy_torch._actuators.direction import Direction
@@ -30,7 +30,6 @@ class DirectedOptimizer(ControlledOptimizer):
     """
 
     _stochastic: bool
-    _limited_as: str | None = None  # the direction whose usual relative limit nobody replaced
     _pickled = (*ControlledOptimizer._pickled, "_stochastic")
 
     @property
@@ -151,8 +150,7 @@ class DirectedOptimizer(ControlledOptimizer):
         """Says how many steps the run has, where that is known only after the optimizer was made.
 
         The rate is then found in the first fifth of them and falls to 0 in the rest, see
-        `CruxyOptimizer(total_steps=)`. A relative limit that came with the mode becomes the one
-        that suits a run with an end; one that was given stays.
+        `CruxyOptimizer(total_steps=)`.
 
         Args:
             steps: of the whole run, those that were taken included, at least 2.
@@ -166,17 +164,11 @@ class DirectedOptimizer(ControlledOptimizer):
             >>> x = torch.nn.Parameter(torch.ones(3))
             >>> optimizer = cruxy_torch.CruxyOptimizer([x], mode="self_driving")
             >>> optimizer.set_total_steps(500)
-            >>> optimizer.total_steps, optimizer.param_groups[0]["relative_limit"]
-            (500, 0.2)
+            >>> optimizer.total_steps
+            500
         """
         law = told_the_end(self._settings.law, steps)
         self._settings = dataclasses.replace(self._settings, law=law)
-        if self._limited_as is not None:
-            usual, before = usual_limit(self._limited_as, law), self.defaults["relative_limit"]
-            self.defaults["relative_limit"] = usual
-            for group in self.param_groups:
-                if group["relative_limit"] == before:
-                    group["relative_limit"] = usual
 
     @property
     def finds_rate(self) -> bool:

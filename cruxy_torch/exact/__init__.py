@@ -2,7 +2,7 @@
 
 from cruxy_torch.exact._settings import namespace, use
 from cruxy_torch.exact.checksums import checksum
-from cruxy_torch.exact.controlled import Controlled
+from cruxy_torch.exact.controlled import Controlled, SelfDriving
 from cruxy_torch.exact.conversion import check_graph, convert_
 from cruxy_torch.exact.functional import (
     add,
@@ -58,6 +58,7 @@ __all__ = [
     "RMSNorm",
     "ReLU",
     "ReferenceModel",
+    "SelfDriving",
     "SiLU",
     "add",
     "check_graph",

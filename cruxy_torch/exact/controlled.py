@@ -1,39 +1,46 @@
-"""Meta3 on exact scalars, with exact signals and an exact update."""
+"""AdamW under a control law on exact scalars, with exact signals and an exact update."""
 
+import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cruxy_control import Law, Meta3, Signals, betas, meta_learning_rate
-from cruxy_control.signals import NOT_KNOWN
-from cruxy_exact import optimizers as core
-from cruxy_exact.arithmetic import f32, mul, settle
-from cruxy_exact.scalars import Exact, Namespace, unwrapped, wrapped
+from cruxy_control import Law, Meta3, driving
+from cruxy_control.checks import check_range
+from cruxy_control.law import check_law, needs_alignment
+from cruxy_control.usual import told_the_end, usual_law, usual_limit
+from cruxy_exact.arithmetic import settle
+from cruxy_exact.driven import Driven, Group, Leaf
+from cruxy_torch._averaged import averages_in_place
 from cruxy_torch.exact import _settings
 
 
 class Controlled(Optimizer):
     """AdamW under a control law, every bit of which is the same everywhere.
 
-    It senses the norms of the raw gradient by exact sums, runs the law on exact scalars, and steps
-    with the clip, the rate and the decay rates that the law orders. A step whose gradient is not
-    finite moves nothing.
+    It senses the raw gradient by exact sums, runs the law on exact scalars, and steps with the
+    clip, the rate and the decay rates that the law orders. A step whose gradient is not finite
+    moves nothing.
 
     Args:
         params: parameters or groups of them; float32.
-        lr: the learning rate that the law scales.
+        lr: the learning rate that the law scales; above 0 under a law that finds the rate.
         betas: decays of the moments, which the law moves.
         eps: added to the root of the second moment.
         weight_decay: decoupled.
-        law: `cruxy_control.Meta3()` unless given; one that measures no alignment.
+        law: `cruxy_control.Meta3()` unless given.
+        nesterov: looks one step ahead.
+        relative_limit: no tensor gets a rate above this share of its own root mean square, or of
+            that of all parameters where that is smaller; above 0. `None` for no limit.
+        averaging: the power of the average of the iterates, at least 0; `None` keeps none. See
+            `averaged`.
 
     Raises:
-        ValueError: where a number is out of its range, or the law measures the alignment of
-            gradient and momentum, as `SelfDriving` does.
-        TypeError: where a parameter is not float32.
+        ValueError: where a number is out of its range.
+        TypeError: where a parameter is not float32, or `law` is none.
 
     Examples:
         >>> import torch
@@ -55,27 +62,43 @@ class Controlled(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         law: Law | None = None,
+        *,
+        nesterov: bool = False,
+        relative_limit: float | None = None,
+        averaging: float | None = None,
     ) -> None:
         law = Meta3() if law is None else law
-        if getattr(law, "needs_alignment", False):
-            raise ValueError(
-                f"exact.Controlled measures no alignment of gradient and momentum, which {law!r} "
-                "needs; use Meta3, StabilityV1 or StabilityV2."
-            )
+        check_law(law)
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0.0:
                 raise ValueError(f"{name} must be at least 0, got {value!r}; use the default.")
         if not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"betas must be in [0, 1), got {betas!r}; use (0.9, 0.999).")
+        if needs_alignment(law) and not lr:
+            raise ValueError(
+                f"lr must be above 0 under a law that finds the rate, got {lr!r}; it multiplies "
+                "what it is given: use the default."
+            )
+        if relative_limit is not None:
+            remedy = "use 0.1, or None for no limit"
+            check_range("relative_limit", relative_limit, 0.0, lower_open=True, remedy=remedy)
+        if averaging is not None:
+            check_range("averaging", averaging, 0.0, remedy="use 16, or None for no average")
         rest = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, rest)
-        self.law = Exact(law)
+        self._driven = Driven(law, driving, nesterov, relative_limit, averaging)
+        self._averaged = False
         for p in self._params():
             if p.dtype != torch.float32:
                 raise TypeError(
                     f"exact optimizers take float32 parameters, got {p.dtype}; convert the model "
                     "with .float()."
                 )
+
+    @property
+    def law(self) -> Law:
+        """The control law."""
+        return self._driven.law
 
     def _params(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -87,64 +110,150 @@ class Controlled(Optimizer):
         Args:
             closure: computes the loss again, which is returned.
             loss: the loss of this step, which the law senses; float32 `()`, or a number. Give it
-                alike everywhere: it is part of the bits.
+                alike everywhere: it is part of the bits. Of micro-batches and processes it is what
+                `GrainAccumulator.finish` returns.
 
         Returns:
             The loss.
+
+        Raises:
+            RuntimeError: inside `averaged`.
+            TypeError: where a gradient is sparse.
         """
+        if self._averaged:
+            raise RuntimeError("step() must not run inside averaged(); leave the block first.")
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moved = [p for p in self._params() if p.grad is not None]
-        if not moved:
+        moved = [
+            (number, p)
+            for number, group in enumerate(self.param_groups)
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        if any(p.grad.is_sparse for _, p in moved):
+            raise TypeError("exact optimizers take dense gradients, got a sparse one.")
+        if not any(p.numel() for _, p in moved):
             return loss
-        device = moved[0].device
+        device = moved[0][1].device
         xp = _settings.namespace(device)
-        grads = {p: settle(p.grad, xp=xp) for p in moved}
         like = torch.zeros((), dtype=torch.float32, device=device)
-        controls = self._controls(list(grads.values()), loss, like, xp)
-        space = Namespace(xp, like)
-        scalars = wrapped(controls, xp)
-        for group in self.param_groups:
-            rate = meta_learning_rate(scalars, f32(group["lr"]), xp=space) * scalars.phase_scale
-            decays = betas(scalars, *map(f32, group["betas"]), xp=space)
-            b1, b2, rate = unwrapped((*decays, rate))
-            products = group.get("products", (like + 1.0, like + 1.0))
-            group["products"] = products = core.next_products(products, (b1, b2), xp=xp)
-            pairs = zip(core.adam_factors(*products, xp=xp), products, strict=True)
-            # Before the first step that counts nothing is to be corrected, and 1 / 0 would be.
-            factors = tuple(torch.where(w < 1.0, k, torch.ones_like(k)) for k, w in pairs)
-            for p in group["params"]:
-                if p.grad is not None:
-                    g = mul(grads[p], controls.clip_scale, xp=xp)
-                    g = torch.where(controls.ok, g, torch.zeros_like(g))
-                    self._update(group, p, g, factors, rate, b1, b2, xp)
+        leaves = [self._leaf(p, number, xp) for number, p in moved]
+        groups = [
+            Group(
+                learning_rate=group["lr"],
+                b1=group["betas"][0],
+                b2=group["betas"][1],
+                eps=group["eps"],
+                products=group.get("products", (like + 1.0, like + 1.0)),
+            )
+            for group in self.param_groups
+        ]
+        given = None if loss is None else like + loss
+        state, products, out = self._driven.step(self._kept(like, xp), groups, leaves, given, xp=xp)
+        self.param_groups[0]["law_state"] = list(_leaves(state))
+        for group, pair in zip(self.param_groups, products, strict=True):
+            group["products"] = pair
+        for (_, p), new in zip(moved, out, strict=True):
+            kept = self.state[p]
+            kept["exp_avg"].copy_(new.m)
+            kept["exp_avg_sq"].copy_(new.v)
+            if new.average is not None:
+                kept["average"].copy_(new.average)
+            p.copy_(settle(settle(p, xp=xp) - new.change, xp=xp))
         return loss
 
-    def _update(
-        self, group: dict, p: Tensor, g: Tensor, factors: Any, rate: Any, b1: Any, b2: Any, xp: Any
-    ) -> None:
+    def _leaf(self, p: Tensor, number: int, xp: Any) -> Leaf:
         state = self.state[p]
         if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        m, v = state["exp_avg"], state["exp_avg_sq"]
-        options = {"eps": group["eps"], "weight_decay": group["weight_decay"]}
-        out = core.adamw(p, g, m, v, factors, lr=rate, b1=b1, b2=b2, **options, xp=xp)
-        for tensor, value in zip((p, m, v), out, strict=True):
-            tensor.copy_(value)
+            if self._driven.averaging is not None:
+                state["average"] = p.detach().clone()
+        decay = self.param_groups[number]["weight_decay"]
+        kept = state["exp_avg"], state["exp_avg_sq"], state.get("average")
+        return Leaf(p, settle(p.grad, xp=xp), *kept, decay, number)
 
-    def _controls(self, grads: list[Tensor], loss: Any, like: Tensor, xp: Any) -> Any:
-        """The orders of this step; the law's state is kept in the first group."""
-        group, template = self.param_groups[0], self.law.init(like, xp=xp)
-        state = _rebuilt(template, iter(group["law_state"])) if "law_state" in group else template
-        signals = Signals(
-            core.global_norm(grads, xp=xp),
-            core.gamma_norm(grads, self.law.gamma, xp=xp),
-            like + (NOT_KNOWN if loss is None else loss),
-        )
-        state, controls = self.law.step(state, signals, xp=xp)
-        group["law_state"] = list(_leaves(state))
-        return controls
+    def _kept(self, like: Tensor, xp: Any) -> Any:
+        """What the law and the limit remember; it is kept in the first group."""
+        template, group = self._driven.init(like, xp=xp), self.param_groups[0]
+        return _rebuilt(template, iter(group["law_state"])) if "law_state" in group else template
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the block the parameters are their averages over the run, for evaluating, saving.
+
+        Raises:
+            ValueError: where no average is kept.
+            RuntimeError: where blocks are nested; from `step` inside.
+        """
+        if self._driven.averaging is None:
+            raise ValueError("averaged() needs averages, got averaging=None; use averaging=16.")
+        if self._averaged:
+            raise RuntimeError("averaged() blocks must not be nested; leave the outer one first.")
+        self._averaged = True
+        try:
+            with averages_in_place(self.state):
+                yield
+        finally:
+            self._averaged = False
+
+
+class SelfDriving(Controlled):
+    """AdamW without a learning rate, a warm-up or a schedule, exactly.
+
+    `Controlled` with what is usual for `cruxy_control.SelfDriving`: the rate follows how gradient
+    and momentum agree, the relative limit bounds what a step moves, and `averaged` has the average
+    of the iterates, which is what to evaluate and keep.
+
+    Args:
+        params: parameters or groups of them; float32.
+        lr: where the search starts; above 0. Leave it out.
+        betas: decays of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled.
+        law: `cruxy_control.SelfDriving()` unless given.
+        total_steps: of the run, where they are known: the rate then falls to 0 at the end.
+        nesterov: looks one step ahead.
+        relative_limit: see `Controlled`; 0.1, and 0.2 where the end is known.
+        averaging: see `Controlled`.
+
+    Raises:
+        ValueError: where a number is out of its range, or `total_steps` meets a law that finds no
+            rate.
+        TypeError: where a parameter is not float32, or `law` is none.
+
+    Examples:
+        >>> import torch
+        >>> from cruxy_torch import exact
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> optimizer = exact.SelfDriving([x])
+        >>> for _ in range(100):
+        ...     x.grad = 2.0 * (x.detach() - 5.0)
+        ...     _ = optimizer.step()
+        >>> with optimizer.averaged():
+        ...     print(x.detach().round(decimals=1))
+        tensor([5., 5.])
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-4,
+        law: Law | None = None,
+        *,
+        total_steps: int | None = None,
+        nesterov: bool = True,
+        relative_limit: float | Literal["usual"] | None = "usual",
+        averaging: float | None = 16.0,
+    ) -> None:
+        law = usual_law("adam", ends=total_steps is not None) if law is None else law
+        law = told_the_end(law, total_steps)
+        limit = usual_limit("adam", law) if isinstance(relative_limit, str) else relative_limit
+        options = {"nesterov": nesterov, "relative_limit": limit, "averaging": averaging}
+        super().__init__(params, lr, betas, eps, weight_decay, law, **options)
 
 
 def _leaves(tree: Any) -> Iterator[Tensor]:

@@ -20,9 +20,10 @@ class GrainAccumulator:
 
         for grain in mine:
             exact.set_step(model, step, grain.number)
-            loss(model, grain).backward()
-            grains.add()
-        grains.finish(count=samples_in_the_whole_batch)
+            loss = loss_of(model, grain)
+            loss.backward()
+            grains.add(loss)
+        loss = grains.finish(count=samples_in_the_whole_batch)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -43,11 +44,24 @@ class GrainAccumulator:
             raise ValueError("GrainAccumulator needs parameters that require a gradient, got none.")
         self._sums: list[Grains] | None = None
 
+    def _empty(self) -> list[Grains]:
+        """No grains of each parameter and of the loss."""
+        first = self.params[0]
+        zero = torch.zeros((1,), dtype=torch.float32, device=first.device)
+        return [accumulate.empty(x, xp=torch) for x in (*self.params, zero)]
+
     @torch.no_grad()
-    def add(self) -> None:
-        """Adds the gradients of one grain and clears them."""
+    def add(self, loss: Tensor | None = None) -> None:
+        """Adds the gradients of one grain and clears them.
+
+        Args:
+            loss: of the grain, float32 `()`, where the exact loss of the batch is wanted.
+        """
         if self._sums is None:
-            self._sums = [accumulate.empty(p, xp=torch) for p in self.params]
+            self._sums = self._empty()
+        if loss is not None:
+            part = settle(loss.detach().reshape(1), xp=torch)
+            self._sums[-1] = accumulate.push(self._sums[-1], part, xp=torch)
         for i, p in enumerate(self.params):
             if p.grad is not None:
                 g = settle(p.grad, xp=torch)
@@ -55,7 +69,7 @@ class GrainAccumulator:
                 p.grad = None
 
     @torch.no_grad()
-    def finish(self, count: int = 1, group: Any = None) -> None:
+    def finish(self, count: int = 1, group: Any = None) -> Tensor:
         """Gives every parameter its gradient: the sum over all grains, over `count`.
 
         Args:
@@ -63,18 +77,24 @@ class GrainAccumulator:
                 multiplied with the float32 reciprocal.
             group: processes; all of them at first. Without `torch.distributed` there is one.
 
+        Returns:
+            The losses that `add` was given in all processes, likewise; float32 `()`, 0 of none. A
+            control law that senses the loss takes this one: no cut of the batch changes its bits.
+
         Raises:
             ValueError: where `count` is below 1.
         """
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count!r}; 1 leaves the sum.")
-        sums = self._sums or [accumulate.empty(p, xp=torch) for p in self.params]
+        sums = self._sums or self._empty()
         self._sums = None
         if dist.is_available() and dist.is_initialized():
             sums = reduced(sums, group)
         share = f32(1 / count)
-        for p, grains in zip(self.params, sums, strict=True):
-            p.grad = mul(accumulate.value(grains, xp=torch), share, xp=torch)
+        means = [mul(accumulate.value(grains, xp=torch), share, xp=torch) for grains in sums]
+        for p, mean in zip(self.params, means[:-1], strict=True):
+            p.grad = mean
+        return means[-1][0]
 
 
 def reduced(sums: list[Grains], group: Any = None) -> list[Grains]:

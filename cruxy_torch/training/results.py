@@ -18,6 +18,8 @@ from cruxy_control.memory import GB
 from cruxy_torch._memory.estimate import nbytes, shared_parameters, state_bytes
 from cruxy_torch.training.checkpoint import write
 
+_STATUS = Path("/proc/self/status")
+
 ADAM_BYTES = 12
 """Bytes a parameter of Adam's in float32: a gradient of 4 and two moments of 8."""
 
@@ -116,12 +118,20 @@ def environment() -> dict[str, Any]:
 
 def peak_rss_gb() -> float | None:
     """Gigabytes of memory that the process has held at most; `None` where no system says so."""
+    if _STATUS.exists():  # the other number begins, on Linux, with that of the parent process
+        return resident_gb("VmHWM")
     try:
         import resource
     except ImportError:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GB
+
+
+def resident_gb(kind: str) -> float:
+    """Gigabytes that are resident, on Linux: `"VmRSS"` those of now, `"VmHWM"` the most ever."""
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return 1024 * int(lines[kind].split()[0]) / GB
 
 
 def save(results: dict[str, Any], prefix: str | Path) -> None:

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 from cruxy_control.checks import check_count
 from cruxy_torch._controlled_optimizer import ControlledOptimizer
-from cruxy_torch._distributed.shards import in_processes
+from cruxy_torch._distributed.shards import launched_ranks
 from cruxy_torch._optimizers.directed import DirectedOptimizer
 from cruxy_torch.training import checkpoint, random_states, results
 from cruxy_torch.training.batches import Batches, moved
@@ -77,7 +77,7 @@ class Trainer:
 
     Raises:
         ValueError: where an argument is outside its range, gradients cannot be released, or there
-            are several processes.
+            are several processes, as under torchrun.
         TypeError: where `optimizer` gives none.
 
     Examples:
@@ -126,9 +126,10 @@ class Trainer:
         check_count("checkpoint_interval", checkpoint_interval, 0, remedy="0 is for none")
         if precision not in (None, "bf16", "fp32"):
             raise ValueError(f"precision must be 'bf16', 'fp32' or None, got {precision!r}.")
-        if in_processes():
+        if (ranks := launched_ranks()) > 1:
             raise ValueError(
-                "Trainer must be alone, got several processes; use CruxyTrainer of "
+                f"Trainer must be alone, got {ranks} processes, which would each train a model of "
+                "their own and write the same files; use CruxyTrainer of "
                 "cruxy_torch.integrations.huggingface, or a loop of your own."
             )
         self.model = placed(model, device)

@@ -15,8 +15,24 @@ from benchmarks.workloads.digits import CLASSES, PATCH, SIDE, Batch, split, work
 class Conv(nnx.Conv):
     """A 3 x 3 convolution as one matrix product, for which XLA on CPU needs a tenth of the time."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1, *, rngs: nnx.Rngs) -> None:
-        super().__init__(inputs, outputs, kernel_size=(3, 3), padding=1, strides=stride, rngs=rngs)
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int = 1,
+        *,
+        use_bias: bool = True,
+        rngs: nnx.Rngs,
+    ) -> None:
+        super().__init__(
+            inputs,
+            outputs,
+            kernel_size=(3, 3),
+            padding=1,
+            strides=stride,
+            use_bias=use_bias,
+            rngs=rngs,
+        )
         self.stride = stride
 
     def __call__(self, images: jax.Array) -> jax.Array:

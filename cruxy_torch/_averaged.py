@@ -1,0 +1,31 @@
+"""Averages of parameters in the parameters' place, for as long as a block lasts."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def averages_in_place(states: Mapping[Any, Mapping[str, Any]]) -> Iterator[None]:
+    """Copies `state["average"]` into each parameter that has one, and the parameters back.
+
+    They are copied back whatever happens in the block.
+
+    Args:
+        states: of an optimizer, by parameter.
+    """
+    kept: list[tuple[Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for param, state in states.items():
+                if "average" in state:
+                    kept.append((param, param.detach().clone()))
+                    param.copy_(state["average"])
+        yield
+    finally:
+        with torch.no_grad():
+            for param, value in kept:
+                param.copy_(value)
