@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import cruxy_optax
 from cruxy_exact.random_bits import random_bits, stream_key
 from cruxy_optax import average_gradients, compressed_pmean, meta3, meta_lion, telemetry, wire_bytes
+from jax_versions import varying
 
 DEVICES = 4
 every_width = pytest.mark.parametrize("bits", [8, 4])

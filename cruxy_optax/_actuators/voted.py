@@ -212,7 +212,7 @@ def _own(x: jax.Array, axis_name: str) -> jax.Array:
         told = tracked(axis_name)
     except NameError:  # outside, as where the shape of a state is asked for
         return x
-    return lax.pcast(x, axis_name, to="varying") if told and axis_name not in split_axes(x) else x
+    return varying(x, axis_name) if told and axis_name not in split_axes(x) else x
 
 
 def _majority(cs: list[jax.Array], count: jax.Array, seed: int, axis_name: str) -> list[jax.Array]:
