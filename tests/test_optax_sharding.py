@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cruxy_optax import limit_relative_step, meta3, meta_lion, self_driving, telemetry
-from jax_versions import set_mesh
+from jax_versions import set_mesh, varying
 from optimizers import assert_close
 
 OPTIMIZERS = {"meta3": meta3, "meta_lion": meta_lion, "self_driving": self_driving}
@@ -98,7 +98,7 @@ def test_shard_map_over_the_batch(name, devices):
 
     def step(params, state, x):
         # Each device has its own loss; the gradients come averaged, as data parallelism has them.
-        local = jax.lax.pcast(params, "data", to="varying")
+        local = varying(params, "data")
         loss, grads = jax.value_and_grad(loss_fn)(local, x)
         grads = jax.lax.pmean(grads, "data")
         updates, state = tx.update(grads, state, params, value=loss)

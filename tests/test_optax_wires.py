@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import cruxy_optax
 from cruxy_exact.random_bits import random_bits, stream_key
 from cruxy_optax import average_gradients, compressed_pmean, meta3, meta_lion, telemetry, wire_bytes
+from jax_versions import varying
 
 DEVICES = 4
 every_width = pytest.mark.parametrize("bits", [8, 4])
@@ -52,7 +53,7 @@ def mean_of(bits):
     @shard_map(in_specs=(P("data"), P()), out_specs=P("data"))
     def mean(grads, step):
         return jax.tree.map(
-            lambda x: jax.lax.pcast(x[None], "data", to="varying"),
+            lambda x: varying(x[None], "data"),
             compressed_pmean(own(grads), "data", bits, step=step),
         )
 
@@ -380,11 +381,11 @@ def test_devices_agree_after_100_steps_and_a_resume_is_bit_equal(kind):
     @jax.jit
     @shard_map(in_specs=(P(), specs, P("data")), out_specs=(P(), specs, P("data")))
     def step(params, state, x):
-        local = jax.lax.pcast(params, "data", to="varying")
+        local = varying(params, "data")
         loss, grads = jax.value_and_grad(loss_of)(local, x)
         updates, state = tx.update(grads, state, params, value=loss)
         params = optax.apply_updates(params, updates)
-        everywhere = jax.tree.map(lambda p: jax.lax.pcast(p[None], "data", to="varying"), params)
+        everywhere = jax.tree.map(lambda p: varying(p[None], "data"), params)
         return params, state, (loss[None], everywhere)
 
     current = start, jax.jit(shard_map(in_specs=P(), out_specs=specs)(tx.init))(start)

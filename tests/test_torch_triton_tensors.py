@@ -10,7 +10,14 @@ pytest.importorskip("triton")
 import cruxy_torch  # noqa: E402
 import triton_cases as cases  # noqa: E402
 from cruxy_control import Meta3, PlateauGuard  # noqa: E402
-from cruxy_torch import AXIOM, Cosmic, CruxyOptimizer, _blocks  # noqa: E402
+from cruxy_torch import (  # noqa: E402
+    AXIOM,
+    AdaptiveGradientClip,
+    Cosmic,
+    CruxyOptimizer,
+    Momentum,
+    _blocks,
+)
 from cruxy_torch._native import triton_found, triton_launch, triton_matrices  # noqa: E402
 from triton_cases import DEVICE  # noqa: E402
 
@@ -39,6 +46,12 @@ OPTIMIZERS = {
     "COSMIC": Cosmic,
     "COSMIC, few bytes": lambda ps: Cosmic(ps, state_budget=30_000, relative_limit=0.1),
     "COSMIC, 8 bits": lambda ps: Cosmic(ps, state_bits=8, averaging=2.0),
+    "clipped momentum": lambda ps: CruxyOptimizer(
+        ps,
+        direction=AdaptiveGradientClip(Momentum(), 1e-3),
+        relative_limit=0.1,
+        betas=(0.9, 0.99),
+    ),
     "Muon": muon(),
     "Muon, 4 bits, bfloat16 by chance": muon(state_bits=4, stochastic_rounding=True),
     "Muon, 16 bits": muon(state_bits=16),

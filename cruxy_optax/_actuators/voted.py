@@ -15,7 +15,7 @@ from cruxy_control.controls import Controls, betas
 from cruxy_exact.votes import ballots, coins, majority, pack_votes, unpack_votes
 from cruxy_optax._actuators.moments import check_betas, check_floating, first_moment_like, masked
 from cruxy_optax._controls import materialize, require_controls
-from cruxy_optax._distributed.axes import split_axes
+from cruxy_optax._distributed.axes import split_axes, varying
 from cruxy_optax._distributed.compressed import exchanged, gathered, tracked
 from cruxy_optax._places import element_numbers
 
@@ -212,7 +212,7 @@ def _own(x: jax.Array, axis_name: str) -> jax.Array:
         told = tracked(axis_name)
     except NameError:  # outside, as where the shape of a state is asked for
         return x
-    return lax.pcast(x, axis_name, to="varying") if told and axis_name not in split_axes(x) else x
+    return varying(x, axis_name) if told and axis_name not in split_axes(x) else x
 
 
 def _majority(cs: list[jax.Array], count: jax.Array, seed: int, axis_name: str) -> list[jax.Array]:

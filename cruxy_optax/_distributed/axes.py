@@ -12,10 +12,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from cruxy_optax._tree import accumulator_dtype, materialize
+
+try:
+    from jax.experimental.shard_alike import shard_alike
+except ImportError:  # jax 0.11 has none, and XLA alone says how a result is split
+
+    def shard_alike(x: Any, y: Any) -> tuple[Any, Any]:
+        """Both as they are."""
+        return x, y
+
+
+def varying(x: jax.Array, axis_name: str) -> jax.Array:
+    """What is the same on all devices, as what may differ along an axis of the mesh."""
+    if hasattr(lax, "pcast"):
+        return lax.pcast(x, axis_name, to="varying")
+    return lax.pvary(x, axis_name)  # before jax 0.9
 
 
 def as_axes(axis_names: str | Sequence[str]) -> tuple[str, ...]:

@@ -136,11 +136,16 @@ class Momentum(Staged):
         self, tensor: SteppedTensor, factors: Any, orders: Orders
     ) -> Stages[Callable[[int], Tensor]]:
         """`beta1 m + (1 - beta1) x`; the moment decays by `beta2`."""
-        if self.inner is None:
-            return lambda number: tensor.momentum("exp_avg", number)
-        x = yield from stages_of(self.inner, tensor, factors, orders)
+        x = tensor.gradient
+        if self.inner is not None:
+            x = yield from stages_of(self.inner, tensor, factors, orders)
+        # What stands for a tensor, as one that clips, has another gradient.
+        is_raw = self.inner is None and type(tensor) is SteppedTensor
 
         def block(number: int) -> Tensor:
+            done = tensor.momentum("exp_avg", number) if is_raw else None
+            if done is not None:
+                return done
             own, m = x(number), tensor.read("exp_avg", number)
             c = orders.beta1 * m + (1.0 - orders.beta1) * own
             tensor.write("exp_avg", number, orders.beta2 * m + (1.0 - orders.beta2) * own)

@@ -128,18 +128,15 @@ class SteppedTensor:
         """A block of a moment, decoded where it is kept in fewer bits; it may be written to."""
         return read([self._moments[name][number]], [self._dtype])[0]
 
-    def momentum(self, name: str, number: int) -> Tensor:
-        """`beta1 m + (1 - beta1) x` of a block, whose moment takes its step by `beta2`."""
-        orders, kept = self._orders, self._moments[name][number]
-        if self._native is not None and self.has_plain_gradient:
-            grad = self._grads[number]
-            found = self._native.momentum(grad, kept, grad.shape, orders)
-            if found is not None:
-                return found
-        x, m = self.gradient(number), self.read(name, number)
-        c = orders.beta1 * m + (1.0 - orders.beta1) * x
-        self.write(name, number, orders.beta2 * m + (1.0 - orders.beta2) * x)
-        return c
+    def momentum(self, name: str, number: int) -> Tensor | None:
+        """`beta1 m + (1 - beta1) x` of a block, whose moment takes its step by `beta2`.
+
+        `None` where no library does it, and nothing has changed.
+        """
+        if self._native is None or not self.has_plain_gradient:
+            return None
+        grad, kept = self._grads[number], self._moments[name][number]
+        return self._native.momentum(grad, kept, grad.shape, self._orders)
 
     @property
     def has_plain_gradient(self) -> bool:
