@@ -133,6 +133,21 @@ def _gib(size: float | None) -> str:
     return "" if size is None else f"{size / 2**30:.3f}"
 
 
+def _cpu_seconds(row: dict[str, Any]) -> float | None:
+    """In all, `None` where nothing was compiled."""
+    stages = row.get("cpu_seconds")
+    return None if stages is None else sum(stages.values())
+
+
+def _compiling(row: dict[str, Any], plain: float | None) -> tuple[str, str]:
+    """The CPU seconds of each stage, and how many times those of AdamW they are."""
+    seconds = _cpu_seconds(row)
+    if seconds is None:
+        return "", ""
+    stages = ", ".join(f"{value:.1f}" for value in row["cpu_seconds"].values())
+    return stages, "" if plain is None else f"{seconds / plain:.1f}"
+
+
 def _rows(result: dict[str, Any]) -> Rows:
     headers = (
         "optimizer",
@@ -145,8 +160,14 @@ def _rows(result: dict[str, Any]) -> Rows:
         "messages",
         "MB sent",
         f"ms at {result['bandwidth']:g} GB/s",
-        "s to compile",
+        "CPU s to trace, lower, compile",
+        "times AdamW's",
     )
+    plain = {
+        (row["model"], *row["mesh"].items()): _cpu_seconds(row)
+        for row in result["optimizers"]
+        if row["name"] == "adamw"
+    }
     rows = []
     for row in result["optimizers"]:
         mesh = ", ".join(f"{axis} {size}" for axis, size in row["mesh"].items())
@@ -160,7 +181,7 @@ def _rows(result: dict[str, Any]) -> Rows:
                 _kinds(row["messages"]) or "none",
                 f"{row['sent_bytes'] / 1e6:,.4g}",
                 f"{1e3 * row['wire_seconds']:,.3g}",
-                "" if row["compile_seconds"] is None else f"{row['compile_seconds']:.1f}",
+                *_compiling(row, plain.get((row["model"], *row["mesh"].items()))),
             )
         )
     return Rows(headers, rows)

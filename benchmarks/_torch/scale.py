@@ -216,7 +216,7 @@ def stepped(name: str, model: str, sizes: Mapping[str, int], *, stacked: bool) -
         "state_bytes": state,
         "peak_bytes": 2 * held + state + watch.peak,
         "messages": [message._asdict() for message in watch.messages],
-        "compile_seconds": None,
+        "cpu_seconds": None,
     }
 
 
