@@ -141,7 +141,7 @@ def self_driving() -> Driven:
     """
     rules, usual = (importlib.import_module(f"cruxy_control.{name}") for name in LAWS)
     law = usual.usual_law("adam", ends=False)
-    return Driven(law, rules, True, usual.usual_limit("adam", law), 16.0)
+    return Driven(law, rules, True, usual.USUAL["adam"].relative_limit, 16.0)
 
 
 def key(reference: Reference) -> str:

@@ -11,7 +11,7 @@ from cruxy_control import driving
 from cruxy_control.checks import check_range
 from cruxy_control.law import Law, check_law, needs_alignment
 from cruxy_control.meta3 import Meta3
-from cruxy_control.usual import told_the_end, usual_law, usual_limit
+from cruxy_control.usual import USUAL, told_the_end, usual_law
 from cruxy_exact.driven import Driven, DrivenState, Group, Leaf
 from cruxy_optax._actuators.average import AverageIteratesState
 from cruxy_optax.exact._frame import frame
@@ -199,6 +199,6 @@ def self_driving(
     """
     law = usual_law("adam", ends=total_steps is not None) if law is None else law
     law = told_the_end(law, total_steps)
-    limit = usual_limit("adam", law) if isinstance(relative_limit, str) else relative_limit
+    limit = USUAL["adam"].relative_limit if isinstance(relative_limit, str) else relative_limit
     options = {"nesterov": nesterov, "relative_limit": limit, "averaging": averaging}
     return controlled(learning_rate, b1, b2, eps, weight_decay, mask, law=law, **options)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from cruxy_control import Law, Meta3, driving
 from cruxy_control.checks import check_range
 from cruxy_control.law import check_law, needs_alignment
-from cruxy_control.usual import told_the_end, usual_law, usual_limit
+from cruxy_control.usual import USUAL, told_the_end, usual_law
 from cruxy_exact.arithmetic import settle
 from cruxy_exact.driven import Driven, Group, Leaf
 from cruxy_torch._averaged import averages_in_place
@@ -251,7 +251,7 @@ class SelfDriving(Controlled):
     ) -> None:
         law = usual_law("adam", ends=total_steps is not None) if law is None else law
         law = told_the_end(law, total_steps)
-        limit = usual_limit("adam", law) if isinstance(relative_limit, str) else relative_limit
+        limit = USUAL["adam"].relative_limit if isinstance(relative_limit, str) else relative_limit
         options = {"nesterov": nesterov, "relative_limit": limit, "averaging": averaging}
         super().__init__(params, lr, betas, eps, weight_decay, law, **options)
 
