@@ -127,7 +127,7 @@ def test_modules_import_one_another_in_no_circle():
 def test_rooms_name_their_files_alike():
     jax_alone = {"alignment", "faults", "hlo", "workloads.cartpole", "workloads.finetuning"}
     jax_alone |= {"wired_optimizers", "wires"}
-    torch_alone = {"activations", "labelling", "large_models"}
+    torch_alone = {"activations", "labelling", "large_models", "large_runs"}
     torch_alone |= {"workloads.weights"}
     of_jax, of_torch = (
         {name.partition(room)[2] for name in FILES if name.startswith(f"benchmarks.{room}")}
