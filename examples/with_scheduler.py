@@ -43,7 +43,7 @@ def main() -> None:
     points, labels = map(torch.from_numpy, spirals())
     unseen, classes = map(torch.from_numpy, spirals(seed=1))
     for name, options in {
-        "Meta3 from 3e-3": {"lr": 3e-3},
+        "Meta3 from 1e-2": {"lr": 1e-2},
         "self-driving": {"mode": "self_driving"},
     }.items():
         model = classifier()
