@@ -24,6 +24,7 @@ class Classifier(nnx.Module):
         self.last = nnx.Linear(32, 1, rngs=rngs)
 
     def __call__(self, points: jax.Array) -> jax.Array:
+        """The logits of `points`, shape `(n, 2)`."""
         hidden = nnx.tanh(self.second(nnx.tanh(self.first(points))))
         return self.last(hidden)[:, 0]
 

@@ -5,6 +5,8 @@ Self-driving finds its rate and obeys the scheduler where that lowers it: a sche
 taken out of a loop does no harm.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
@@ -13,6 +15,12 @@ from _spirals import spirals
 from cruxy_torch import CruxyOptimizer
 
 STEPS = 400
+
+RUNS: dict[str, dict[str, Any]] = {
+    "Meta3 from 1e-2": {"lr": 1e-2},
+    "self-driving": {"mode": "self_driving"},
+}
+"""What each optimizer is given."""
 
 
 def classifier() -> nn.Sequential:
@@ -42,10 +50,7 @@ def main() -> None:
     """Trains twice, and prints rates and losses on points that were not trained on."""
     points, labels = map(torch.from_numpy, spirals())
     unseen, classes = map(torch.from_numpy, spirals(seed=1))
-    for name, options in {
-        "Meta3 from 1e-2": {"lr": 1e-2},
-        "self-driving": {"mode": "self_driving"},
-    }.items():
+    for name, options in RUNS.items():
         model = classifier()
         optimizer = CruxyOptimizer(model.parameters(), **options)
         halfway = train(model, optimizer, points, labels)

@@ -1,4 +1,4 @@
-"""The short scripts of the gallery train, each in the library it is about, and the page lists all."""
+"""The short scripts of the gallery train, each in its library, and the page lists every one."""
 
 import importlib
 import re
