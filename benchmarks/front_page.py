@@ -21,6 +21,7 @@ CURVES = (
     ("adamw", "AdamW, constant rate", "#000000", "s"),
     ("adamw-cosine", "AdamW, warm-up and cosine", "#0072B2", "^"),
     ("self_driving", "self-driving, from seven starts", "#D55E00", "o"),
+    ("self_driving-muon", "self-driving Muon, from three starts", "#009E73", "D"),
 )
 
 

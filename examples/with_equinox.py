@@ -55,7 +55,7 @@ def main() -> None:
             rate = cruxy_optax.telemetry(opt_state)["learning_rate"]
             print(f"step {step}  loss {loss:.4f}  rate found {rate:.1e}")
     params, rest = eqx.partition(model, eqx.is_inexact_array)
-    averaged = eqx.combine(cruxy_optax.averaged_params(opt_state, params), rest)
+    averaged: Any = eqx.combine(cruxy_optax.averaged_params(opt_state, params), rest)
     print(f"unseen points, parameters  loss {loss_fn(model, *unseen):.4f}")
     print(f"unseen points, average     loss {loss_fn(averaged, *unseen):.4f}")
 

@@ -16,20 +16,22 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from cruxy_optax._tree import accumulator_dtype, materialize
 
-try:
-    from jax.experimental.shard_alike import shard_alike
-except ImportError:  # jax 0.11 has none, and XLA alone says how a result is split
 
-    def shard_alike(x: Any, y: Any) -> tuple[Any, Any]:
-        """Both as they are."""
+def shard_alike(x: Any, y: Any) -> tuple[Any, Any]:
+    """Both, split over devices alike; as they are from jax 0.11 on, where XLA alone says how."""
+    try:
+        from jax.experimental import shard_alike as found
+    except ImportError:
         return x, y
+    return found.shard_alike(x, y)
 
 
 def varying(x: jax.Array, axis_name: str) -> jax.Array:
     """What is the same on all devices, as what may differ along an axis of the mesh."""
     if hasattr(lax, "pcast"):
         return lax.pcast(x, axis_name, to="varying")
-    return lax.pvary(x, axis_name)  # before jax 0.9
+    before = getattr(lax, "pvary")  # noqa: B009  of jax before 0.9
+    return before(x, axis_name)
 
 
 def as_axes(axis_names: str | Sequence[str]) -> tuple[str, ...]:
