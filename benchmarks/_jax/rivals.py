@@ -297,9 +297,9 @@ def _sf_normuon(rate: Any, steps: int) -> optax.GradientTransformation:
 
 
 def _amuse(rate: Any, steps: int) -> optax.GradientTransformation:
-    """AMUSE from its equations, with the authors' constants for language models.
+    """AMUSE from its equations, with the constants for language models that a port of it gives.
 
-    Its 2,000 steps of warm-up are a tenth of the run here.
+    The warm-up is a tenth of the run, and the default rate is Schedule-Free AdamW's.
 
     References:
         Kim et al., [AMUSE](https://arxiv.org/abs/2605.22432), 2026, equation 1, and
