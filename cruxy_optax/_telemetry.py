@@ -97,10 +97,10 @@ def explain(opt_state: Any) -> str:
         >>> for _ in range(3):
         ...     _, state = tx.update(params, state, params)
         >>> print(textwrap.fill(cruxy_optax.explain(state), 80))
-        The rate is still looked for (step 3, rate 0.239). The relative limit, not the
-        law, sets the rate of every tensor and has for 2 steps: gradients do not oppose
-        the steps (alignment 1.00). The gradient, 1.73 long, was clipped to 0.87 of
-        that.
+        The rate is still looked for (step 3, rate 0.236). The relative limit (at 0.98
+        of its value), not the law, sets the rate of every tensor and has for 2 steps:
+        gradients do not oppose the steps (alignment 1.00). The gradient, 1.73 long, was
+        clipped to 0.87 of that.
     """
     shown = jax.device_get(telemetry(opt_state))
     if "ok" in shown:

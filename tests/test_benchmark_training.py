@@ -21,6 +21,7 @@ from benchmarks._jax.our_optimizers import (
     SCHEDULED,
     VARIED,
     WIRED,
+    YIELDING,
 )
 from benchmarks._jax.rivals import RIVALS
 from benchmarks.faults import FAULTS
@@ -59,7 +60,7 @@ def test_runs_of_different_optimizers_are_not_trained_together():
         training.train([task("sgd"), task("adamw")])
 
 
-VARIANTS = set().union(ABLATION, VARIED, PUBLISHED, COMPACT, COMPONENTS, ROLES, ENDED)
+VARIANTS = set().union(ABLATION, VARIED, PUBLISHED, COMPACT, COMPONENTS, ROLES, ENDED, YIELDING)
 
 
 UNGUARDED = PEERS.keys() | RIVALS.keys() | SCHEDULED.keys() | {"adamw-clipped"}

@@ -58,7 +58,13 @@ DIFFERENTIABLE = {
 }
 
 
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "self_driving_lion" else [])
+        for name in DIFFERENTIABLE
+    ],
+)
 def test_derivative_through_the_steps_is_that_of_finite_differences(name):
     tx = DIFFERENTIABLE[name]()
     mask = {"w": jnp.ones((3, 4)).at[0].set(0.0), "b": jnp.array([1.0, 0.0, 1.0, 1.0])}

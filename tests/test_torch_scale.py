@@ -63,6 +63,7 @@ def differences(folder, cases):
     return torch.load(folder / "rank0.pt")
 
 
+@pytest.mark.slow
 def test_a_run_on_one_mesh_goes_on_another(tmp_path):
     seen = differences(tmp_path, workers.FAST)
     assert {

@@ -83,6 +83,7 @@ class Trainer:
     Examples:
         >>> import tempfile, torch
         >>> from cruxy_torch import CruxyOptimizer, Trainer
+        >>> _ = torch.manual_seed(0)
         >>> x = torch.linspace(-1, 1, 64)[:, None]
         >>> data = torch.utils.data.TensorDataset(x, 3 * x)
         >>> loader = torch.utils.data.DataLoader(data, batch_size=16, shuffle=True)
