@@ -7,6 +7,7 @@ from cruxy_control import signals as sensing
 from cruxy_control.controls import Controls, betas, meta_learning_rate
 from cruxy_control.formulas.averaging import averaging_weight
 from cruxy_control.formulas.limits import RELATIVE_FLOOR, rate_share, relative_limit
+from cruxy_control.formulas.moments import seen
 from cruxy_control.law import Law, needs_alignment, steers_decay
 from cruxy_control.signals import NOT_KNOWN, Signals
 
@@ -54,13 +55,8 @@ def adam_orders(
     """
     beta1, beta2 = betas(controls, b1, b2, xp=xp)
     product1, product2 = products[0] * beta1, products[1] * beta2
-    seen1 = 1.0 - (beta1 * product1 if nesterov else product1)
-    seen2 = xp.sqrt(1.0 - product2)
-    # Before the first step that counts nothing is to be corrected, and 1 / 0 would be.
-    factor1, factor2 = (
-        xp.where(product < 1.0, 1.0 / xp.where(product < 1.0, seen, 1.0), 1.0)
-        for product, seen in ((product1, seen1), (product2, seen2))
-    )
+    factor1 = 1.0 / seen(beta1 * product1 if nesterov else product1, xp=xp)
+    factor2 = 1.0 / xp.sqrt(seen(product2, xp=xp))
     rate = meta_learning_rate(controls, learning_rate, xp=xp)
     return AdamOrders(beta1, beta2, (product1, product2), factor1, factor2, rate)
 

@@ -9,6 +9,26 @@ from torch import Tensor
 
 
 @contextlib.contextmanager
+def averaged_block(optimizer: Any) -> Iterator[None]:
+    """Averages in place of an optimizer's parameters, whose `_averaged` says so meanwhile.
+
+    Args:
+        optimizer: with `state` by parameter.
+
+    Raises:
+        RuntimeError: where blocks are nested.
+    """
+    if optimizer._averaged:
+        raise RuntimeError("averaged() blocks must not be nested; leave the outer one first.")
+    optimizer._averaged = True
+    try:
+        with averages_in_place(optimizer.state):
+            yield
+    finally:
+        optimizer._averaged = False
+
+
+@contextlib.contextmanager
 def averages_in_place(states: Mapping[Any, Mapping[str, Any]]) -> Iterator[None]:
     """Copies `state["average"]` into each parameter that has one, and the parameters back.
 

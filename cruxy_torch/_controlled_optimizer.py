@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 from cruxy_control import Law
 from cruxy_control.law import check_law, needs_alignment
 from cruxy_torch import _checks, _law_state, _step, _telemetry
-from cruxy_torch._averaged import averages_in_place
+from cruxy_torch._averaged import averaged_block
 from cruxy_torch._diagnose import Diagnosed
 from cruxy_torch._distributed.replicas import ReplicaCheck
 from cruxy_torch._distributed.shards import is_sharded
@@ -264,14 +264,8 @@ class ControlledOptimizer(Diagnosed, Optimizer):
                 "averaged() needs averages, but every group has averaging=None; use averaging=16 "
                 'or mode="self_driving".'
             )
-        if self._averaged:
-            raise RuntimeError("averaged() blocks must not be nested; leave the outer one first.")
-        self._averaged = True
-        try:
-            with averages_in_place(self.state):
-                yield
-        finally:
-            self._averaged = False
+        with averaged_block(self):
+            yield
 
     def observe(self, loss: float | Tensor) -> None:
         """Hands over the loss of the coming step where `step` itself cannot take it.

@@ -246,26 +246,26 @@ VARIED = {
 """Self-driving with one part removed or one constant changed each."""
 
 
-def _yielding(make: Callable[..., Any], label: str, steps: float | None) -> Optimizer:
-    """Self-driving whose limit gives way after so many steps, or holds."""
-
-    def build(rate: Any, **options: Any) -> optax.GradientTransformation:
-        kind = make.__name__.removeprefix("self_driving").removeprefix("_") or "adam"
-        law = dataclasses.replace(usual_law(kind, ends=False), limit_yield=steps)
-        return make(rate, law=law, **options)
-
+def _yielding(kind: str, steps: float | None) -> Optimizer:
+    """Self-driving of a kind whose limit gives way after so many steps, or holds."""
+    make, label = {
+        "adam": (self_driving, "Self-driving"),
+        "lion": (self_driving_lion, "Self-driving Lion"),
+        "muon": (self_driving_muon, "Self-driving Muon"),
+    }[kind]
+    law = dataclasses.replace(usual_law(kind, ends=False), limit_yield=steps)
     how = "limit that holds" if steps is None else f"limit that yields, {steps:g}"
-    return _driving(build, f"{label}, {how}")
+    return _driving(make, f"{label}, {how}", law=law)
 
 
 YIELDING = {
-    "self_driving-held": _yielding(self_driving, "Self-driving", None),
-    "self_driving-yield-20": _yielding(self_driving, "Self-driving", 20.0),
-    "self_driving-yield-50": _yielding(self_driving, "Self-driving", 50.0),
-    "self_driving-lion-held": _yielding(self_driving_lion, "Self-driving Lion", None),
-    "self_driving-lion-yield-50": _yielding(self_driving_lion, "Self-driving Lion", 50.0),
-    "self_driving-muon-held": _yielding(self_driving_muon, "Self-driving Muon", None),
-    "self_driving-muon-yield-50": _yielding(self_driving_muon, "Self-driving Muon", 50.0),
+    "self_driving-held": _yielding("adam", None),
+    "self_driving-yield-20": _yielding("adam", 20.0),
+    "self_driving-yield-50": _yielding("adam", 50.0),
+    "self_driving-lion-held": _yielding("lion", None),
+    "self_driving-lion-yield-50": _yielding("lion", 50.0),
+    "self_driving-muon-held": _yielding("muon", None),
+    "self_driving-muon-yield-50": _yielding("muon", 50.0),
 }
 """Self-driving with a relative limit that gives way where nothing opposes the steps, or holds."""
 

@@ -10,6 +10,7 @@ import optax
 
 from cruxy_control.checks import check_range
 from cruxy_control.controls import Controls, betas
+from cruxy_control.formulas.moments import seen
 from cruxy_optax._controls import materialize, require_controls
 from cruxy_optax._tree import accumulator_dtype, root, where
 
@@ -107,8 +108,8 @@ def scale_by_controlled_adam(
             beta2,
             1.0 - beta1,
             1.0 - beta2,
-            1.0 / _seen(numerator_decay),
-            1.0 / _seen(nu_decay),
+            1.0 / seen(numerator_decay, xp=jnp),
+            1.0 / seen(nu_decay, xp=jnp),
         )
 
         grads = jax.tree.map(lambda g: masked(g, controls), updates)
@@ -127,11 +128,6 @@ def scale_by_controlled_adam(
 def masked(g: jax.Array, controls: Controls) -> jax.Array:
     """The gradient in its accumulator's dtype; 0 on a skipped step, whatever stood before."""
     return where(controls.ok, g).astype(accumulator_dtype(g))
-
-
-def _seen(decay: jax.Array) -> jax.Array:
-    """The weight of what a moment has seen; 1 where it has seen nothing."""
-    return jnp.where(decay < 1.0, 1.0 - decay, 1.0)
 
 
 class ScaleByControlledLionState(NamedTuple):

@@ -172,7 +172,7 @@ def self_driving(
         law: `SelfDriving()` where `None`.
         total_steps: of the run, where they are known: the rate then falls to 0 at the end.
         nesterov: looks one step ahead.
-        relative_limit: see `controlled`; 0.1, and 0.2 where the end is known.
+        relative_limit: see `controlled`; 0.1.
         averaging: see `controlled`.
 
     Returns:

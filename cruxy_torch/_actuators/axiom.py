@@ -13,8 +13,9 @@ from cruxy_control.formulas.factored import (
     snr_factor,
     streak_factor,
 )
+from cruxy_control.formulas.moments import seen
 from cruxy_torch._actuators import factored
-from cruxy_torch._actuators.moments import advanced, seen
+from cruxy_torch._actuators.moments import advanced
 from cruxy_torch._actuators.staged import Staged, Stages, total
 from cruxy_torch._actuators.stepped import SteppedTensor
 from cruxy_torch._columns import Columns
@@ -86,7 +87,7 @@ class FactoredDirection(Staged):
         if not self.momentum:
             return [(decay, None) for decay in decays]
         products = [state["beta1_product"] for state in columns.states]
-        gains = 1.0 / seen(advanced(products, self._beta(orders)))
+        gains = 1.0 / seen(advanced(products, self._beta(orders)), xp=torch)
         return list(zip(decays, gains.unbind(), strict=True))
 
     def stages(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cruxy_control.formulas.moments import seen
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.stepped import Bucket, Frame
 from cruxy_torch._columns import Columns
@@ -55,7 +56,7 @@ class Adam(Direction):
         )
         if self.nesterov:
             product1 = product1 * orders.beta1
-        gain, spread = 1.0 / seen(product1), 1.0 / seen(product2)
+        gain, spread = 1.0 / seen(product1, xp=torch), 1.0 / seen(product2, xp=torch)
         # A skipped step multiplies what comes out by 0, which 0 / 0 would survive.
         eps = torch.where(orders.ok, self.eps * torch.ones_like(spread), 1.0)
         if gates:
@@ -172,11 +173,6 @@ def advanced(products: list[Tensor], beta: Tensor) -> Tensor:
     new = torch.stack(products) * beta
     assign(products, new.unbind())
     return new
-
-
-def seen(product: Tensor) -> Tensor:
-    """The weight of what a moment has seen, `1 - product`; 1 where it has seen nothing."""
-    return torch.where(product < 1.0, 1.0 - product, 1.0)
 
 
 def _mix(averages: Sequence[Tensor], xs: Sequence[Tensor], beta: Tensor) -> list[Tensor]:

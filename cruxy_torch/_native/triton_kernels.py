@@ -132,6 +132,20 @@ def random_bits(key, number):
 
 
 @jit
+def step_along(
+    param, at, left, u, rate, decay, key_at, number,
+    P: constexpr, P_CHANCE: constexpr, MASKED: constexpr, ALIGNED: constexpr, ROWS: constexpr,
+):  # fmt: skip
+    """`p <- p - rate (u + decay p)` of a tile, rounded by chance where that is asked for."""
+    p = plain(param, at, left, P, MASKED, ALIGNED, ROWS)
+    u = u + decay * p
+    random = places(ROWS)
+    if P_CHANCE:
+        random = random_bits(tl.load(key_at), (number + at).to(tl.int32) + places(ROWS))
+    keep_plain(param, at, left, p - rate * u, random, P, P_CHANCE, MASKED, ALIGNED, ROWS)
+
+
+@jit
 def _value(level, unit, SIGNED: constexpr, SHIFT: constexpr):
     """What a level stands for: `BlockCode.decode`."""
     if SIGNED:

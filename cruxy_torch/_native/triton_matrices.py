@@ -15,10 +15,9 @@ from cruxy_torch._native.triton_kernels import (
     TILE,
     constexpr,
     jit,
-    keep_plain,
     places,
     plain,
-    random_bits,
+    step_along,
     tl,
 )
 from cruxy_torch._native.triton_launch import OPTIONS, Form
@@ -136,12 +135,7 @@ def _moved(
     u = u * clip
     if SIZED:
         u = u * tl.load(size_at)
-    p = plain(param, at, left, P, MASKED, ALIGNED, ROWS)
-    u = u + decay * p
-    random = places(ROWS)
-    if P_CHANCE:
-        random = random_bits(tl.load(key_at), (number + at).to(tl.int32) + places(ROWS))
-    keep_plain(param, at, left, p - rate * u, random, P, P_CHANCE, MASKED, ALIGNED, ROWS)
+    step_along(param, at, left, u, rate, decay, key_at, number, P, P_CHANCE, MASKED, ALIGNED, ROWS)
 
 
 @jit

@@ -26,6 +26,7 @@ from cruxy_torch._native.triton_kernels import (
     places,
     plain,
     random_bits,
+    step_along,
     tl,
 )
 from cruxy_torch._native.triton_launch import OPTIONS, Form
@@ -39,13 +40,11 @@ def _moved(
     param, direction, at, left, number, rate_at, key_at, decay,
     P: constexpr, P_CHANCE: constexpr, MASKED: constexpr, ALIGNED: constexpr, ROWS: constexpr,
 ):  # fmt: skip
-    p = plain(param, at, left, P, MASKED, ALIGNED, ROWS)
-    u = plain(direction, at, left, 0, MASKED, ALIGNED, ROWS) + decay * p
-    random = places(ROWS)
-    if P_CHANCE:
-        random = random_bits(tl.load(key_at), (number + at).to(tl.int32) + places(ROWS))
-    p = p - tl.load(rate_at) * u
-    keep_plain(param, at, left, p, random, P, P_CHANCE, MASKED, ALIGNED, ROWS)
+    u = plain(direction, at, left, 0, MASKED, ALIGNED, ROWS)
+    step_along(
+        param, at, left, u, tl.load(rate_at), decay, key_at, number,
+        P, P_CHANCE, MASKED, ALIGNED, ROWS,
+    )  # fmt: skip
 
 
 @jit

@@ -16,10 +16,8 @@ from cruxy_torch._native.triton_kernels import (
     TILE,
     constexpr,
     jit,
-    keep_plain,
-    places,
     plain,
-    random_bits,
+    step_along,
     tl,
 )
 from cruxy_torch._native.triton_launch import Form
@@ -111,12 +109,7 @@ def _signed(
 ):  # fmt: skip
     x = plain(grad, at, left, G, MASKED, ALIGNED, ROWS) * scale
     u = ((x > 0.0).to(tl.float32) - (x < 0.0).to(tl.float32)) * size
-    p = plain(param, at, left, P, MASKED, ALIGNED, ROWS)
-    u = u + decay * p
-    random = places(ROWS)
-    if P_CHANCE:
-        random = random_bits(tl.load(key_at), (number + at).to(tl.int32) + places(ROWS))
-    keep_plain(param, at, left, p - rate * u, random, P, P_CHANCE, MASKED, ALIGNED, ROWS)
+    step_along(param, at, left, u, rate, decay, key_at, number, P, P_CHANCE, MASKED, ALIGNED, ROWS)
 
 
 @jit

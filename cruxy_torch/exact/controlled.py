@@ -14,7 +14,7 @@ from cruxy_control.law import check_law, needs_alignment
 from cruxy_control.usual import USUAL, told_the_end, usual_law
 from cruxy_exact.arithmetic import settle
 from cruxy_exact.driven import Driven, Group, Leaf
-from cruxy_torch._averaged import averages_in_place
+from cruxy_torch._averaged import averaged_block
 from cruxy_torch.exact import _settings
 
 
@@ -188,14 +188,8 @@ class Controlled(Optimizer):
         """
         if self._driven.averaging is None:
             raise ValueError("averaged() needs averages, got averaging=None; use averaging=16.")
-        if self._averaged:
-            raise RuntimeError("averaged() blocks must not be nested; leave the outer one first.")
-        self._averaged = True
-        try:
-            with averages_in_place(self.state):
-                yield
-        finally:
-            self._averaged = False
+        with averaged_block(self):
+            yield
 
 
 class SelfDriving(Controlled):
@@ -214,7 +208,7 @@ class SelfDriving(Controlled):
         law: `cruxy_control.SelfDriving()` unless given.
         total_steps: of the run, where they are known: the rate then falls to 0 at the end.
         nesterov: looks one step ahead.
-        relative_limit: see `Controlled`; 0.1, and 0.2 where the end is known.
+        relative_limit: see `Controlled`; 0.1.
         averaging: see `Controlled`.
 
     Raises:
