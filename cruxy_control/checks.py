@@ -110,6 +110,9 @@ def check_count(name: str, value: Any, lower: int, *, remedy: str) -> int:
         ValueError: with the rule, the value received and the remedy.
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < lower:
+        # A count shapes the program, and `inject_hyperparams` makes an array of every number.
+        if hasattr(value, "aval"):
+            remedy = "name it in static_args under optax.inject_hyperparams"
         raise ValueError(f"{name} must be a whole number >= {lower}, got {value!r}; {remedy}.")
     return int(value)
 

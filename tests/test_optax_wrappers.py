@@ -1,5 +1,7 @@
 """What optax's and Flax's wrappers do to the loss, the guard and the telemetry."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
+import cruxy_optax
 from cruxy_control import Meta3
 from cruxy_optax import meta3, meta_lion, stabilize, telemetry
 from optimizers import assert_close, assert_same, gradients, train, tree
@@ -100,6 +103,21 @@ def test_inject_hyperparams_equals_the_constant():
     factory = optax.inject_hyperparams(meta3, static_args=("mask",), hyperparam_dtype=jnp.float32)
     tx = factory(learning_rate=0.01)
     assert_close(run(tx)[0], run(meta3(0.01))[0])
+
+
+@pytest.mark.parametrize(
+    ("factory", "static"),
+    [
+        (cruxy_optax.axiom, "min_dim_size_to_factor"),
+        (partial(cruxy_optax.cosmic, state_budget="40KB"), "state_bits"),
+        (cruxy_optax.scale_by_controlled_muon, "steps"),
+        (cruxy_optax.orthogonalize_updates, "steps"),
+    ],
+)
+def test_inject_hyperparams_names_what_has_to_be_static(factory, static):
+    """A number that shapes the program cannot be an array, which the wrapper makes of it."""
+    with pytest.raises(ValueError, match=f"{static} .* name it in static_args"):
+        optax.inject_hyperparams(factory)().init(tree())
 
 
 def test_apply_if_finite_hides_the_skip_counter():

@@ -186,9 +186,8 @@ def tiger(
             "trust_space='momentum' has no place beside lora_pid, which makes the direction of a "
             "momentum itself; use trust_space='update', or leave lora_pid out."
         )
-    remedy = "32 is usual; under optax.inject_hyperparams name it, and power, in static_args"
     min_dim_size_to_factor = check_count(
-        "min_dim_size_to_factor", min_dim_size_to_factor, 2, remedy=remedy
+        "min_dim_size_to_factor", min_dim_size_to_factor, 2, remedy="32 is usual"
     )
     axes: Any = {"axis_names": axis_names}
 
