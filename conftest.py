@@ -12,11 +12,19 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 # JAX reads these when it is imported or first looks for devices, so they come before any test's
 # import of it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+#
+# Compiling is nearly all of the tests' time, and most programs run for a millisecond. So they are
+# compiled in a hurry, for a seventh of the time; what holds bits asks for the usual way.
 os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_backend_optimization_level=0",
+    ]
 ).strip()
 
-# Compiling is nearly all of the tests' time, and most compile the same few programs.
+# Most compile the same few programs.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -1,4 +1,4 @@
-"""Whether the same constants hold in other widths and with other batches."""
+"""Whether the same constants hold on other workloads, in other widths and with other batches."""
 
 import argparse
 
@@ -12,25 +12,27 @@ OPTIMIZERS = (
     "self_driving",
     "scheduled-muon",
     "adamw-cosine",
+    "schedule-free-0.95",
+    "prodigy",
 )
 
-FEW_RATES = (3e-3, 1e-2, 3e-2)
+FEW_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """Around what is best on the small GPT."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    add_arguments(parser, optimizers=OPTIMIZERS, workload="shakespeare-width-384", first_seed=3)
+    add_arguments(parser, optimizers=OPTIMIZERS, workload="char-lstm", first_seed=3)
     add_rates(parser, FEW_RATES)
 
 
 PROTOCOL = rate_sensitivity.PROTOCOL._replace(
     name="carry-over",
-    title="Other widths, other batches.",
+    title="Other workloads, other widths, other batches.",
     reading=(
-        "Self-driving from its usual start, with and without a known end, beside optimizers whose "
-        "rate is tuned anew for every width and batch, on three rates around what is best on the "
-        "small GPT. The table reads like that of the learning-rate sensitivity; edge says that a "
-        "better rate may lie beyond the three."
+        "Self-driving from its usual start, with and without a known end, and Prodigy, beside "
+        "optimizers whose rate is tuned anew on every one, by five rates around what is best on "
+        "the small GPT. The table reads like that of the learning-rate sensitivity; edge says that a "
+        "better rate may lie beyond the five."
     ),
     arguments=_arguments,
 )

@@ -3,7 +3,7 @@
 import argparse
 
 from benchmarks import rate_sensitivity
-from benchmarks._comparison import add_arguments
+from benchmarks._comparison import add_arguments, add_rates
 
 OPTIMIZERS = (
     "self_driving-muon-ended",
@@ -21,6 +21,7 @@ OPTIMIZERS = (
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser, optimizers=OPTIMIZERS, first_seed=3)
+    add_rates(parser)
 
 
 PROTOCOL = rate_sensitivity.PROTOCOL._replace(
