@@ -31,8 +31,8 @@ PROTOCOL = rate_sensitivity.PROTOCOL._replace(
     reading=(
         "Self-driving from its usual start, with and without a known end, and Prodigy, beside "
         "optimizers whose rate is tuned anew on every one, by five rates around what is best on "
-        "the small GPT. The table reads like that of the learning-rate sensitivity; edge says that a "
-        "better rate may lie beyond the five."
+        "the small GPT. The table reads like that of the learning-rate sensitivity; edge says that "
+        "a better rate may lie beyond the five."
     ),
     arguments=_arguments,
 )
