@@ -1,7 +1,10 @@
 """What every test runs under: eight CPU devices, and pages whose Python blocks are run."""
 
 import os
+import sys
+from collections.abc import Iterator
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,17 +15,15 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 # JAX reads these when it is imported or first looks for devices, so they come before any test's
 # import of it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-#
+FLAGS = ["--xla_force_host_platform_device_count=8"]
 # Compiling is nearly all of the tests' time, and most programs run for a millisecond. So they are
 # compiled in a hurry, for a seventh of the time; what holds bits asks for the usual way.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_cpu_use_fusion_emitters=false",
-        "--xla_backend_optimization_level=0",
-    ]
-).strip()
+if os.environ["JAX_PLATFORMS"] == "cpu" and find_spec("jaxlib"):
+    FLAGS.append("--xla_backend_optimization_level=0")
+    # From jaxlib 0.11 on there is but one way to compile a fusion.
+    if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+        FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 
 # Most compile the same few programs.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".jax_cache"))
@@ -32,6 +33,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # What compiles Triton's kernels cannot be imported without it.
 collect_ignore = [] if find_spec("triton") else ["tests/triton_builds.py"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_compiled_programs() -> Iterator[None]:
+    """Lets go of a file's programs after it: those of all files together take gigabytes."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture
