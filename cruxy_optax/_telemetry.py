@@ -68,8 +68,9 @@ def telemetry(opt_state: Any) -> dict[str, Any]:
     if not found:
         raise ValueError(
             "telemetry() needs a state with a controller in it, got "
-            f"{type(opt_state).__name__} without one; pass the opt_state of meta3(), meta_lion(), "
-            "stability_v1(), stability_v2() or stabilize()."
+            f"{type(opt_state).__name__} without one; pass the opt_state of self_driving(), "
+            "self_driving_lion(), self_driving_muon(), meta3(), meta_lion(), stability_v1(), "
+            "stability_v2(), axiom(), cosmic(), tiger() or stabilize()."
         )
     if len(found) == 1:
         return _read(found[0][1])

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -180,3 +181,14 @@ WRONG = [
 def test_wrong_argument_raises_with_rule_value_and_remedy(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_it_says_so_where_no_leaf_is_large_enough_to_be_coded():
+    with pytest.warns(UserWarning, match="state_bits=8 codes nothing here"):
+        meta3(1e-3, state_bits=8).init({"w": jnp.ones((63, 65))})
+
+
+def test_it_says_nothing_where_one_leaf_is():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        meta3(1e-3, state_bits=8).init({"w": jnp.ones((64, 64)), "b": jnp.ones(64)})

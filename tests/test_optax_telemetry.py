@@ -330,3 +330,11 @@ def test_observers_measure_what_the_controller_measures():
     for name in ("gamma_norm", "phase", "curvature"):
         want = float(optax.tree.get(observed, name))
         assert float(shown[name]) == pytest.approx(want, rel=1e-5, abs=1e-7)
+
+
+def test_every_optimizer_with_a_controller_is_named_where_there_is_none():
+    names = ["self_driving", "self_driving_lion", "self_driving_muon", "meta3", "meta_lion"]
+    names += ["stability_v1", "stability_v2", "axiom", "cosmic", "tiger", "stabilize"]
+    with pytest.raises(ValueError, match="in it, got tuple") as refused:
+        telemetry(optax.adam(1e-3).init(jnp.ones(3)))
+    assert [name for name in names if f"{name}()" not in str(refused.value)] == []

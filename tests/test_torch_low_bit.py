@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -349,3 +350,14 @@ def test_a_model_trains_as_well_as_with_float32():
     assert float32 < 0.6 * first
     for bits, share in ((16, 0.01), (8, 0.01), (4, 0.05)):
         assert abs(losses(state_bits=bits)[1] - float32) < share * first
+
+
+class TestSmall:
+    def test_it_says_so_where_no_parameter_is_large_enough_to_be_coded(self):
+        with pytest.warns(UserWarning, match="state_bits=8 codes nothing here"):
+            CruxyOptimizer(parameters((63, 65)), state_bits=8)
+
+    def test_it_says_nothing_where_one_is(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            CruxyOptimizer(parameters((64, 64), (64,)), state_bits=8)

@@ -1,6 +1,7 @@
 """`quantize_state`: the state of any optax transformation in 8 or 4 bits between steps."""
 
 import numbers
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -210,7 +211,22 @@ def in_bits(
     if state_bits == 16:
         return moments(jnp.bfloat16)
     wide = moments(jnp.float32)
-    return wide if state_bits == 32 else quantize_state(wide, state_bits, seed=seed)
+    if state_bits == 32:
+        return wide
+    coded = quantize_state(wide, state_bits, seed=seed)
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        state = coded.init(params)
+        if not find(state, LowBitArray):
+            warnings.warn(
+                f"{name}={state_bits} codes nothing here: moments of fewer than {SMALLEST:,} "
+                "elements stay in float32, and no parameter has as many; leave it out.",
+                stacklevel=2,
+            )
+        return state
+
+    # AXIOM has codes by default, and small models too.
+    return coded if name != "state_bits" else coded._replace(init=init_fn)
 
 
 def check_bits(name: str, bits: Any) -> int:

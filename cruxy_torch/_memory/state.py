@@ -1,6 +1,7 @@
 """What is kept beside each parameter: how it is made, found again, opened for a step and loaded."""
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -46,6 +47,18 @@ def numbered(params: Iterable[Tensor]) -> dict[Tensor, int]:
 def bits_of(param: Tensor, bits: int) -> int:
     """Bits an element of a parameter's moments, where so many are asked for."""
     return 32 if param.numel() < SMALLEST else bits
+
+
+def warn_of_small(groups: Iterable[dict[str, Any]], stacklevel: int) -> None:
+    """Says so where groups ask for codes and no parameter is large enough to have any."""
+    asked = [(p, group["state_bits"]) for group in groups for p in group["params"]]
+    if any(bits < 16 for _, bits in asked) and all(bits_of(*own) >= 16 for own in asked):
+        warnings.warn(
+            f"state_bits={min(bits for _, bits in asked)} codes nothing here: moments of fewer "
+            f"than {SMALLEST:,} elements stay in float32, and no parameter has as many; leave it "
+            "out.",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def is_signed(name: str) -> bool:

@@ -18,6 +18,7 @@ from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.moments import Adam, Lion
 from cruxy_torch._actuators.orthogonal import Orthogonal
 from cruxy_torch._actuators.stepped import Frame
+from cruxy_torch._memory.state import warn_of_small
 from cruxy_torch._native.fit import Passes
 from cruxy_torch._optimizers import muon, voting
 from cruxy_torch._optimizers.directed import DirectedOptimizer
@@ -280,6 +281,7 @@ class CruxyOptimizer(DirectedOptimizer):
             process_group=process_group if vote is None else vote,
             log_path=metrics_path if log_metrics else None,
         )
+        warn_of_small(self.param_groups, stacklevel=2)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

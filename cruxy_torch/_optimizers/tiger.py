@@ -18,6 +18,7 @@ from cruxy_control.slices import Slices, check_slices
 from cruxy_torch import _checks
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._distributed.shards import is_first_rank
+from cruxy_torch._memory.state import warn_of_small
 from cruxy_torch._optimizers.directed import DirectedOptimizer
 from cruxy_torch._optimizers.tiger_parts import (
     Parts,
@@ -240,6 +241,7 @@ class Tiger(DirectedOptimizer):
         super().__init__(
             params, defaults, law=law, lr_bounds=lr_bounds, process_group=process_group
         )
+        warn_of_small(self.param_groups, stacklevel=2)
         self._check_needs(trust_decay, trust_per)
 
     @property
