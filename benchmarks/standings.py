@@ -20,8 +20,8 @@ from benchmarks._sweep import entry
 Losses = dict[str, list[float]]
 """Final figures of one workload by seed, by what is ranked."""
 
-GRIDS, DEFAULTS = "rate-sensitivity", "defaults"
-"""The benchmarks whose figures are read."""
+GRIDS, DEFAULTS = ("rate-sensitivity", "carry-over"), "defaults"
+"""The benchmarks whose figures are read: one of those with grids, and what comes by default."""
 
 TUNED, UNTUNED = "tuned", "nothing tuned"
 
@@ -31,7 +31,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         type=Path,
         default=OUTPUT,
-        help="directory with figures of rate-sensitivity and defaults (default: %(default)s)",
+        help="directory with the figures (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--grids",
+        choices=GRIDS,
+        default=GRIDS[0],
+        help="the benchmark whose grids are read (default: %(default)s)",
     )
     parser.add_argument(
         "--workloads",
@@ -49,8 +55,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    read = _read(options.input, options.workloads)
-    tables = {part: dict(_losses(files)) for part, files in read.items()}
+    read = _read(options.input, options.workloads, options.grids)
+    tables = {part: dict(_losses(files, options.grids)) for part, files in read.items()}
     several = [set(table) for table in tables.values()]
     names = sorted(set.intersection(*several))
     if options.optimizer:
@@ -94,23 +100,26 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
 
 
-def _read(folder: Path, wanted: Sequence[str] | None) -> dict[str, dict[str, dict[str, Any]]]:
-    """Figures of rate-sensitivity, and of defaults where there are any, by part and benchmark.
+def _read(
+    folder: Path, wanted: Sequence[str] | None, grids: str
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Figures with grids, and of defaults where there are any, by part and benchmark.
 
     Raises:
         ValueError: if there are no figures, or not those wanted.
     """
-    prefix = f"{GRIDS}-"
+    prefix = f"{grids}-"
     there = sorted(path.stem.removeprefix(prefix) for path in folder.glob(f"{prefix}*.json"))
     missing = [part for part in wanted or () if part not in there]
     if missing or not there:
         raise ValueError(
-            f"--input must hold figures of {', '.join(missing) or 'rate-sensitivity'}, got "
-            f"{folder}; run python -m benchmarks rate-sensitivity."
+            f"--input must hold figures of {', '.join(missing) or grids}, got {folder}; run "
+            f"python -m benchmarks {grids}."
         )
+    # Carry-over has other seeds than defaults.
+    names = (grids, DEFAULTS) if grids == GRIDS[0] else (grids,)
     paths = {
-        part: {name: folder / f"{name}-{part}.json" for name in (GRIDS, DEFAULTS)}
-        for part in wanted or there
+        part: {name: folder / f"{name}-{part}.json" for name in names} for part in wanted or there
     }
     return {
         part: {name: json.loads(path.read_text()) for name, path in own.items() if path.exists()}
@@ -118,13 +127,15 @@ def _read(folder: Path, wanted: Sequence[str] | None) -> dict[str, dict[str, dic
     }
 
 
-def _losses(files: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, list[float]]]:
+def _losses(
+    files: Mapping[str, dict[str, Any]], benchmark: str
+) -> Iterator[tuple[str, list[float]]]:
     """What is ranked on one workload, and its figures by seed.
 
     An optimizer at its best rate, unless it looks for its rate itself; and one at the rate that it
     comes with, from the grid where that is on it and else from the figures of `defaults`.
     """
-    grids = files[GRIDS]
+    grids = files[benchmark]
     for name, row in grids["optimizers"].items():
         grid, default = grids["grid"][name], entry(*split(name)).default
         by_rate = dict(zip(grid, _by_seed(row, grids), strict=True))
@@ -224,7 +235,8 @@ PROTOCOL = Protocol(
     name="standings",
     title="Mean ranks over all workloads.",
     reading=(
-        "From the figures of rate-sensitivity and defaults; nothing is trained. Tuned is an "
+        "From the figures of rate-sensitivity and defaults, or of carry-over; nothing is trained. "
+        "Tuned is an "
         "optimizer at the best rate of its grid, which is chosen on the seeds that rank it, and "
         "that is to its favour; with nothing tuned it has the rate that it comes with. Both kinds "
         "are ranked together on each workload, by the mean over its seeds. The error is the "

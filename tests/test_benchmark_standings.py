@@ -9,7 +9,7 @@ from benchmarks import report, standings
 from benchmarks.__main__ import main
 
 
-def write(folder, part, losses, defaults=None, by_seed=True):
+def write(folder, part, losses, defaults=None, by_seed=True, benchmark="rate-sensitivity"):
     """Figures as the benchmarks leave them, from final losses by optimizer, rate and seed."""
     environment = {"changed": False, "commit": "a" * 40}
     rows = {
@@ -24,7 +24,7 @@ def write(folder, part, losses, defaults=None, by_seed=True):
         "grid": {name: [*by_rate] for name, by_rate in losses.items()},
         "optimizers": rows,
     }
-    (folder / f"rate-sensitivity-{part}.json").write_text(json.dumps(result))
+    (folder / f"{benchmark}-{part}.json").write_text(json.dumps(result))
     if defaults:
         rows = {name: {"label": name.upper(), "by_seed": own} for name, own in defaults.items()}
         result = {"environment": environment, "optimizers": rows}
@@ -53,6 +53,15 @@ def test_tuned_and_untuned_are_ranked_together_on_every_workload(tmp_path, capsy
     assert result["optimizers"]["adamw, tuned"]["label"] == "ADAMW"
     first = standing(tmp_path, "--workloads", "one")["optimizers"]
     assert first["muon, nothing tuned"]["ranks"] == [3.0]
+
+
+def test_carry_over_is_ranked_by_itself(tmp_path, capsys):
+    rows = {"adamw": {1e-2: [2.0, 2.2]}, "self_driving": {1e-3: [1.0, 1.0]}}
+    write(tmp_path, "one", rows, benchmark="carry-over")
+    write(tmp_path, "two", {"adamw": {1e-2: [0.0, 0.0]}, "lion": {1e-2: [1.0, 1.0]}})
+    result = standing(tmp_path, "--grids", "carry-over")
+    ranks = {name: row["rank"] for name, row in result["optimizers"].items()}
+    assert ranks == {"adamw, tuned": 2.0, "self_driving, nothing tuned": 1.0}
 
 
 def test_equal_losses_share_a_rank():
