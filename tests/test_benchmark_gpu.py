@@ -8,6 +8,7 @@ import time
 import pytest
 
 import benchmarks.gpu as gpu
+import benchmarks.report as report
 from benchmarks._apart import Apart, FailedError, line
 from benchmarks._gpu_rows import FLOOR, Row, rows
 from benchmarks._protocol import run
@@ -128,12 +129,14 @@ def test_every_row_is_measured_on_a_cpu(tmp_path):
     pytest.importorskip("torch")
     argv = ["--device", "cpu", "--sizes", "tiny", "--repeats", "1", "--output", str(tmp_path)]
     run(gpu.PROTOCOL, argv)
-    result = json.loads((tmp_path / "gpu-tiny-cpu.json").read_text())
+    path = tmp_path / "gpu-tiny-cpu.json"
+    result = json.loads(path.read_text())
     needs_more = ("torchao", "bitsandbytes")
     failed = {r["name"] or r["kind"]: r["failed"] for r in result["rows"] if "failed" in r}
     assert {n: why for n, why in failed.items() if not n.startswith(needs_more)} == {}
     assert result["left"] == []
     assert len(gpu.PROTOCOL.rows(result).rows) == len(result["rows"])
+    assert "\n| Meta3 | PyTorch | tiny |" in report.write({path: result})
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys):

@@ -74,11 +74,33 @@ def muon(params):
     return CruxyOptimizer(groups, direction="muon")
 
 
+MATRIX = (64, 48)
 ONE_AT_A_TIME = {
-    "AXIOM": AXIOM,
-    "AXIOM, momentum": lambda params: AXIOM(params, momentum=0.9),
-    "COSMIC": Cosmic,
-    "COSMIC, signs": lambda params: Cosmic(params, state_budget=0),
-    "Muon": muon,
-    "momentum": lambda params: CruxyOptimizer(params, direction=Momentum(), betas=(0.9, 0.99)),
+    "AXIOM": (AXIOM, ["squares_of_matrix", "sizes_of_matrix", "move_of_matrix"], 31),
+    "AXIOM, momentum": (lambda ps: AXIOM(ps, momentum=0.9), ["move_of_tensor"], 55),
+    "COSMIC": (Cosmic, ["adam_of_tensor"], 3),
+    "COSMIC, signs": (lambda ps: Cosmic(ps, state_budget=480), ["sign_of_tensor"], 3),
+    "Muon": (muon, ["momentum_of_tensor", "move_of_tensor"], 52),
+    "momentum": (
+        lambda ps: CruxyOptimizer(ps, direction=Momentum(), betas=(0.9, 0.99)),
+        ["momentum_of_tensor", "move_of_tensor"],
+        0,
+    ),
 }
+"""What makes each, what it starts for a matrix, and calls of torch for a further one at most."""
+
+
+@pytest.mark.parametrize("name", ONE_AT_A_TIME)
+def test_a_direction_of_its_own_starts_its_kernels_for_each_tensor(name):
+    make, of_matrix, most = ONE_AT_A_TIME[name]
+    one, three = (started(make, [MATRIX] * count) for count in (1, 3))
+    for count, found in ((1, one), (3, three)):
+        kernels = [launch.kernel for launch in found.ours]
+        assert kernels == ["sums_of_chunks", "sums_of_all", "decide", *of_matrix * count]
+    assert len(three.torch) - len(one.torch) <= 2 * most
+
+
+@pytest.mark.parametrize("name", ONE_AT_A_TIME)
+def test_the_scalars_of_every_law_are_one_launch_with_nothing_of_torch_before_it(name):
+    found = started(ONE_AT_A_TIME[name][0], [MATRIX, MATRIX])
+    assert [launch.after for launch in found.ours[:3]] == [0, 0, 0]

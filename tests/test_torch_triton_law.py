@@ -1,6 +1,5 @@
 """All that a step computes on scalars as one Triton kernel, written by the law's own formulas."""
 
-import collections
 import dataclasses
 import math
 
@@ -10,7 +9,6 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-import cruxy_torch  # noqa: E402
 import triton_cases as cases  # noqa: E402
 import triton_roundings  # noqa: E402
 from cruxy_control import (  # noqa: E402
@@ -283,48 +281,3 @@ def test_powers_and_tangents_are_rounded_once():
         found = there[name].double().cpu().numpy()
         unit = np.spacing(np.abs(wanted).astype(np.float32)).astype(np.float64)
         assert (np.abs(found - wanted) <= 0.51 * unit).all(), name
-
-
-COUNTED = {
-    "meta3": {},
-    "meta_lion": {"use_lion": True},
-    "stability_v2": {"mode": "stability_v2"},
-    "self_driving": {"mode": "self_driving"},
-    "self_driving-no-average": {"mode": "self_driving", "averaging": None},
-    "8 bits": {"state_bits": 8},
-}
-
-
-@pytest.mark.parametrize("name", COUNTED)
-def test_a_step_starts_few_kernels_and_nothing_of_torch(name):
-    launches = pytest.importorskip("benchmarks._torch.launches")
-    params = [torch.nn.Parameter(torch.ones(n, device=DEVICE)) for n in (4096, 8192)]
-    optimizer = CruxyOptimizer(params, **COUNTED[name])
-    for param in params:
-        param.grad = torch.ones_like(param)
-    loss = torch.ones((), device=DEVICE)
-    with cruxy_torch.use_backend("triton"):
-        optimizer.step(loss=loss)
-        found = launches.counted(lambda: optimizer.step(loss=loss))
-    kernels = [launch.kernel for launch in found.ours]
-    assert kernels == ["sums_of_chunks", "sums_of_all", "decide", "update_of_chunks"]
-    assert found.torch == []
-
-
-def test_every_form_adds_a_launch_of_sums_and_one_of_the_update():
-    launches = pytest.importorskip("benchmarks._torch.launches")
-    params = [
-        torch.nn.Parameter(torch.ones(n, device=DEVICE, dtype=dtype))
-        for n, dtype in ((300, torch.float32), (300, torch.bfloat16), (40, torch.float32))
-    ]
-    optimizer = CruxyOptimizer(params, mode="self_driving", momentum_dtype=torch.float32)
-    for param in params:
-        param.grad = torch.ones_like(param)
-    loss = torch.ones((), device=DEVICE)
-    with cruxy_torch.use_backend("triton"):
-        optimizer.step(loss=loss)
-        found = launches.counted(lambda: optimizer.step(loss=loss))
-    assert collections.Counter(launch.kernel for launch in found.ours) == {
-        "sums_of_chunks": 2, "sums_of_all": 1, "decide": 1, "update_of_chunks": 2,
-    }  # fmt: skip
-    assert found.torch == []

@@ -36,7 +36,10 @@ class Near:
         self.off = np.broadcast_to(np.asarray(off, np.float64), self.value.shape)
 
     def to(self, kind: Any) -> "Near":
-        return Near(self.value.astype(kind), self.off)
+        value = self.value.astype(kind)
+        counts = self.value.dtype == np.int32 and kind == np.float32
+        # NumPy goes on in float64 from a quotient of counts.
+        return Near(value, UNIT * np.abs(value) if counts else self.off)
 
     def __add__(self, other: Any) -> "Near":
         other = near(other)
@@ -253,12 +256,15 @@ def bounds(source: str, arguments: dict[str, Any]) -> dict[tuple[str, int], Near
         "total": total, "largest": largest,
     }  # fmt: skip
     exec(source, space)
-    given = {
-        name: Pointer(x, kept, name)
-        if isinstance(x, np.ndarray)
-        else Near(np.float32(x) if isinstance(x, float) else np.int32(x))
-        for name, x in arguments.items()
-    }
+    given = {name: _given(name, x, kept) for name, x in arguments.items()}
     with np.errstate(all="ignore"):
         space["decide"](**given)
     return kept
+
+
+def _given(name: str, x: Any, kept: dict[tuple[str, int], Near]) -> Any:
+    if isinstance(x, np.ndarray):
+        return Pointer(x, kept, name)
+    if isinstance(x, int):
+        return Near(np.int32(x))
+    return Near(np.float32(x), UNIT * abs(x))  # the reference may have a plain number in float64

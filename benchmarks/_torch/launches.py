@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cruxy_torch._native import triton_launch
 
-_BARE = ("empty", "detach", "is_pinned", "record_stream", "_record_function")
+_BARE = ("empty", "detach", "is_pinned", "record_stream", "_record_function", "_unsafe_view")
 
 
 class Launch(NamedTuple):

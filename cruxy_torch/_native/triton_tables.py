@@ -101,15 +101,17 @@ def table(columns: dict[str, Sequence[int]], device: torch.device) -> Table:
 _constants: collections.OrderedDict[tuple, Tensor] = collections.OrderedDict()
 
 
-def constant(value: float, device: torch.device) -> Tensor:
-    """A float32 number on a device; 0-d, not to be written to."""
+def constant(value: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A number on a device; 0-d, not to be written to."""
     capturing, stream = _stream(device)
-    key = (device, stream, value)
+    key = (device, stream, (value, dtype))
     found = _find(_constants, key, capturing)
     if found is None:
-        found = torch.full((), value, dtype=torch.float32, device=device)
+        found = torch.full((), value, dtype=dtype, device=device)
         if not capturing:  # what a graph fills is there only when that is replayed
             _constants[key] = found
+            if len(_constants) > _KEPT:
+                _constants.popitem(last=False)
     return found
 
 
