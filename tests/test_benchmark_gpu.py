@@ -127,8 +127,8 @@ def test_what_crashes_hangs_or_raises_is_told_and_the_next_call_begins_anew():
 @pytest.mark.slow
 def test_every_row_is_measured_on_a_cpu(tmp_path):
     pytest.importorskip("torch")
-    argv = ["--device", "cpu", "--sizes", "tiny", "--repeats", "1", "--output", str(tmp_path)]
-    run(gpu.PROTOCOL, argv)
+    argv = ["--device", "cpu", "--sizes", "tiny", "--repeats", "1", "--minutes", "60"]
+    run(gpu.PROTOCOL, [*argv, "--output", str(tmp_path)])
     path = tmp_path / "gpu-tiny-cpu.json"
     result = json.loads(path.read_text())
     needs_more = ("torchao", "bitsandbytes")
