@@ -21,7 +21,7 @@ COUNTED = (
     "self_driving-lion", "stability_v1", "stability_v2", "meta_lion-bfloat16", "meta3-8bit",
     "meta3-4bit", "axiom", "cosmic-256KB", "muon",
 )  # fmt: skip
-SHAPES = {f"{n} blocks": gpt_shapes(n, 64, 65, 64) for n in (1, 2)}
+SHAPES = {f"{n} blocks": gpt_shapes(n, 32, 65, 16) for n in (1, 2)}
 """What is stepped: of two depths, which shows whether launches grow with the number of tensors."""
 
 
