@@ -233,7 +233,7 @@ def momentum(grad: Tensor, kept: Kept, shape: torch.Size, orders: Orders) -> Ten
 def started(changed: Tensor, kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> bool:
     """Starts a kernel that changes a tensor; false where it failed, and nothing has changed."""
     try:
-        triton_launch.launch(changed.device, kernel, grid, *args, **kwargs, **OPTIONS)
+        triton_launch.launch(changed.device, kernel, grid, *args, **OPTIONS | kwargs)
     except fit.SetAsideError:
         return False
     torch.autograd.graph.increment_version([changed])
