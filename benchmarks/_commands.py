@@ -29,6 +29,7 @@ MODULES = {
     "large-models": "large_models",
     "scale": "scale",
     "resume": "resume",
+    "launches": "launches",
     "gpu": "gpu",
 }
 """The module that holds each, in the order of the report."""

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks._frameworks import room
-from benchmarks._runs import Task
+from benchmarks._runs import Record, Task
 from benchmarks._shapes import SIZES, Shapes, gpt_shapes
+from cruxy_exact import verify
+from cruxy_exact.reference import Reference
 
 FLOOR = {"adamw": 7, "meta3": 8, "meta_lion": 6, "self_driving": 11, "self_driving-no-average": 9}
 """Words of 4 bytes a parameter that a step must move where each tensor is read and written once in
@@ -25,15 +27,16 @@ OF_JAX = ("adamw", "meta3", "meta_lion", "self_driving", "self_driving-no-averag
 PARITY_STEPS = 50
 TRAJECTORIES = ("meta3", "meta_lion", "self_driving")
 
-GPU_SIZES: dict[str, Shapes] = {"tiny": gpt_shapes(1, 16, 65, 16), **SIZES}
-"""The parameter sets by name; `tiny` is for trying the command."""
+TRIED = "tiny"
+GPU_SIZES: dict[str, Shapes] = {TRIED: gpt_shapes(1, 16, 65, 16), **SIZES}
+"""The parameter sets by name; `TRIED` is for trying the command."""
 
 
 class Row(NamedTuple):
     """Something to measure.
 
     Attributes:
-        kind: `copy`, `step`, `waits`, `parity`, `exact`, `memory` or `training`.
+        kind: `copy`, `step`, `waits`, `parity`, `exact`, `checksum`, `memory` or `training`.
         framework: "jax" or "torch".
         name: of the optimizer; empty for none.
         size: a key of `GPU_SIZES`; empty for none, or for that which the row is about.
@@ -58,27 +61,27 @@ def rows(sizes: list[str], frameworks: list[str]) -> list[Row]:
         frameworks: of the rows.
     """
     found: list[Row] = []
+    tried = TRIED if TRIED in sizes else ""
     if "torch" in frameworks:
         for size in sizes:
             found.append(Row("copy", "torch", size=size))
             found += [Row("step", "torch", name, size) for name in FIRST]
             if size == sizes[0]:
                 found += [Row("waits", "torch", n, size) for n in ("meta3", "self_driving")]
-                found += [Row("exact", "torch"), *(Row("parity", "torch", n) for n in TRAJECTORIES)]
+                found += [Row("exact", "torch"), Row("checksum", "torch")]
+                found += [Row("parity", "torch", name, tried) for name in TRAJECTORIES]
         found += [Row("step", "torch", name, sizes[0]) for name in SECOND]
     if "jax" in frameworks:
-        found += [Row("parity", "jax", name) for name in TRAJECTORIES]
+        found += [Row("parity", "jax", name, tried) for name in TRAJECTORIES]
         found += [Row("step", "jax", name, sizes[0]) for name in OF_JAX]
-    tried = "tiny" if "tiny" in sizes else ""
+        found.append(Row("checksum", "jax"))
     if "torch" in frameworks:
         found += [Row("memory", "torch", name, tried) for name in ("axiom", "lion")]
         found += [Row("step", "torch", name, s) for s in sizes[1:] for name in SECOND]
     if "jax" in frameworks:
         found += [Row("step", "jax", name, size) for size in sizes[1:] for name in OF_JAX]
-    if "torch" in frameworks:
-        found += [
-            Row("training", "torch", name, tried) for name in ("self_driving", "adamw-cosine")
-        ]
+    trains = "jax" if "jax" in frameworks else "torch"
+    found += [Row("training", trains, name, tried) for name in ("self_driving", "adamw-cosine")]
     return found
 
 
@@ -92,6 +95,8 @@ def measured(row: Row, repeats: int) -> dict[str, Any]:
         return _memory(row)
     if row.kind == "training":
         return _training(row)
+    if row.kind == "checksum":
+        return _checksum(row)
     module = room(row.framework, "gpu", "gpu")
     shapes = GPU_SIZES[row.size] if row.size else SIZES["0.1m"]
     measures: Mapping[str, Callable[[], dict[str, Any]]] = {
@@ -109,7 +114,7 @@ def measured(row: Row, repeats: int) -> dict[str, Any]:
 
 def _parity(row: Row, module: Any, shapes: Shapes) -> dict[str, Any]:
     """How far steps on the device are from as many steps of PyTorch on the CPU."""
-    steps = PARITY_STEPS
+    steps = 2 if row.size == TRIED else PARITY_STEPS
     ours = module.trajectory(row.name, shapes, steps)
     torch = room("torch", "gpu", "gpu")
     theirs = torch.trajectory(row.name, shapes, steps, device="cpu")
@@ -124,12 +129,19 @@ def _parity(row: Row, module: Any, shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def _checksum(row: Row) -> dict[str, Any]:
+    """Whether the bit-exact package trains its reference model to the bits that are published."""
+    device = "cpu" if room(row.framework, "gpu", "gpu").there() else "cuda"
+    checksum, problem = verify.verify(verify.framework(row.framework, device), Reference())
+    return {"checksum": checksum, "differs": problem or "nowhere"}
+
+
 def _memory(row: Row) -> dict[str, Any]:
     """The peak of the 1.1B model's full training, in a process of its own, under 4 GiB."""
     example = Path(__file__).parents[1] / "examples" / "full_finetune_4gb.py"
     command = [sys.executable, str(example), "--steps", "5", "--optimizer", row.name]
     command += ["--tiny"] if row.size else []
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200)
     if run.returncode:
         raise RuntimeError((run.stderr.strip().splitlines() or ["it failed"])[-1])
     peak = re.search(r"peak GPU memory.*?: ([\d.]+) GiB", run.stdout)
@@ -142,9 +154,19 @@ def _training(row: Row) -> dict[str, Any]:
     rates = (None,) if row.name == "self_driving" else (3e-4, 1e-3, 3e-3)
     workload, steps = ("shakespeare-small", 2) if row.size else ("shakespeare-10m", 1000)
     tasks = [
-        Task(workload, row.name, rate or 1e-3, 0, steps, (steps,), framework="torch")
+        Task(workload, row.name, rate or 1e-3, 0, steps, (steps,), framework=row.framework)
         for rate in rates
     ]
-    records = room("torch", "training", "training").train(tasks)
+    records = _together(room(row.framework, "training", "training").train, tasks)
     losses = {str(task.rate): r.held_out[-1] for task, r in zip(tasks, records, strict=True)}
     return {"held_out": losses, "seconds": sum(record.seconds for record in records)}
+
+
+def _together(train: Callable[[list[Task]], list[Record]], tasks: list[Task]) -> list[Record]:
+    """Runs that JAX makes one of where they fit, else one after the other."""
+    try:
+        return train(tasks)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) or len(tasks) == 1:
+            raise
+    return [record for task in tasks for record in train([task])]

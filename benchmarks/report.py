@@ -130,7 +130,9 @@ def check_alike(results: dict[Path, dict[str, Any]]) -> None:
     for of_whole in commits.values():
         if len(of_whole) < 2:
             continue
-        listed = ", ".join(f"{path.name} at {commit[:10]}" for commit, path in of_whole.items())
+        listed = ", ".join(
+            f"{path.name} at {str(commit)[:10]}" for commit, path in of_whole.items()
+        )
         raise ValueError(f"figures of one benchmark need one commit, got {listed}; run them again.")
 
 
@@ -175,7 +177,7 @@ def _section(path: Path, result: dict[str, Any], found: Protocol) -> str:
     facts = [
         f"{environment['processor']}, {environment['cores']} cores; {environment['device']}",
         f"Python {environment['python']}, {packages}",
-        f"commit {environment['commit'][:10]}",
+        f"commit {(environment['commit'] or 'not known')[:10]}",
         *(f"{', '.join(who)} at {commit[:10]}" for commit, who in earlier(result).items()),
     ]
     if "seeds" in result:

@@ -1,11 +1,15 @@
 """The GPU benchmark, tried where there is none: its order, that it goes on, what it counts."""
 
 import json
+import os
+import re
+import time
 
 import pytest
 
 import benchmarks.gpu as gpu
-from benchmarks import _gpu_rows
+import benchmarks.report as report
+from benchmarks._apart import Apart, FailedError, line
 from benchmarks._gpu_rows import FLOOR, Row, rows
 from benchmarks._protocol import run
 
@@ -14,11 +18,15 @@ def measure(tmp_path, monkeypatch, found, *arguments):
     """Runs the command with rows measured by `found`; what it wrote, and the rows it measured."""
     asked = []
 
-    def measured(row, repeats):
-        asked.append(row.key)
-        return found(row)
+    class Here(Apart):
+        def call(self, seconds, function, row, repeats):
+            asked.append(row.key)
+            try:
+                return found(row)
+            except Exception as error:
+                raise FailedError(line(error)) from error
 
-    monkeypatch.setattr(gpu, "measured", measured)
+    monkeypatch.setattr(gpu, "Apart", Here)
     argv = ["--device", "cpu", "--sizes", "tiny", "--framework", "torch", *arguments]
     run(gpu.PROTOCOL, [*argv, "--output", str(tmp_path)])
     return json.loads((tmp_path / "gpu-tiny-cpu.json").read_text()), asked
@@ -75,36 +83,60 @@ def test_bandwidth_is_a_share_of_the_copy_and_the_floor_one_of_adamw():
         {**(row := Row("step", "torch", name, "tiny"))._asdict(), **quick(row)} for name in FLOOR
     ]
     table = gpu.PROTOCOL.rows({"rows": [copy, *steps], "device": "cpu"}).rows
-    assert table[2][3:8] == ("2.000", "1.00", "1.14", "16.0", "100%")
+    assert table[2][3:9] == ("2.000", "", "1.00", "1.14", "16.0", "100%")
 
 
 def test_bytes_of_a_step_are_those_of_every_tensor_read_and_written_once():
     torch = pytest.importorskip("torch")
     from benchmarks._torch.launches import bytes_of
 
-    table = torch.zeros(15, 1, dtype=torch.int64)
-    table[9] = 1024
-    chunks = torch.zeros(1, 2, dtype=torch.int32)
-    sums = {"G": 0, "M": -1, "P": -1}
-    adam = {"G": 0, "M": 0, "P": 0, "V": 0, "AVERAGED": False}
-    moved = [bytes_of((table, 1, chunks), form, 1) / 4096 for form in (sums, adam)]
-    lion = bytes_of((table, 1, chunks), adam | {"V": -1}, 1) / 4096
-    assert (sum(moved), moved[0] + lion) == (FLOOR["meta3"], FLOOR["meta_lion"])
-    assert bytes_of((table,), {"WIDTH": 256}, 1) == 0
+    many = {"table": torch.zeros(15, 1, dtype=torch.int64), "G": 0, "M": 0, "P": 0, "V": 0}
+    many |= {"chunks": torch.zeros(1, 2, dtype=torch.int32), "AVERAGED": False}
+    many["table"][9] = 1024
+
+    def words(kernel, **given):
+        return bytes_of(kernel, many | given, 1) / 4096
+
+    sums, adam = words("sums_of_chunks", M=-1, P=-1), words("update_of_chunks")
+    assert (sums + adam, sums + words("update_of_chunks", V=-1)) == (
+        FLOOR["meta3"], FLOOR["meta_lion"]
+    )  # fmt: skip
+    driven = words("sums_of_chunks", P=-1) + words("update_of_chunks", AVERAGED=True)
+    assert driven == FLOOR["self_driving"]
+    assert bytes_of("sums_of_all", {"WIDTH": 256}, 1) == 0
+    matrix = {"rows": 32, "columns": 32, "numel": 1024, "G": 0, "P": 0, "M": 0}
+    of_matrix = ("squares_of_matrix", "sizes_of_matrix", "move_of_matrix")
+    assert sum(bytes_of(kernel, matrix, 1) for kernel in of_matrix) == 6 * 4096
+    assert bytes_of("momentum_of_tensor", matrix | {"M": 3}, 1) == 1024 * (8 + 2 * (0.5 + 2 / 256))
+
+
+def test_what_crashes_hangs_or_raises_is_told_and_the_next_call_begins_anew():
+    with Apart() as apart:
+        first = apart.call(60.0, os.getpid)
+        assert apart.call(60.0, os.getpid) == first != os.getpid()
+        for seconds, call, why in (
+            (60.0, (int, "none\nat all"), "ValueError: invalid literal for int() with base 10: "),
+            (60.0, (os._exit, 9), "the process ended with exit code 9"),
+            (0.1, (time.sleep, 60.0), "TimeoutError: not finished after 0 s"),
+        ):
+            with pytest.raises(FailedError, match=re.escape(why)):
+                apart.call(seconds, *call)
+            assert apart.call(60.0, os.getpid) != first
 
 
 @pytest.mark.slow
-def test_every_row_is_measured_on_a_cpu(tmp_path, monkeypatch):
+def test_every_row_is_measured_on_a_cpu(tmp_path):
     pytest.importorskip("torch")
-    monkeypatch.setattr(_gpu_rows, "PARITY_STEPS", 2)
-    argv = ["--device", "cpu", "--sizes", "tiny", "--repeats", "1", "--output", str(tmp_path)]
-    run(gpu.PROTOCOL, argv)
-    result = json.loads((tmp_path / "gpu-tiny-cpu.json").read_text())
+    argv = ["--device", "cpu", "--sizes", "tiny", "--repeats", "1", "--minutes", "60"]
+    run(gpu.PROTOCOL, [*argv, "--output", str(tmp_path)])
+    path = tmp_path / "gpu-tiny-cpu.json"
+    result = json.loads(path.read_text())
     needs_more = ("torchao", "bitsandbytes")
     failed = {r["name"] or r["kind"]: r["failed"] for r in result["rows"] if "failed" in r}
     assert {n: why for n, why in failed.items() if not n.startswith(needs_more)} == {}
     assert result["left"] == []
     assert len(gpu.PROTOCOL.rows(result).rows) == len(result["rows"])
+    assert "\n| Meta3 | PyTorch | tiny |" in report.write({path: result})
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys):

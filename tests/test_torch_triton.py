@@ -268,6 +268,19 @@ def test_a_table_is_built_once_for_the_same_addresses():
     assert len(triton_tables._tables) == 2
 
 
+def test_a_graph_takes_the_table_that_steps_on_another_stream_have_built(monkeypatch):
+    triton_tables._tables.clear()
+    columns = {"numel": [7], "grad": [1024]}
+    ours = triton_tables.table(columns, DEVICE)
+    monkeypatch.setattr(triton_tables, "_stream", lambda device: (False, 5))
+    theirs = triton_tables.table(columns, DEVICE)
+    monkeypatch.setattr(triton_tables, "_stream", lambda device: (True, 9))
+    assert ours is not theirs
+    assert triton_tables.table(columns, DEVICE) is theirs
+    assert triton_tables.table(columns | {"grad": [2048]}, DEVICE) is not theirs
+    assert len(triton_tables._tables) == 2  # what is copied in a graph is not kept
+
+
 def test_tables_are_let_go():
     triton_tables._tables.clear()
     for length in range(triton_tables._KEPT + 3):

@@ -190,13 +190,11 @@ def build(name: str, capability: int) -> Built:
     constants = {name: constants[name] for name in constants if name in kernel.arg_names}
     signature = {argument: _type(argument, constants) for argument in kernel.arg_names}
     target = GPUTarget("cuda", capability, 32)
-    options = {
-        "sums_of_chunks": triton_passes.OPTIONS, "update_of_chunks": triton_passes.UPDATE_OPTIONS
-    }.get(kernel_name, {} if room is triton_steps else triton_passes.OPTIONS)  # fmt: skip
+    options = triton_passes.OPTIONS
+    if kernel_name in ("update_of_chunks", "adam_of_tensor"):
+        options = triton_passes.UPDATE_OPTIONS
     if room is not triton_steps:
         signature |= _types_of(kernel, constants)
-        if kernel_name == "adam_of_tensor":
-            options = triton_passes.UPDATE_OPTIONS
     attributes = {}
     if kernel_name in ("squares_of_matrix", "sizes_of_matrix"):  # as they are for most matrices
         whole = ("grad", "param", "rows", "columns")

@@ -54,6 +54,12 @@ def reads_of_parameters(text: str, numbers: set[int]) -> list[int]:
     ]
 
 
+def launched(text: str) -> int:
+    """Instructions of the entry that compute: on a GPU about as many kernels and copies."""
+    idle = (*_PASSES_THROUGH, "parameter", "constant")
+    return sum(operation not in idle for _, operation, _, _ in entry_computation(text))
+
+
 def host_calls(text: str) -> int:
     """Instructions that leave the device: callbacks, infeed, outfeed, send and receive."""
     pattern = r'custom_call_target="[^"]*callback|= \S+ (infeed|outfeed|send|recv)\('

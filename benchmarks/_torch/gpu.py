@@ -3,7 +3,9 @@
 All of it runs on the CPU too, where the figures say nothing, so that it can be tried.
 """
 
+import collections
 import functools
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +22,9 @@ from benchmarks._torch.measured_optimizers import OPTIMIZERS, step_of
 from cruxy_exact import BlockCode, stream_key
 from cruxy_exact.random_bits import random_bits
 from cruxy_torch import CruxyOptimizer, state_bytes
+
+CYCLES = 2e9
+"""Of a GPU's clock in a second, about."""
 
 MUON = "muon"
 """Timed beside the optimizers of the comparison: the orthogonal direction of every matrix."""
@@ -41,8 +46,7 @@ def copied(elements: int, repeats: int) -> dict[str, Any]:
     """Bytes a second of a copy of so many float32 numbers, which are read and written."""
     source = torch.ones(elements, dtype=torch.float32, device=DEVICE)
     target = torch.empty_like(source)
-    seconds = _median(lambda: target.copy_(source), repeats)
-    return {"milliseconds": 1e3 * seconds, "moved_bytes": 8 * elements}
+    return {**_timed(lambda: target.copy_(source), repeats), "moved_bytes": 8 * elements}
 
 
 def stepped(name: str, shapes: Shapes, repeats: int) -> dict[str, Any]:
@@ -56,13 +60,10 @@ def stepped(name: str, shapes: Shapes, repeats: int) -> dict[str, Any]:
     Raises:
         ValueError: where it cannot be made here.
     """
-    params = _parameters(shapes)
-    optimizer, label = _made(name, params)
-    loss = torch.ones((), dtype=torch.float32, device=DEVICE)
-    step = functools.partial(step_of(optimizer), loss)
+    params, label, step, optimizer = _ready(name, shapes)
     for _ in range(3):
         step()
-    row = {"label": label, "milliseconds": 1e3 * _median(step, repeats)}
+    row: dict[str, Any] = {"label": label, **_timed(step, repeats)}
     found = counted(step)
     row["own_launches"], row["torch_calls"] = len(found.ours), len(found.torch)
     row["launches"] = _launches(step)
@@ -74,9 +75,35 @@ def stepped(name: str, shapes: Shapes, repeats: int) -> dict[str, Any]:
     return row
 
 
+def started(name: str, shapes: Shapes) -> dict[str, Any]:
+    """What the second step of an optimizer starts on a device, and what our kernels move.
+
+    Args:
+        name: see `stepped`.
+        shapes: likewise.
+    """
+    params, label, step, _ = _ready(name, shapes)
+    step()
+    found = counted(step)
+    return {
+        "label": label,
+        "kernels": dict(collections.Counter(launch.kernel for launch in found.ours)),
+        "torch": dict(collections.Counter(found.torch)),
+        "moved_words": sum(launch.moved for launch in found.ours) / 4,
+        "parameters": sum(p.numel() for p in params),
+        "tensors": len(params),
+    }
+
+
+def _ready(name: str, shapes: Shapes) -> tuple[list[nn.Parameter], str, Callable[[], Any], Any]:
+    """Parameters with gradients, the optimizer's label, its step of a loss, and itself."""
+    params = _parameters(shapes)
+    optimizer, label = _made(name, params)
+    loss = torch.ones((), dtype=torch.float32, device=DEVICE)
+    return params, label, functools.partial(step_of(optimizer), loss), optimizer
+
+
 def _made(name: str, params: list[nn.Parameter]) -> tuple[Any, str]:
-    if name == "adamw-foreach":
-        return torch.optim.AdamW(params, foreach=True, fused=False), "AdamW, foreach"
     if name == MUON:
         groups = [{"params": [p], "role": "attention.q" if p.ndim == 2 else "norm"} for p in params]
         return CruxyOptimizer(groups, direction="muon"), "Muon direction"
@@ -97,20 +124,35 @@ def _parameters(shapes: Shapes) -> list[nn.Parameter]:
     return params
 
 
-def _median(run: Callable[[], Any], repeats: int) -> float:
-    seconds = []
+def _timed(run: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Milliseconds on the device, and until the call returns; medians.
+
+    The device is kept busy until all of a run is queued, so that it never waits for the host. Where
+    a run has more launches than a queue holds, the host's time is in the device's.
+    """
+    seconds = [_host_seconds(run) for _ in range(repeats)]
+    host = 1e3 * statistics.median(seconds)
+    if DEVICE.type != "cuda":
+        return {"milliseconds": host, "host_milliseconds": host}
+    busy = int(CYCLES * min(1e-3 + 2.0 * max(seconds), 0.1))
+    found = []
     for _ in range(repeats):
-        _wait()
-        start = time.perf_counter()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(busy)
+        begin.record()
         run()
-        _wait()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        end.record()
+        torch.cuda.synchronize()
+        found.append(begin.elapsed_time(end))
+    return {"milliseconds": statistics.median(found), "host_milliseconds": host}
 
 
-def _wait() -> None:
+def _host_seconds(run: Callable[[], Any]) -> float:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def _launches(step: Callable[[], Any]) -> int | None:
@@ -121,8 +163,10 @@ def _launches(step: Callable[[], Any]) -> int | None:
     with torch.profiler.profile(activities=activities) as profile:
         step()
         torch.cuda.synchronize()
-    events = profile.events() or ()
-    return sum(1 for event in events if event.device_type.name == "CUDA")
+    return sum(
+        event.device_type.name == "CUDA" and not event.is_user_annotation
+        for event in profile.events() or ()
+    )
 
 
 def waits(name: str, shapes: Shapes) -> dict[str, Any]:
@@ -133,9 +177,7 @@ def waits(name: str, shapes: Shapes) -> dict[str, Any]:
     """
     if DEVICE.type != "cuda":
         return {"waits": None, "captured": None, "error": "no GPU"}
-    params = _parameters(shapes)
-    optimizer, _ = _made(name, params)
-    step = functools.partial(step_of(optimizer), torch.ones((), device=DEVICE))
+    _, _, step, _ = _ready(name, shapes)
     found: dict[str, Any] = {"waits": False, "captured": True, "error": ""}
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -155,7 +197,7 @@ def waits(name: str, shapes: Shapes) -> dict[str, Any]:
     try:
         with torch.cuda.graph(graph):
             step()
-        found["graph_milliseconds"] = 1e3 * _median(graph.replay, 20)
+        found["graph_milliseconds"] = _timed(graph.replay, 20)["milliseconds"]
     except RuntimeError as error:
         found |= {"captured": False, "error": str(error).splitlines()[0]}
     return found
@@ -221,5 +263,6 @@ def exact() -> dict[str, Any]:
 
 def forget() -> None:
     """Gives memory that nothing uses back to the device."""
+    gc.collect()
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()

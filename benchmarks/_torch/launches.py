@@ -1,7 +1,6 @@
 """What a step starts on a device, counted from what it calls: our kernels, and torch's."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,10 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cruxy_torch._native import triton_launch
 
-SCALARS = "decide"
-"""The name of the kernel of all that is computed on scalars."""
-
-_BARE = ("empty", "detach", "is_pinned", "record_stream", "_record_function")
+_BARE = ("empty", "detach", "is_pinned", "record_stream", "_record_function", "_unsafe_view")
 
 
 class Launch(NamedTuple):
@@ -21,10 +17,12 @@ class Launch(NamedTuple):
     Attributes:
         kernel: its name.
         moved: bytes of tensors that it reads and writes.
+        after: operations of torch before it in the step.
     """
 
     kernel: str
     moved: int
+    after: int = 0
 
 
 class Counted(NamedTuple):
@@ -41,41 +39,23 @@ class Counted(NamedTuple):
 
 def counted(step: Callable[[], Any]) -> Counted:
     """What a step starts; it has to be on a device, or under Triton's interpreter."""
-    calls = _Calls()
-    with recorded(calls) as ours:
-        step()
-    return Counted(ours, calls.names)
-
-
-@contextmanager
-def recorded(calls: "_Calls | None" = None) -> Iterator[list[Launch]]:
-    """Fills a list with the launches of our kernels.
-
-    Args:
-        calls: what looks on between them.
-    """
-    launches: list[Launch] = []
-    launch = triton_launch.launch
+    calls, launch = _Calls(), triton_launch.launch
+    ours: list[Launch] = []
 
     def record(device: Any, kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
-        if calls is None:
+        with torch._C._DisableTorchDispatch():  # what the interpreter does with tensors is no call
             launch(device, kernel, grid, *args, **kwargs)
-        else:  # what the interpreter does with tensors is no launch
-            with torch._C._DisableTorchDispatch():
-                launch(device, kernel, grid, *args, **kwargs)
-        name = getattr(getattr(kernel, "fn", kernel), "__name__", "")
-        with torch._C._DisableTorchDispatch():
-            launches.append(Launch(name, bytes_of(args, kwargs, grid[0])))
+            name = getattr(getattr(kernel, "fn", kernel), "__name__", "")
+            given = dict(zip(getattr(kernel, "arg_names", ()), args, strict=False)) | kwargs
+            ours.append(Launch(name, bytes_of(name, given, grid[0]), len(calls.names)))
 
     triton_launch.launch = record
     try:
-        if calls is None:
-            yield launches
-        else:
-            with calls:
-                yield launches
+        with calls:
+            step()
     finally:
         triton_launch.launch = launch
+    return Counted(ours, calls.names)
 
 
 class _Calls(TorchDispatchMode):
@@ -92,21 +72,44 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def bytes_of(args: tuple[Any, ...], kwargs: dict[str, Any], chunks: int) -> int:
-    """What a launch reads and writes of tensors, from its table and the form it has.
+_PASSES: dict[str, dict[str, int]] = {
+    "sums_of_chunks": {"G": 1, "M": 1, "P": 1},
+    "update_of_chunks": {"G": 1, "P": 2, "M": 2, "V": 2, "AVERAGED": 2},
+    "adam_of_tensor": {"G": 1, "P": 2, "M": 2, "V": 2},
+    "sign_of_tensor": {"G": 1, "P": 2},
+    "momentum_of_tensor": {"G": 1, "M": 2, "direction": 1},
+    "move_of_tensor": {"direction": 1, "P": 2},
+    "squares_of_matrix": {"G": 1},
+    "sizes_of_matrix": {"G": 1, "P": 1},
+    "move_of_matrix": {"G": 1, "P": 2},
+}
+"""How often a kernel reads or writes every element of what has which form; others touch few."""
+
+_WIDTHS = {-1: 0.0, 0: 4.0, 1: 2.0, 2: 1.0 + 2 / 256, 3: 0.5 + 2 / 256}
+"""Bytes an element by its form, see `triton_launch.Form`, with the scale of its block."""
+
+
+def bytes_of(kernel: str, given: dict[str, Any], programs: int) -> int:
+    """What a launch reads and writes of tensors, from the forms that it is given.
 
     Args:
-        args: of the kernel.
-        kwargs: likewise.
-        chunks: how many it takes.
+        kernel: its name.
+        given: its arguments by name.
+        programs: how many it has, one for each chunk of many tensors.
     """
-    if "G" not in kwargs:  # sums of sums, and what is computed of them
+    passes = _PASSES.get(kernel)
+    if passes is None:
         return 0
-    taken = args[2][:chunks, 0].unique().long()
-    elements = int(args[0][9, taken].sum())
-    width = {-1: 0.0, 0: 4.0, 1: 2.0, 2: 1.0 + 2 / 256, 3: 0.5 + 2 / 256}
-    p, g, m = (width[kwargs[name]] for name in ("P", "G", "M"))
-    if "V" not in kwargs:
-        return round(elements * (p + g + m))
-    v, average = width[kwargs["V"]], 4.0 if kwargs["AVERAGED"] else 0.0
-    return round(elements * (g + 2 * (p + m + v + average)))
+    float32 = {"direction": 4.0, "AVERAGED": 4.0 if given.get("AVERAGED") else 0.0}
+    each = sum(
+        times * (float32[form] if form in float32 else _WIDTHS[given[form]])
+        for form, times in passes.items()
+    )
+    return round(each * _elements(given, programs))
+
+
+def _elements(given: dict[str, Any], programs: int) -> int:
+    if "chunks" in given:
+        taken = given["chunks"][:programs, 0].unique().long()
+        return int(given["table"][9, taken].sum())
+    return given["numel"] if "numel" in given else given["rows"] * given["columns"]

@@ -143,4 +143,4 @@ def _whole(number: Tensor) -> Tensor:
 def _as_tensor(key: Any, device: torch.device) -> Tensor:
     if isinstance(key, Tensor):
         return key.to(torch.int32)
-    return torch.full((), int(key), dtype=torch.int32, device=device)
+    return constant(int(key), device, torch.int32)

@@ -343,8 +343,8 @@ def update_of_chunks(
         if V >= 0:
             # Of all programs of a tensor the last to add has acquired what the others released:
             # their reads, which the barrier puts in front of their addition, come before its write.
-            tl.debug_barrier()
             last = tl.load(starts + index + 1) - tl.load(starts + index) - 1
+            tl.debug_barrier()
             if tl.atomic_add(counters + index, 1, sem="acq_rel", scope="gpu") == last:
                 tl.store(at1, product1)
                 tl.store(at2, product2)

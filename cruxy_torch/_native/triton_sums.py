@@ -105,7 +105,7 @@ class Together:
         triton_launch.launch(
             partial.device, triton_steps.sums_of_all, (5 + (of.tensors if params else 0),),
             partial, of.count, of.chunks, of.starts, of.values, of.tensors, out,
-            self.squares if params else out, WIDTH=1024,
+            self.squares if params else out, WIDTH=1024, **OPTIONS,
         )  # fmt: skip
         if params:
             self._measured += len(params)
@@ -149,7 +149,7 @@ def sums_by_tensor(
     out = torch.empty((5, of.tensors), dtype=torch.float32, device=partial.device)
     triton_launch.launch(
         partial.device, triton_steps.sums_of_tensors, (of.tensors, 5),
-        partial, of.count, of.starts, of.values, of.tensors, out, WIDTH=256,
+        partial, of.count, of.starts, of.values, of.tensors, out, WIDTH=256, **OPTIONS,
     )  # fmt: skip
     return out
 

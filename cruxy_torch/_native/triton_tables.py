@@ -7,7 +7,7 @@ same addresses is right whatever has become of the tensors, and a table is never
 import array
 import collections
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,11 +77,9 @@ def table(columns: dict[str, Sequence[int]], device: torch.device) -> Table:
         flat.extend(columns.get(name) or [0] * count)
     capturing, stream = _stream(device)
     key = (device, stream, flat.tobytes())
-    if key in _tables:
-        _tables.move_to_end(key)
-        if capturing:
-            _of_graphs.append(_tables[key])
-        return _tables[key]
+    found = _find(_tables, key, capturing)
+    if found is not None:
+        return found
     chunks, starts, tiles, begins = _cut(tuple(columns["numel"]), device)
     lengths = columns["numel"]
     aligned = all(
@@ -100,19 +98,20 @@ def table(columns: dict[str, Sequence[int]], device: torch.device) -> Table:
     return made
 
 
-_constants: dict[tuple[torch.device, int, float], Tensor] = {}
+_constants: collections.OrderedDict[tuple, Tensor] = collections.OrderedDict()
 
 
-def constant(value: float, device: torch.device) -> Tensor:
-    """A float32 number on a device; 0-d, not to be written to."""
+def constant(value: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A number on a device; 0-d, not to be written to."""
     capturing, stream = _stream(device)
-    found = _constants.get((device, stream, value))
+    key = (device, stream, (value, dtype))
+    found = _find(_constants, key, capturing)
     if found is None:
-        found = torch.full((), value, dtype=torch.float32, device=device)
+        found = torch.full((), value, dtype=dtype, device=device)
         if not capturing:  # what a graph fills is there only when that is replayed
-            _constants[device, stream, value] = found
-    elif capturing:
-        _of_graphs.append(found)
+            _constants[key] = found
+            if len(_constants) > _KEPT:
+                _constants.popitem(last=False)
     return found
 
 
@@ -122,11 +121,9 @@ def _cut(
     """How tensors are cut into chunks: chunks, starts, tiles and begins of a `Table`."""
     capturing, stream = _stream(device)
     key = (device, stream, lengths)
-    if key in _cuts:
-        _cuts.move_to_end(key)
-        if capturing:
-            _of_graphs.append(_cuts[key])
-        return _cuts[key]
+    found = _find(_cuts, key, capturing)
+    if found is not None:
+        return found
     tiles = 1
     while tiles < MOST and sum(lengths) > CHUNKS * TILE * tiles:
         tiles *= 2
@@ -144,6 +141,24 @@ def _cut(
         if len(_cuts) > _KEPT:
             _cuts.popitem(last=False)
     return cut
+
+
+def _find(known: collections.OrderedDict[tuple, Any], key: tuple, capturing: bool) -> Any:
+    """What was built before on the same stream, and for a graph on any; `None` for nothing.
+
+    Steps on another stream that a graph goes on from come before its replay, or it would read
+    their state too early; so does what they have built. A graph that built it anew would copy it
+    from the host again in every replay.
+    """
+    if capturing and key not in known:
+        device, _, of = key
+        key = next((k for k in reversed(known) if (k[0], k[2]) == (device, of)), key)
+    if key not in known:
+        return None
+    known.move_to_end(key)
+    if capturing:
+        _of_graphs.append(known[key])
+    return known[key]
 
 
 def _stream(device: torch.device) -> tuple[bool, int]:

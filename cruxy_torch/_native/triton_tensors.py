@@ -30,6 +30,7 @@ from cruxy_torch._native.triton_kernels import (
     tl,
 )
 from cruxy_torch._native.triton_launch import OPTIONS, Form
+from cruxy_torch._native.triton_tables import constant
 from cruxy_torch._orders import Orders
 
 _TYPES = {torch.float32, torch.bfloat16}
@@ -232,7 +233,7 @@ def momentum(grad: Tensor, kept: Kept, shape: torch.Size, orders: Orders) -> Ten
 def started(changed: Tensor, kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> bool:
     """Starts a kernel that changes a tensor; false where it failed, and nothing has changed."""
     try:
-        triton_launch.launch(changed.device, kernel, grid, *args, **kwargs, **OPTIONS)
+        triton_launch.launch(changed.device, kernel, grid, *args, **OPTIONS | kwargs)
     except fit.SetAsideError:
         return False
     torch.autograd.graph.increment_version([changed])
@@ -248,4 +249,4 @@ def key_of(orders: Orders, device: torch.device) -> Tensor:
     """The key of this step's random bits, where a kernel can read it."""
     if isinstance(orders.key, Tensor):
         return orders.key
-    return torch.full((), int(orders.key), dtype=torch.int32, device=device)
+    return constant(int(orders.key), device, torch.int32)

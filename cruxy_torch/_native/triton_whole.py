@@ -20,7 +20,7 @@ from cruxy_torch._native.triton_kernels import (
     step_along,
     tl,
 )
-from cruxy_torch._native.triton_launch import Form
+from cruxy_torch._native.triton_launch import UPDATE_OPTIONS, Form
 from cruxy_torch._native.triton_steps import moved
 from cruxy_torch._native.triton_tensors import are_aligned, fits, key_of, started
 from cruxy_torch._orders import Orders
@@ -175,6 +175,7 @@ def adam(
         P=Form.of(kept).format, P_CHANCE=Form.of(kept).chance, G=Form.of(grad).format,
         **Form.of(first).named("M"), **Form.of(second).named("V"), NESTEROV=nesterov,
         STEERED=decay[1] is not None, ALIGNED=are_aligned([*where[:3], where[4]]), ROWS=ROWS,
+        **UPDATE_OPTIONS,
     )  # fmt: skip
 
 
