@@ -25,8 +25,10 @@ def run(function, *arrays, name, jit=True):
     if name == "jax.numpy":
         import jax
 
+        import usual
+
         around = jax.enable_x64(True)
-        call = jax.jit(call) if jit else call
+        call = usual.jit(call) if jit else call
     with around, np.errstate(all="ignore"):
         out = call(*(array(x, xp) for x in arrays))
         if isinstance(out, tuple | list):

@@ -15,6 +15,8 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import usual
+
 DESIGN = {None: "02ba27413edb67d1", 1: "63214237201023d8"}
 """The hashes of the design's data, by grain; of names, shapes and bytes alone."""
 STEPS = 50
@@ -55,7 +57,7 @@ def train(exact, r, steps, data=own_data, place=lambda p: p, put=jnp.asarray, be
     params = place({name: jnp.asarray(p) for name, p in init(r).items()})
     first, params, state = begin or (0, params, tx.init(params))
 
-    @jax.jit
+    @usual.jit
     def step(params, state, x, y, count):
         loss = lambda p: exact.reference_loss(r, p, x, y, count)  # noqa: E731
         value, grads = jax.value_and_grad(loss)(params)
@@ -93,7 +95,7 @@ def train_by_grains(exact, r, steps, devices=1, calls=1, data=own_data, **option
         local, mesh=mesh, in_specs=(P(), P("d"), P("d"), P("d"), P()), out_specs=P(), **options
     )
 
-    @jax.jit
+    @usual.jit
     def step(params, state, x, y, numbers, count):
         losses, grains = spread(params, x, y, numbers, count)
         value = exact.scale(exact.grain_sum(losses), 1 / (r.batch * r.length))

@@ -1,6 +1,5 @@
 """JAX's part of `golden_runs`."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import optax
 
 import cruxy_optax as cruxy
+import usual
 from cruxy_control import SelfDriving
 from golden_runs import SAVED, STEPS, digest, machine, start, stream
 
@@ -85,11 +85,7 @@ def train(tx: Any, params: Any, state: Any, steps: range, dtype: str) -> tuple[A
     """Takes these steps of the shared stream."""
     grads, losses = stacked(dtype)
 
-    # Bits are those of the usual compilation, which `conftest.py` cuts short.
-    @partial(
-        jax.jit,
-        compiler_options={"xla_cpu_use_fusion_emitters": True, "xla_backend_optimization_level": 3},
-    )
+    @usual.jit
     def step(params: Any, state: Any, grads: Any, loss: Any) -> Any:
         updates, state = tx.update(grads, state, params, value=loss)
         return optax.apply_updates(params, updates), state

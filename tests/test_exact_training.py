@@ -110,9 +110,9 @@ def orders(law, name, steps=60):
     state, step, out = law.init(scalar(0.0), xp=xp), law.step, []
     call = lambda state, *s: step(state, Signals(*s), xp=xp)  # noqa: E731
     if name == "jax.numpy":
-        import jax
+        import usual
 
-        call = jax.jit(call)
+        call = usual.jit(call)
     for t in range(steps):
         norm = float(np.exp(0.5 * random.standard_normal())) * (100 if t == 30 else 1)
         norm = math.nan if t == 40 else norm

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("torch")  # which the cases are compared with elsewhere
 
+import usual
 from cruxy_exact.engines import ENGINES
 from cruxy_optax import exact
 from exact_arrays import normal, run, same
@@ -30,7 +31,7 @@ def in_jax(case, transform=lambda f: f):
         return y, *pull(y * 0.25)
 
     assert not jax.config.jax_enable_x64
-    return [np.asarray(x) for x in jax.jit(both)(*inputs(case))]
+    return [np.asarray(x) for x in usual.jit(both)(*inputs(case))]
 
 
 def in_numpy(case):
@@ -57,7 +58,7 @@ def test_engines_have_the_same_bits(case, engine):
     assert case in WITH_PRODUCTS
     function = getattr(exact, case)
     calls = [
-        jax.jit(lambda *a, p=p: function(*a, precision=p, **options))(*inputs(case))
+        usual.jit(lambda *a, p=p: function(*a, precision=p, **options))(*inputs(case))
         for p in (exact.Precision(), exact.Precision(engine=engine))
     ]
     assert same(*calls)
@@ -70,7 +71,7 @@ def squared(x, w):
     return exact.sum(exact.gelu(exact.linear(x, w)))
 
 
-GRADIENT = jax.jit(jax.grad(squared, argnums=1))
+GRADIENT = usual.jit(jax.grad(squared, argnums=1))
 
 
 def test_results_are_float32_and_the_program_stays_so():
@@ -87,12 +88,12 @@ def test_compiled_and_not_have_the_same_bits():
 
 
 def test_gradients_of_samples_by_vmap_are_those_of_each_alone():
-    mapped = jax.jit(jax.vmap(jax.grad(squared, argnums=1), (0, None)))(X, W)
+    mapped = usual.jit(jax.vmap(jax.grad(squared, argnums=1), (0, None)))(X, W)
     assert same(mapped, np.stack([GRADIENT(x, W) for x in X]))
 
 
 def test_checkpoint_changes_no_bit():
-    again = jax.jit(jax.grad(jax.checkpoint(squared), argnums=1))(X[0], W)
+    again = usual.jit(jax.grad(jax.checkpoint(squared), argnums=1))(X[0], W)
     assert same(again, GRADIENT(X[0], W))
 
 
@@ -109,7 +110,7 @@ def test_layers_in_a_scan_have_the_bits_of_layers_in_a_row():
             h = exact.gelu(exact.linear(h, weights[i]))
         return exact.sum(h)
 
-    assert same(*(jax.jit(jax.grad(f))(weights) for f in (scanned, in_a_row)))
+    assert same(*(usual.jit(jax.grad(f))(weights) for f in (scanned, in_a_row)))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -133,7 +134,7 @@ def test_a_row_does_not_depend_on_its_batch():
 def test_a_mask_is_the_same_for_shards_and_the_whole():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.NamedSharding(mesh, jax.P("d"))
-    drop = jax.jit(lambda x: exact.dropout(x, exact.dropout_key(3, 1), 0.5))
+    drop = usual.jit(lambda x: exact.dropout(x, exact.dropout_key(3, 1), 0.5))
     x = normal(16, 8)
     assert same(drop(jax.device_put(x, spread)), drop(x))
 
@@ -143,7 +144,7 @@ def test_meshes_of_explicit_axes_have_the_same_bits():
     x = normal(8, 5)
     with jax.set_mesh(mesh):
         spread = jax.device_put(x, jax.NamedSharding(mesh, jax.P("d")))
-        got = jax.jit(exact.linear)(spread, W, W[0])
+        got = usual.jit(exact.linear)(spread, W, W[0])
     assert same(got, exact.linear(x, W, W[0]))
 
 

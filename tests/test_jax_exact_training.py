@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 flax_nnx = pytest.importorskip("flax.nnx")
 
 import cruxy_optax  # noqa: E402
+import usual  # noqa: E402
 from cruxy_control import PlateauGuard, SelfDriving  # noqa: E402
 from cruxy_exact import verify as check  # noqa: E402
 from cruxy_exact.reference import Reference  # noqa: E402
@@ -59,7 +60,7 @@ def test_grains_add_up_in_any_order():
             halves[n % 2] = push(halves[n % 2], gs[i])
         return exact.grain_sum(exact.merge_grains(*halves))
 
-    push = jax.jit(exact.add_grain)
+    push = usual.jit(exact.add_grain)
     assert same(added(range(40)), added(np.random.default_rng(0).permutation(40)))
 
 
@@ -113,7 +114,7 @@ LAWS = ("controlled", "self-driving", "guarded")
 def test_an_optimizer_steps_as_in_pytorch(name):
     make, make_torch = OPTIMIZERS[name]
     tx, params = optax.with_extra_args_support(make()), PARAMS
-    state, update = tx.init(params), jax.jit(tx.update)
+    state, update = tx.init(params), usual.jit(tx.update)
     theirs = {k: torch.nn.Parameter(torch.from_numpy(p.copy())) for k, p in PARAMS.items()}
     optimizer = make_torch(theirs.values())
     for grads in GRADS:
@@ -160,7 +161,7 @@ def test_schedules_have_the_bits_of_numpy():
     wsd = {"peak": 1e-3, "warmup": 10, "decay": 90, "steps": 900}
     assert same(exact.warmup_cosine(**cosine)(counts), core.warmup_cosine(counts, **cosine, xp=np))
     want = core.warmup_stable_decay(counts, **wsd, xp=np)
-    assert same(jax.jit(exact.warmup_stable_decay(**wsd))(counts), want)
+    assert same(usual.jit(exact.warmup_stable_decay(**wsd))(counts), want)
 
 
 def test_a_pytree_has_the_checksum_of_a_state_dict():
