@@ -182,7 +182,8 @@ def mean_over_shards(
     total: jax.Array, leaf: jax.Array, axis_names: Sequence[str] = ()
 ) -> jax.Array:
     """The mean over a leaf and all its shards, from the sum over this one; float32, 0 of none."""
-    mean = _whole(total).astype(jnp.float32) / max(1, leaf.size)
+    # A float: no integer of 32 bits counts the elements of a large stack of layers.
+    mean = _whole(total).astype(jnp.float32) / float(max(1, leaf.size))
     split = [axis for axis in axis_names if axis in split_axes(leaf)]
     return lax.pmean(mean, split) if split else mean
 
