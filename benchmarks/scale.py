@@ -246,8 +246,10 @@ PROTOCOL = Protocol(
         "makes them is not counted. In JAX it is compiled for so many devices, on explicit axes "
         "unless the row says that they are automatic, in PyTorch one rank of a process group that "
         "sends nothing steps on the meta device; it is never run. Bytes are those of one device. "
-        "What it sends is counted as in rings. The peak is the compiler's, on a CPU, with "
-        "parameters, state and gradients donated; in PyTorch that of the tensors that live at once."
+        "What it sends is counted as in rings. Of stacked layers optax's Muon makes no matrix "
+        "orthogonal: there it is Adam but for the embedding and the head. The peak is the "
+        "compiler's, on a CPU, with parameters, state and gradients donated; in PyTorch that of "
+        "the tensors that live at once."
     ),
     arguments=_arguments,
     measure=_measure,
