@@ -53,6 +53,7 @@ def counted(
                 text=True,
             )
             assert process.stdout is not None
+            in_time = True
             while left:
                 alarm = threading.Timer(patience, process.kill)
                 alarm.start()
