@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -53,24 +54,29 @@ def counted(
                 text=True,
             )
             assert process.stdout is not None
-            in_time = True
-            while left:
-                alarm = threading.Timer(patience, process.kill)
-                alarm.start()
-                line = process.stdout.readline()
-                in_time = alarm.is_alive()
-                alarm.cancel()
-                if not line:
-                    break
-                left.pop(0)
-                yield json.loads(line)
-            process.stdout.close()
-            process.wait()
-            if left:  # a process of its own for what comes after the one that ended it
-                said.seek(0)
-                lines = said.read().strip().splitlines() or [f"exit status {process.returncode}"]
-                left.pop(0)
-                yield {"failed": lines[-1] if in_time else f"took more than {patience:g} seconds"}
+            reason = ""
+            try:
+                while left and not reason:
+                    begun = time.monotonic()
+                    alarm = threading.Timer(patience, process.kill)
+                    alarm.start()
+                    line = process.stdout.readline()
+                    alarm.cancel()
+                    if line:
+                        left.pop(0)
+                        yield json.loads(line)
+                    elif time.monotonic() - begun < patience:
+                        said.seek(0)
+                        reason = (said.read().strip().splitlines() or ["it ended"])[-1]
+                    else:
+                        reason = f"took more than {patience:g} seconds"
+            finally:
+                process.kill()  # of no effect on one that has ended
+                process.stdout.close()
+                process.wait()
+        if reason:  # a process of its own for what comes after the task that ended this one
+            left.pop(0)
+            yield {"failed": reason}
 
 
 def answer(count: Callable[[Task, Mapping[str, int]], dict[str, Any]]) -> None:
