@@ -1,11 +1,8 @@
 """Everything that is to be measured on a GPU, in one command, the most valuable first."""
 
 import argparse
-import hashlib
-import json
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -13,13 +10,13 @@ from rich.console import Console
 
 from benchmarks._apart import Apart, FailedError
 from benchmarks._environment import basis
+from benchmarks._finished_rows import finished, keep, source_of
 from benchmarks._frameworks import FRAMEWORKS, installed, room
 from benchmarks._gpu_rows import FLOOR, GPU_SIZES, Row, measured, rows
 from benchmarks._measured_optimizers import whole
 from benchmarks._plots import COLORS, bars, finish
 from benchmarks._protocol import Protocol, Rows
 
-ROOT = Path(__file__).parents[1]
 SIZES = ("100m", "1b", "10m")
 SOURCES = (
     "cruxy_*/**/*.py",
@@ -72,8 +69,8 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             )
     wanted = rows(options.sizes, frameworks)
     store = options.output / "gpu-rows.jsonl"
-    source = _source(frameworks, options.repeats)
-    done = _finished(store, source)
+    source = source_of(SOURCES, [[basis(name) for name in frameworks], options.repeats])
+    done = {_row(found).key: found for found in finished(store, source)}
     left = [row for row in wanted if row.key not in done]
     end, framework = time.monotonic() + 60.0 * options.minutes, ""
     with Apart() as apart:
@@ -94,8 +91,7 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             if found.get("error"):  # a capture that broke off may spoil what follows
                 apart.end()
             done[row.key] = {**row._asdict(), **found, "took": time.monotonic() - start}
-            with store.open("a") as file:
-                file.write(json.dumps({"source": source, "row": done[row.key]}) + "\n")
+            keep(store, source, done[row.key])
             shown = found.get("failed") or ", ".join(f"{k} {_short(v)}" for k, v in found.items())
             console.print(f"[{number}/{len(left)}] {row.key}: {shown}", markup=False)
     return {
@@ -106,27 +102,8 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
 
 
-def _source(frameworks: list[str], repeats: int) -> str:
-    """What figures depend on: code, device, versions and repeats."""
-    digest = hashlib.sha256(repr([[basis(name) for name in frameworks], repeats]).encode())
-    for path in sorted({path for pattern in SOURCES for path in ROOT.glob(pattern)}):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _finished(store: Path, source: str) -> dict[str, dict[str, Any]]:
-    """The rows that were measured under the same circumstances, and did not fail, by key."""
-    found = {}
-    for line in store.read_text().splitlines() if store.exists() else ():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:  # a run that was killed as it wrote
-            continue
-        row = entry["row"]
-        if entry["source"] == source and "failed" not in row:
-            key = Row(**{name: row[name] for name in Row._fields}).key
-            found[key] = row
-    return found
+def _row(found: dict[str, Any]) -> Row:
+    return Row(**{name: found[name] for name in Row._fields})
 
 
 def _short(value: Any) -> str:

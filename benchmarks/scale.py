@@ -1,21 +1,35 @@
 """What an optimizer's step sends between devices, and what each holds: counted, not run."""
 
 import argparse
+import json
 import math
 from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
+from benchmarks._counted import Task
+from benchmarks._environment import basis
+from benchmarks._finished_rows import finished, keep, source_of
 from benchmarks._frameworks import FRAMEWORKS, installed, room
 from benchmarks._models import MODELS, count, split, tensors
 from benchmarks._plots import COLORS, bars, finish
 from benchmarks._protocol import Protocol, Rows
-from benchmarks._wire import sent_bytes, total_sent
+from benchmarks._wire import Message, sent_bytes, total_sent
 
-USUAL = ("adamw", "adamw-clipped", "adafactor", "muon", "self_driving", "axiom")
+USUAL = (
+    "adamw", "adafactor", "muon", "meta3", "self_driving", "self_driving_muon", "axiom", "cosmic",
+)  # fmt: skip
 """What is counted where nothing is asked for, in the frameworks that have it."""
+
+SOURCES = (
+    "cruxy_*/**/*.py",
+    "benchmarks/_*/scale.py",
+    "benchmarks/_jax/hlo.py",
+    "benchmarks/_models.py",
+)
+"""What a row depends on."""
 
 
 def mesh_of(text: str) -> dict[str, int]:
@@ -59,7 +73,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--optimizer", nargs="+", metavar="NAME", help=f"default: {' '.join(USUAL)}"
     )
     parser.add_argument(
-        "--stacked", action="store_true", help="all layers are one tensor each, as a scan has them"
+        "--stacked",
+        action=argparse.BooleanOptionalAction,
+        help="all layers are one tensor each, as a scan has them (default: in JAX)",
     )
     parser.add_argument(
         "--bandwidth",
@@ -71,7 +87,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--patience",
         type=_above_zero,
         default=900.0,
-        help="seconds after which a compilation is given up (default: %(default)s)",
+        help="seconds after which a step is given up (default: %(default)s)",
     )
 
 
@@ -86,31 +102,33 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         for mesh in options.mesh:
             for own in tensors(MODELS[model]).values():
                 split(own, mesh)
-    wanted = [
-        (model, mesh, name) for model in options.model for mesh in options.mesh for name in names
-    ]
-    rows = []
-    for model, mesh, name in track(wanted, "compiling", console=console):
-        found = module.measured(
-            name, model, mesh, stacked=options.stacked, seconds=options.patience
-        )
-        messages = found.pop("messages")
-        sent = total_sent(messages)
-        rows.append(
-            {
-                "model": model,
-                "mesh": mesh,
-                "name": name,
-                "label": module.OPTIMIZERS[name][0],
-                **found,
-                "messages": [
-                    message._asdict() | {"sent_bytes": sent_bytes(message)} for message in messages
-                ],
-                "sent_bytes": sent,
-                "wire_seconds": sent / (options.bandwidth * 1e9),
-            }
-        )
-    layers = "stacked" if options.stacked else "layers"
+    stacked = options.framework == "jax" if options.stacked is None else options.stacked
+    store = options.output / "scale-rows.jsonl"
+    source = source_of(SOURCES, basis(options.framework))
+    done = {_key(row): row for row in finished(store, source)}
+    tasks = [Task(name, model, stacked) for model in options.model for name in names]
+    wanted = [(task, mesh) for task in tasks for mesh in options.mesh]
+    with Progress(console=console) as bar:
+        shown = bar.add_task("counting", total=len(wanted))
+        for mesh in options.mesh:
+            left = [task for task in tasks if _key(_named(task, mesh)) not in done]
+            bar.advance(shown, len(tasks) - len(left))
+            answers = module.measured(mesh, left, patience=options.patience)
+            for task, found in zip(left, answers, strict=True):
+                row = _named(task, mesh) | {"label": module.OPTIMIZERS[task.name][0]} | found
+                keep(store, source, row)
+                done[_key(row)] = row
+                bar.advance(shown)
+    rows = [done[_key(_named(task, mesh))] for task, mesh in wanted]
+    for row in rows:
+        if reason := row.get("failed"):
+            raise ValueError(f"{row['label']} on {row['model']} cannot be counted: {reason}")
+        messages = [Message(**message) for message in row["messages"]]
+        for message, entry in zip(messages, row["messages"], strict=True):
+            entry["sent_bytes"] = sent_bytes(message)
+        row["sent_bytes"] = total_sent(messages)
+        row["wire_seconds"] = row["sent_bytes"] / (options.bandwidth * 1e9)
+    layers = "stacked" if stacked else "layers"
     return {
         "part": "-".join([options.framework, *options.model, layers]),
         "framework": options.framework,
@@ -118,6 +136,15 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "bandwidth": options.bandwidth,
         "optimizers": rows,
     }
+
+
+def _named(task: Task, mesh: dict[str, int]) -> dict[str, Any]:
+    """The part of a row that says what it is of."""
+    return {**task._asdict(), "mesh": mesh}
+
+
+def _key(row: dict[str, Any]) -> str:
+    return json.dumps([row[part] for part in (*Task._fields, "mesh")])
 
 
 def _kinds(messages: list[dict[str, Any]]) -> str:
@@ -157,6 +184,7 @@ def _rows(result: dict[str, Any]) -> Rows:
         "gradients",
         "state",
         "peak",
+        "number of messages",
         "messages",
         "MB sent",
         f"ms at {result['bandwidth']:g} GB/s",
@@ -171,6 +199,8 @@ def _rows(result: dict[str, Any]) -> Rows:
     rows = []
     for row in result["optimizers"]:
         mesh = ", ".join(f"{axis} {size}" for axis, size in row["mesh"].items())
+        if row.get("axis_types") == "auto":
+            mesh += ", automatic"
         bytes_held = ("parameter_bytes", "gradient_bytes", "state_bytes", "peak_bytes")
         rows.append(
             (
@@ -178,6 +208,7 @@ def _rows(result: dict[str, Any]) -> Rows:
                 row["model"],
                 mesh,
                 *(_gib(row[key]) for key in bytes_held),
+                str(sum(message["times"] for message in row["messages"])),
                 _kinds(row["messages"]) or "none",
                 f"{row['sent_bytes'] / 1e6:,.4g}",
                 f"{1e3 * row['wire_seconds']:,.3g}",
@@ -212,9 +243,11 @@ PROTOCOL = Protocol(
     reading=(
         "The optimizer's step alone, its parameters abstract, float32, matrices split along both "
         "axes of the mesh and vectors on every device; gradients lie like parameters, so that what "
-        "makes them is not counted. In JAX it is compiled for so many devices, in PyTorch one rank "
-        "of a process group that sends nothing steps on the meta device; it is never run. Bytes "
-        "are those of one device. What it sends is counted as in rings. The peak is the "
+        "makes them is not counted. In JAX it is compiled for so many devices, on explicit axes "
+        "unless the row says that they are automatic, in PyTorch one rank of a process group that "
+        "sends nothing steps on the meta device; it is never run. Bytes are those of one device. "
+        "What it sends is counted as in rings. Of stacked layers optax's Muon makes no matrix "
+        "orthogonal: there it is Adam but for the embedding and the head. The peak is the "
         "compiler's, on a CPU, with parameters, state and gradients donated; in PyTorch that of "
         "the tensors that live at once."
     ),

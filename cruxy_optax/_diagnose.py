@@ -228,10 +228,10 @@ def _measured(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     x = x.astype(accumulator_dtype(x))
     finite = jnp.isfinite(x)
     x = jnp.where(finite, x, 0.0)
-    bad = x.size - finite.sum(dtype=jnp.int32)
+    bad = jnp.sum(~finite, dtype=jnp.int32)
     largest = x.max(initial=0.0)
     square = jnp.square(x / jnp.where(largest > 0.0, largest, 1.0)).sum()
-    return largest * jnp.sqrt(square / jnp.maximum(x.size - bad, 1)), bad
+    return largest * jnp.sqrt(square / jnp.maximum(float(x.size) - bad, 1.0)), bad
 
 
 def _like(treedef: Any, name: str, tree: Any) -> list[Any]:

@@ -9,7 +9,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cruxy_optax as ours
+from benchmarks._counted import Task
 from benchmarks._jax.hlo import axes_of, collectives, kernels
+from benchmarks._jax.scale import measured
 from benchmarks._wire import Message, sent_bytes
 from cruxy_control.slices import blocks
 from optimizers import assert_close
@@ -195,6 +197,47 @@ def test_a_stack_of_layers_is_one_leaf():
         return [one.bytes for one in collectives(text)]
 
     assert sent((6, 16, 8), P(None, "data", "model")) == sent((16, 8), P("data", "model"))
+
+
+def test_on_explicit_axes_more_tensors_send_no_more():
+    """XLA packs 256 numbers at most; here they are added up before anything is sent."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    place = NamedSharding(mesh, P("data", "model"))
+    grads = {
+        f"layer_{i}": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=place) for i in range(300)
+    }
+    tx = ours.track_gamma_norm()
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(tx.init, grads)
+        text = jax.jit(step_of(tx)).lower(grads, state, grads).compile().as_text()
+    assert [(one.operation, one.bytes) for one in collectives(text)] == [("all-reduce", 4)]
+
+
+@pytest.mark.slow
+def test_512_devices_get_as_many_messages_as_8():
+    tasks = [Task(name, "llama-1b", True) for name in ("self_driving", "axiom")]
+
+    def numbers(mesh):
+        found = measured(mesh, tasks, patience=300.0)
+        return [sum(message["times"] for message in one["messages"]) for one in found]
+
+    assert numbers({"data": 64, "model": 8}) == numbers({"data": 4, "model": 2})
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in STAGES if n not in ("scale_by_slices", "balance_slices")]
+)
+def test_a_stack_may_have_more_elements_than_an_integer_counts(name):
+    tx = STAGES[name][0]() if name != "cosmic" else ours.cosmic(1e-3, state_budget="400GB")
+    shapes = {"layers": {"kernel": (80, 8192, 28672)}, "norm": {"scale": (8192,)}}
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+    state = jax.eval_shape(tx.init, params)
+    updates, _ = jax.eval_shape(step_of(tx), params, state, params)
+    assert updates["layers"]["kernel"].shape == (80, 8192, 28672)
 
 
 def test_uneven_shards_under_shard_map():

@@ -3,6 +3,7 @@
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -14,6 +15,9 @@ from test_scale import placed, step_of, tree
 ocp = pytest.importorskip("orbax.checkpoint")
 
 BITS = (32, 16, 8, 4)
+ROUNDED = {"tiger-16": float(jnp.finfo(jnp.bfloat16).eps)}
+"""Where a direction is made of the momentum as it is stored: sums over other shards round
+otherwise, and what lies between two numbers of 16 bits may become the other."""
 MAKERS = {
     "meta3": lambda bits: ours.meta3(1e-3, state_bits=bits),
     "meta_lion": lambda bits: ours.meta_lion(1e-3, state_bits=bits),
@@ -69,8 +73,9 @@ def test_a_run_on_one_mesh_goes_on_another(name, bits, tmp_path):
     assert all(jax.tree.leaves(kept))
     got, _ = step(grads, restored, params)
     # Sums over other shards round otherwise.
+    bound = ROUNDED.get(f"{name}-{bits}", 1e-4)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=bound, atol=1e-7),
         jax.device_get(got),
         jax.device_get(wanted),
     )

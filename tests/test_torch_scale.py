@@ -11,6 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch_scale_workers as workers  # noqa: E402
+from benchmarks._counted import Task  # noqa: E402
+from benchmarks._torch.scale import measured  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="needs torch.distributed"
@@ -47,6 +49,15 @@ def test_each_rank_takes_one_matrix_at_a_time(counted):
     """Four matrices of four shapes on eight ranks: two messages to all."""
     sent = {op: n for op, n in counted["muon"].items() if "alltoall" in op or "all_to_all" in op}
     assert sum(sent.values()) == 2
+
+
+def test_512_ranks_get_as_many_messages_as_8():
+    tasks = [Task(name, "llama-1b", True) for name in ("self_driving", "axiom", "cosmic")]
+
+    def numbers(mesh):
+        return [len(one["messages"]) for one in measured(mesh, tasks, patience=300.0)]
+
+    assert numbers({"data": 64, "model": 8}) == numbers({"data": 4, "model": 2})
 
 
 @pytest.mark.slow

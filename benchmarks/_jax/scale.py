@@ -1,11 +1,9 @@
 """What a JAX optimizer's step sends between devices and holds, compiled for a mesh and not run."""
 
-import json
+import math
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +13,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import cruxy_optax
+from benchmarks._counted import Task, answer, counted
 from benchmarks._jax.hlo import axes_of, collectives
 from benchmarks._models import MODELS, count, split, tensors
 from benchmarks._wire import Message
@@ -49,52 +48,32 @@ STAGES = ("trace", "lower", "compile")
 """What is timed apart."""
 
 
+AUTOMATIC = ("muon",)
+"""What multiplies matrices without a word on how the product is split: explicit axes refuse it."""
+
+
 def measured(
-    name: str, model: str, mesh: Mapping[str, int], *, stacked: bool, seconds: float
-) -> dict[str, Any]:
-    """What a step of an optimizer takes on each device, in a process of its own.
-
-    Args:
-        name: a key of `OPTIMIZERS`.
-        model: a key of `MODELS`.
-        mesh: sizes of the axes by name, in order.
-        stacked: whether all layers are one tensor each.
-        seconds: until it is given up.
-
-    Raises:
-        ValueError: where the step does not compile; the message is the compiler's.
-    """
-    devices = 1
-    for size in mesh.values():
-        devices *= size
+    mesh: Mapping[str, int], tasks: Sequence[Task], *, patience: float
+) -> Iterator[dict[str, Any]]:
+    """What each step takes on a device; see `counted`."""
     flags = os.environ.get("XLA_FLAGS", "").split()
     flags = [flag for flag in flags if "device_count" not in flag]
+    devices = f"--xla_force_host_platform_device_count={math.prod(mesh.values())}"
     here = {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]),
+        "XLA_FLAGS": " ".join([*flags, devices]),
         "JAX_ENABLE_COMPILATION_CACHE": "0",
     }
-    wanted = json.dumps([name, model, dict(mesh), stacked])
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, wanted],
-        env=os.environ | here,
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-    )
-    if done.returncode:
-        reason = done.stderr.strip().splitlines()
-        raise ValueError(f"{name} on {model} does not compile: {reason[-1] if reason else ''}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    found["messages"] = [Message(**message) for message in found["messages"]]
-    return found
+    return counted(__name__, mesh, tasks, patience=patience, environment=here)
 
 
-def compiled(name: str, model: str, mesh: Mapping[str, int], *, stacked: bool) -> dict[str, Any]:
-    """The same in this process, which has to have the devices."""
+def compiled(task: Task, mesh: Mapping[str, int]) -> dict[str, Any]:
+    """What a step of an optimizer takes on each of the devices, which this process has to have."""
+    name, model, stacked = task
     sizes = tuple(mesh.values())
     explicit = jax.make_mesh(sizes, tuple(mesh), axis_types=(AxisType.Explicit,) * len(sizes))
-    plain = jax.make_mesh(sizes, tuple(mesh), axis_types=(AxisType.Auto,) * len(sizes))
+    kind = AxisType.Auto if name in AUTOMATIC else AxisType.Explicit
+    used = jax.make_mesh(sizes, tuple(mesh), axis_types=(kind,) * len(sizes))
     parameters = tensors(MODELS[model], stacked=stacked)
     flat = {
         path: jax.ShapeDtypeStruct(
@@ -111,30 +90,34 @@ def compiled(name: str, model: str, mesh: Mapping[str, int], *, stacked: bool) -
     with jax.set_mesh(explicit):
         state = jax.eval_shape(tx.init, params)
 
-    def automatic(leaf: Any) -> Any:
+    def on_the_mesh(leaf: Any) -> Any:
         spec = leaf.sharding.spec if leaf.sharding is not None else PartitionSpec()
         return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=NamedSharding(plain, PartitionSpec(*spec))
+            leaf.shape, leaf.dtype, sharding=NamedSharding(used, PartitionSpec(*spec))
         )
 
-    params, state = jax.tree.map(automatic, (params, state))
+    params, state = jax.tree.map(on_the_mesh, (params, state))
     places = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
 
     def step(params: Any, state: Any, grads: Any, loss: jax.Array) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params, value=loss)
         return optax.apply_updates(params, updates), state
 
-    loss = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(plain, PartitionSpec()))
+    loss = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(used, PartitionSpec()))
+    # Of no step: what the compiler makes ready once, and what a step before has left.
+    jax.clear_caches()
+    jax.jit(jnp.negative).lower(loss).compile()
     # Of the CPU, of all threads: a machine that others use too gives less of it in a second.
     times = [time.process_time()]
-    traced = jax.jit(step, donate_argnums=(0, 1, 2), out_shardings=places).trace(
-        params, state, params, loss
-    )
-    times.append(time.process_time())
-    lowered = traced.lower()
-    times.append(time.process_time())
-    done = lowered.compile()
-    times.append(time.process_time())
+    with jax.set_mesh(used):
+        traced = jax.jit(step, donate_argnums=(0, 1, 2), out_shardings=places).trace(
+            params, state, params, loss
+        )
+        times.append(time.process_time())
+        lowered = traced.lower()
+        times.append(time.process_time())
+        done = lowered.compile()
+        times.append(time.process_time())
     memory: Any = done.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     text = done.as_text() or ""
@@ -144,6 +127,7 @@ def compiled(name: str, model: str, mesh: Mapping[str, int], *, stacked: bool) -
     ]
     return {
         "tensors": len(flat),
+        "axis_types": kind.name.lower(),
         "parameter_bytes": _bytes(params),
         "gradient_bytes": _bytes(params),
         "state_bytes": _bytes(state),
@@ -175,5 +159,4 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    _name, _model, _mesh, _stacked = json.loads(sys.argv[1])
-    print(json.dumps(compiled(_name, _model, _mesh, stacked=_stacked)))
+    answer(compiled)

@@ -1,12 +1,10 @@
 """What a PyTorch optimizer's step sends between ranks and holds: one rank of many, nothing run."""
 
+import functools
 import inspect
-import json
 import math
-import subprocess
-import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import cruxy_torch
+from benchmarks._counted import Task, answer, counted
 from benchmarks._models import MODELS, split, tensors
 from benchmarks._wire import Message
 
@@ -25,6 +24,11 @@ Groups = list[dict[str, Any]]
 
 def _all(groups: Groups) -> list[nn.Parameter]:
     return [p for group in groups for p in group["params"]]
+
+
+def _cosmic(groups: Groups) -> Any:
+    params = _all(groups)
+    return cruxy_torch.Cosmic(params, state_budget=4 * sum(p.numel() for p in params))
 
 
 def _muon(groups: Groups) -> Any:
@@ -44,6 +48,7 @@ OPTIMIZERS: dict[str, tuple[str, Callable[[Groups], Any]]] = {
     ),
     "self_driving_muon": ("Self-driving Muon", _muon),
     "axiom": ("AXIOM", lambda groups: cruxy_torch.AXIOM(_all(groups))),
+    "cosmic": ("COSMIC, 4 bytes", _cosmic),
     "tiger": ("Tiger", lambda groups: cruxy_torch.Tiger(_all(groups))),
 }
 """Label and maker by name, from groups with the role of each. PyTorch's Adafactor reads numbers of
@@ -52,29 +57,10 @@ a tensor on the host, so that nothing counts it without running it; its Muon is 
 
 
 def measured(
-    name: str, model: str, mesh: Mapping[str, int], *, stacked: bool, seconds: float
-) -> dict[str, Any]:
-    """What a step of an optimizer takes on a rank, in a process of its own.
-
-    Args:
-        name: a key of `OPTIMIZERS`.
-        model: a key of `MODELS`.
-        mesh: sizes of the axes by name, in order.
-        stacked: whether all layers are one tensor each.
-        seconds: until it is given up.
-
-    Raises:
-        ValueError: where the step fails; the message is the last line of what it said.
-    """
-    wanted = json.dumps([name, model, dict(mesh), stacked])
-    command = [sys.executable, "-m", __name__, wanted]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    if done.returncode:
-        reason = done.stderr.strip().splitlines()
-        raise ValueError(f"{name} on {model} does not step: {reason[-1] if reason else ''}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    found["messages"] = [Message(**message) for message in found["messages"]]
-    return found
+    mesh: Mapping[str, int], tasks: Sequence[Task], *, patience: float
+) -> Iterator[dict[str, Any]]:
+    """What each step takes on a rank; see `counted`."""
+    return counted(__name__, mesh, tasks, patience=patience)
 
 
 class Watch(TorchDispatchMode):
@@ -154,14 +140,20 @@ def _group_name(argument: Any) -> str | None:
     return argument if isinstance(argument, str) and argument.isdecimal() else None
 
 
-def stepped(name: str, model: str, sizes: Mapping[str, int], *, stacked: bool) -> dict[str, Any]:
-    """The same in this process, which joins a group of ranks that are not there."""
+@functools.cache  # PyTorch goes on using the groups of the first of equal meshes
+def _mesh(axes: tuple[tuple[str, int], ...]) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    world = math.prod(sizes.values())
-    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
-    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    names, sizes = zip(*axes, strict=True)
+    dist.init_process_group("fake", rank=0, world_size=math.prod(sizes), store=FakeStore())
+    return init_device_mesh("cpu", sizes, mesh_dim_names=names)
+
+
+def stepped(task: Task, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """What a step of an optimizer takes on a rank, in a group of ranks that are not there."""
+    name, model, stacked = task
+    mesh = _mesh(tuple(sizes.items()))
     by_role: dict[str, list[nn.Parameter]] = {}
     for own in tensors(MODELS[model], stacked=stacked).values():
         spec = split(own, sizes)
@@ -230,5 +222,4 @@ def _local_bytes(tensor: Any) -> int:
 
 
 if __name__ == "__main__":
-    _name, _model, _mesh, _stacked = json.loads(sys.argv[1])
-    print(json.dumps(stepped(_name, _model, _mesh, stacked=_stacked)))
+    answer(stepped)

@@ -106,7 +106,7 @@ def blend_by_lora_pid(
         directions = blend(momenta, weighed, temperature, axes)
         ok = jnp.ones((), jnp.bool_) if controls is None else controls.ok
         shares = [
-            mean_over_shards(large_share(u, rms, xp=jnp) * u.size, u, axes)
+            mean_over_shards(large_share(u, rms, xp=jnp) * float(u.size), u, axes)
             for u, rms in sized(directions, axes)
         ]
         seen = jnp.stack(shares) if shares else jnp.zeros_like(held.rho)

@@ -12,8 +12,9 @@ from cruxy_control.checks import check_bounds, check_range
 from cruxy_control.controls import Controls, meta_learning_rate
 from cruxy_control.formulas.limits import RELATIVE_FLOOR, rate_share
 from cruxy_control.formulas.limits import relative_limit as limit_of
-from cruxy_optax._controls import require_controls
+from cruxy_optax._controls import materialize, require_controls
 from cruxy_optax._distributed.axes import as_axes, is_spread, mean_square, whole_mean_square
+from cruxy_optax._tree import root
 
 
 class ThrottleByPhaseState(NamedTuple):
@@ -149,16 +150,25 @@ def scale_by_meta_learning_rate(
         squares = [mean_square(p, axis_names) for p in leaves]
         whole = whole_mean_square(squares, leaves, axis_names)
 
-        def one(square: jax.Array) -> jax.Array:
+        def one(square: jax.typing.ArrayLike) -> jax.Array:
+            square = jnp.asarray(square, jnp.float32)
             limit = limit_of(square, share, relative_floor, xp=jnp, whole=whole)
             return jnp.minimum(rate, limit)
 
-        limits = list(map(one, squares))
-        if any(map(is_spread, leaves)):
-            # The largest tensor has the largest rate: not every one is worked out another time.
-            largest = one(jnp.stack(squares).max())
-        else:
-            largest = jnp.stack([jnp.zeros_like(rate), *limits]).max()
+        if not any(map(is_spread, leaves)):
+            limits = list(map(one, squares))
+            return treedef.unflatten(limits), jnp.stack([jnp.zeros_like(rate), *limits]).max()
+
+        # A limit rises with the size of its tensor. So both ends are worked out once for all, and
+        # three operations a tensor are left to compile.
+        scale, lowest, highest = materialize(share, one(0.0), one(float("inf")))
+
+        def between(square: jax.Array) -> jax.Array:
+            return jnp.minimum(jnp.maximum(scale * root(square), lowest), highest)
+
+        # The largest tensor has the largest rate: not every one is worked out another time.
+        largest = between(jnp.stack(squares).max())
+        limits = list(map(between, squares))
         return treedef.unflatten(limits), largest
 
     def update_fn(

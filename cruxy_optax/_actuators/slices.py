@@ -123,7 +123,7 @@ def norms(x: jax.Array, part: Part, axis_names: Sequence[str] = ()) -> jax.Array
     """The Euclidean norm of a tensor, or of every row of it; as `mean_squares`."""
     count = x.shape[-1] if part == "row" and x.ndim > 1 else x.size
     shards = math.prod(lax.psum(1, axis) for axis in axis_names if axis in split_axes(x))
-    return root(mean_squares(x, part, axis_names) * (count * shards))
+    return root(mean_squares(x, part, axis_names) * float(count * shards))
 
 
 def spread(values: jax.Array, x: jax.Array, part: Part) -> jax.Array:

@@ -2,10 +2,15 @@
 
 A sum over a sharded array becomes a sum on each device and an all-reduce. XLA packs those that it
 meets into one, up to the first that depends on one of them. So nothing here flattens what may be
-sharded, which would gather it, and `together` makes a stage of what belongs to one.
+sharded, which would gather it, and `together` makes a stage of what belongs to one. On explicit
+axes a number can be in parts, one a device: those of all tensors are added up before anything is
+sent.
 """
 
+import functools
+import inspect
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,10 +64,40 @@ def is_spread(leaf: jax.Array) -> bool:
     return any(size > 1 for name, size in mesh.shape.items() if name not in manual)
 
 
+_KEEPS_PARTS = "out_sharding" in inspect.signature(lax.reduce_sum).parameters
+"""Whether this jax has sums that stay in parts."""
+
+
+def sum_in_parts(x: jax.Array) -> jax.Array:
+    """The sum of an array; along the explicit axes that split it, what each device has of it.
+
+    `sum_of_numbers` and `mean_over_shards` make the whole of it.
+    """
+    axes = frozenset(jax.tree.leaves(explicit_spec(x)))
+    if not (axes and _KEEPS_PARTS):
+        return jnp.sum(x)
+    parts = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(unreduced=axes))
+    return lax.reduce_sum(x, axes=tuple(range(x.ndim)), out_sharding=parts)
+
+
+def _axes_of_parts(number: jax.Array) -> frozenset[str]:
+    """The explicit axes along which every device has a part of a number."""
+    return frozenset(getattr(jax.typeof(number).sharding.spec, "unreduced", ()))
+
+
+def _whole(number: jax.Array) -> jax.Array:
+    """The number that all parts add up to."""
+    if not _axes_of_parts(number):
+        return number
+    everywhere = NamedSharding(jax.typeof(number).sharding.mesh, PartitionSpec())
+    return jax.sharding.reshard(number, everywhere)
+
+
 def inner_product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The sum of all products of two arrays of one shape; nothing that is spread is flattened."""
-    # On one device of a CPU a product of vectors is faster than a sum.
-    return jnp.sum(a * b) if is_spread(a) or is_spread(b) else jnp.vdot(a, b)
+    """The sum of all products of two arrays of one shape, as `sum_in_parts` has it."""
+    # On one device of a CPU a product of vectors is faster than a sum. What is spread is not
+    # flattened.
+    return sum_in_parts(a * b) if is_spread(a) or is_spread(b) else jnp.vdot(a, b)
 
 
 def together(
@@ -125,8 +160,13 @@ def sum_over_shards(
 
 
 def sum_of_numbers(numbers: Sequence[jax.Array], leaves: Sequence[jax.Array]) -> jax.Array:
-    """The sum of one number a leaf; float32, or float64."""
-    total = sum(numbers, jnp.zeros((), jnp.float32))
+    """The sum of one number a leaf, which may be in parts; float32, or float64."""
+    groups: dict[frozenset[str], list[jax.Array]] = {}
+    for number in numbers:
+        groups.setdefault(_axes_of_parts(number), []).append(number)
+    total = sum(groups.pop(frozenset(), []), jnp.zeros((), jnp.float32))
+    for parts in groups.values():
+        total = total + _whole(functools.reduce(operator.add, parts))
     if total.dtype == jnp.float32 and any(map(is_spread, leaves)):
         return materialize(total)[0]  # or XLA adds them up again for everything that reads the sum
     return total
@@ -142,7 +182,8 @@ def mean_over_shards(
     total: jax.Array, leaf: jax.Array, axis_names: Sequence[str] = ()
 ) -> jax.Array:
     """The mean over a leaf and all its shards, from the sum over this one; float32, 0 of none."""
-    mean = total.astype(jnp.float32) / max(1, leaf.size)
+    # A float: no integer of 32 bits counts the elements of a large stack of layers.
+    mean = _whole(total).astype(jnp.float32) / float(max(1, leaf.size))
     split = [axis for axis in axis_names if axis in split_axes(leaf)]
     return lax.pmean(mean, split) if split else mean
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cruxy_optax._distributed.axes import is_spread
+from cruxy_optax._distributed.axes import is_spread, sum_in_parts
 from cruxy_optax._tree import accumulator_dtype, root
 
 _BLOCK = 16
@@ -27,11 +27,12 @@ def power_sums(leaf: jax.Array, gamma: float) -> tuple[jax.Array, jax.Array]:
         gamma: exponent of the second sum, at least 1.
 
     Returns:
-        Two scalars. NaN, infinity and overflow in any element reach both.
+        Two scalars, in parts where `sum_in_parts` leaves them so. NaN, infinity and overflow in any
+        element reach both.
     """
     leaf = leaf.astype(accumulator_dtype(leaf))
     if gamma == 2.0:
-        squares = jnp.sum(leaf * leaf)
+        squares = sum_in_parts(leaf * leaf)
         return squares, squares
     if _fits_one_pass(leaf):
         return lax.platform_dependent(
@@ -57,7 +58,7 @@ def _terms(x: jax.Array, gamma: float) -> tuple[jax.Array, jax.Array]:
 def _two_sums(x: jax.Array, gamma: float) -> tuple[jax.Array, jax.Array]:
     """What XLA fuses into one pass by itself on a GPU, and never on a CPU."""
     squares, powers = _terms(x, gamma)
-    return jnp.sum(squares), jnp.sum(powers)
+    return sum_in_parts(squares), sum_in_parts(powers)
 
 
 def _one_pass(x: jax.Array, gamma: float) -> tuple[jax.Array, jax.Array]:
