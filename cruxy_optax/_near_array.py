@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -75,6 +75,21 @@ class NearArray:
         if not layout.folded:
             offset = offset[: math.prod(layout.shape)].reshape(layout.shape)
         return wide + offset.astype(wide.dtype)
+
+    def residues(self) -> jax.Array:
+        """The array, but for multiples of `spans`; float32."""
+        return self._each(lambda codes, grid: codes.astype(jnp.float32) * grid)
+
+    def spans(self) -> jax.Array:
+        """How far apart numbers with the code of each element are; float32, like the array."""
+        return self._each(lambda codes, grid: jnp.full(codes.shape, self.code.span) * grid)
+
+    def _each(self, of: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+        """What follows from each code and the step of its block."""
+        cut = self.layout.cut(8)
+        grid = cut.spread(self.scales.astype(jnp.float32), ones=cut.own)
+        values = cut.gather(of(cut.spread(self.codes), grid), self.layout.grid)
+        return values.reshape(-1)[: math.prod(self.layout.shape)].reshape(self.layout.shape)
 
     def encode(self, x: Any, near: Any) -> "NearArray":
         """Another array of the same shape, to be read beside `near`, to the nearest step."""

@@ -6,6 +6,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import cruxy_optax
 from cruxy_control import Meta3
@@ -17,6 +19,8 @@ from cruxy_optax import (
     self_driving,
     stabilize,
 )
+from jax_versions import set_mesh
+from test_optax_quantize_sharding import moved_between_devices
 
 ERROR = {32: 3e-3, 16: 0.005, 8: 0.16}
 """How far an average may be from the exact one, in terms of how far that is from the parameters.
@@ -158,6 +162,36 @@ def test_averages_of_released_gradients_are_those_of_each_layer(bits):
     exact, coded = found
     distance = np.linalg.norm(exact - now.layers)
     assert np.linalg.norm(coded - exact) < ERROR[bits] * distance
+
+
+@either
+@pytest.mark.parametrize("spec", [P("data"), P(None, "data")], ids=["rows", "columns"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_averages_stay_where_they_are(bits, spec, kind):
+    sharding = NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(kind,)), spec)
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(256, 512)), jnp.float32)}
+    tx = average_iterates(bits=bits)
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = tx.update(params, state, params)
+    with set_mesh(sharding.mesh):
+        split = jax.device_put(params, sharding)
+        after, step = tx.init(split), jax.jit(tx.update)
+        assert moved_between_devices(step, split, after, split) == []
+        for _ in range(2):
+            _, after = step(split, after, split)
+        assert after.average["w"].codes.sharding.is_equivalent_to(sharding, 2)
+        average = averaged_params(after, split)["w"]
+    np.testing.assert_allclose(average, averaged_params(state, params)["w"], rtol=1e-5)
+
+
+def test_bits_are_static_under_inject_hyperparams():
+    with_defaults = optax.inject_hyperparams(self_driving)(learning_rate=1e-3)
+    with_defaults.init(tree())
+    with pytest.raises(ValueError, match="name it in static_args under"):
+        optax.inject_hyperparams(self_driving)(learning_rate=1e-3, average_bits=8).init(tree())
+    static = optax.inject_hyperparams(self_driving, static_args=("average_bits",))
+    static(learning_rate=1e-3, average_bits=8).init(tree())
 
 
 @pytest.mark.parametrize("bits", [4, 0, "8", 8.0])

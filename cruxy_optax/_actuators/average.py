@@ -30,7 +30,9 @@ class AverageIteratesState(NamedTuple):
     held_by_controls = True
 
 
-def average_iterates(power: float = 16.0, bits: int = 32) -> optax.GradientTransformationExtraArgs:
+def average_iterates(
+    power: float = 16.0, bits: int | None = None
+) -> optax.GradientTransformationExtraArgs:
     r"""Averages the parameters on their way, late ones more; changes no update.
 
     $$
@@ -42,15 +44,15 @@ def average_iterates(power: float = 16.0, bits: int = 32) -> optax.GradientTrans
     `averaged_params(opt_state, params)`. A constant rate ends where noise holds it; the average
     ends below, as after a schedule, at every step and without knowing the last one. The average is
     kept in float32 at least, one more buffer beside the moments, or in fewer bits: it lies near the
-    parameters, so that its lowest digits tell it (`cruxy_exact.near.NearCode`).
+    parameters, so that its lowest digits tell it (`cruxy_exact.NearCode`).
 
     Args:
         power: the `p` above, at least 0: 0 is the plain mean; about the last `1 / (p + 1)` of the
             run counts.
-        bits: an element of the average, 32, 16 or 8. In 16 and 8 bits a leaf of at least 4,096
-            elements takes 2.01 and 1.01 bytes an element, and is rounded by chance where it moves;
-            whoever changes parameters by more than a step does then changes their average with
-            them. Not to be traced.
+        bits: an element of the average, 32 (`None`), 16 or 8. In 16 and 8 bits a leaf of at least
+            4,096 elements takes 2.01 and 1.01 bytes an element, and is rounded by chance where it
+            moves; whoever changes parameters by more than a step does then changes their average
+            with them. Under `optax.inject_hyperparams`, name it in `static_args`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`. Inside `stabilize` a skipped step leaves the
@@ -78,7 +80,7 @@ def average_iterates(power: float = 16.0, bits: int = 32) -> optax.GradientTrans
         Optimization](https://arxiv.org/abs/1212.1824), 2013.
     """
     power = check_range("power", power, 0.0, remedy="use 16, or 0 for the plain mean")
-    bits = check_bits("bits", bits, BITS)
+    bits = 32 if bits is None else check_bits("bits", bits, BITS)
 
     def start(p: Any) -> Any:
         if bits < 32 and jnp.size(p) >= SMALLEST:
@@ -133,7 +135,8 @@ def averaged_params(opt_state: Any, params: optax.Params) -> optax.Params:
             inside `optax.chain`, `masked`, `partition`, `MultiSteps`, `inject_hyperparams`, a Flax
             `TrainState` or `nnx.Optimizer.opt_state`, or the state of `release_gradients`.
         params: the parameters that are trained, as `tx.init` had them; a leaf that is masked out of
-            all averages comes back as it is.
+            all averages comes back as it is. Where averages are kept in fewer bits, those that the
+            last update has led to: they are read beside them.
 
     Returns:
         A tree like `params`, each leaf in its dtype. Before the first step it is `params`.

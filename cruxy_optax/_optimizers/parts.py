@@ -43,7 +43,10 @@ def by_role(
     return [scale_by_role(rates, rules=rules, model=model)] if rates else []
 
 
-def averaged(averaging: float | None, average_bits: int) -> list[optax.GradientTransformation]:
+def averaged(
+    averaging: float | None, average_bits: int | None
+) -> list[optax.GradientTransformation]:
     """The average of the iterates as the last part of a chain; none where none is kept."""
-    bits = check_bits("average_bits", average_bits, BITS)
-    return [] if averaging is None else [average_iterates(averaging, bits)]
+    if average_bits is not None:
+        check_bits("average_bits", average_bits, BITS)
+    return [] if averaging is None else [average_iterates(averaging, average_bits)]

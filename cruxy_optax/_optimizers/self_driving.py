@@ -38,7 +38,7 @@ def self_driving(
     nesterov: bool = True,
     relative_limit: Limit = "usual",
     averaging: float | None = 16.0,
-    average_bits: int = 32,
+    average_bits: int | None = None,
     total_steps: int | None = None,
     rates: Mapping[str, Any] | None = None,
     law: Law | None = None,
@@ -82,7 +82,7 @@ def self_driving(
             rate is not recovered from.
         averaging: the power of `average_iterates`; `None` keeps no average and saves its buffer:
             then the parameters themselves are what there is to evaluate, as noisy as the rate.
-        average_bits: bits an element of the average, 32, 16 or 8; see `average_iterates`.
+        average_bits: bits an element of the average, 32 (`None`), 16 or 8; see `average_iterates`.
         total_steps: steps of the run, where they are known: the rate is found in the first fifth
             of them and then falls to 0 from twice of it (`SelfDriving.total_steps`). `None` for a
             run without an end.
@@ -157,7 +157,7 @@ def self_driving_lion(
     *,
     relative_limit: Limit = "usual",
     averaging: float | None = 16.0,
-    average_bits: int = 32,
+    average_bits: int | None = None,
     total_steps: int | None = None,
     rates: Mapping[str, Any] | None = None,
     law: Law | None = None,
@@ -179,7 +179,7 @@ def self_driving_lion(
         relative_limit: 0.01: a sign has size 1 where Adam's direction has a quarter of it or less,
             and never shrinks: on a small convolutional net 0.02 ended in divergence.
         averaging: the power of `average_iterates`; `None` keeps no average.
-        average_bits: bits an element of the average, 32, 16 or 8.
+        average_bits: bits an element of the average, 32 (`None`), 16 or 8.
         total_steps: steps of the run, where they are known.
         rates: factors on the rate by role.
         law: the controller with its constants; `None` for `SelfDriving` with those that go with
@@ -234,7 +234,7 @@ def self_driving_muon(
     nesterov: bool = True,
     relative_limit: Limit = "usual",
     averaging: float | None = 16.0,
-    average_bits: int = 32,
+    average_bits: int | None = None,
     total_steps: int | None = None,
     rates: Mapping[str, Any] | None = None,
     law: Law | None = None,
@@ -266,7 +266,7 @@ def self_driving_muon(
         relative_limit: no tensor gets a rate above this share of its own root mean square, nor of
             that of all parameters.
         averaging: the power of `average_iterates`; `None` keeps no average.
-        average_bits: bits an element of the average, 32, 16 or 8.
+        average_bits: bits an element of the average, 32 (`None`), 16 or 8.
         total_steps: steps of the run, where they are known.
         rates: factors on the rate by role.
         law: the controller with its constants; `None` for those above.
