@@ -19,6 +19,7 @@ MODULES = {
     "carry-over": "carry_over",
     "roles": "roles",
     "yielding": "yielding",
+    "averages": "averages",
     "components": "components",
     "activations": "activations",
     "wires": "wires",

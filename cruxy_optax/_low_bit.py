@@ -249,14 +249,18 @@ def as_built(state: Any, init: Callable[[Any], Any], like: Any) -> Any:
         init: what made it.
         like: parameters, or gradients of their shapes and dtypes.
     """
-    if not nodes_with_paths(state, _came_apart):
+    if not nodes_with_paths(state, came_apart):
         return state
     template = jax.eval_shape(init, like)
     return jax.tree_util.tree_map_with_path(lambda path, _: at(state, path), template)
 
 
-def _came_apart(node: Any) -> bool:
-    return isinstance(node, Mapping) and set(node) == {"codes", "scales"}
+def came_apart(node: Any) -> bool:
+    """Whether this node of a state is what nnx made of a coded array."""
+    if not (isinstance(node, Mapping) and set(node) == {"codes", "scales"}):
+        return False
+    dtype = getattr(node["codes"], "dtype", jnp.float32)  # else parameters of these names
+    return not jnp.issubdtype(dtype, jnp.floating)
 
 
 def is_low_bit(node: Any) -> bool:

@@ -7,6 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cruxy_torch._blocks import blocks
+from cruxy_torch._distributed.shards import local
+from cruxy_torch._memory.state import has_average, kept_average
+from cruxy_torch._near import value
+
 
 @contextlib.contextmanager
 def averaged_block(optimizer: Any) -> Iterator[None]:
@@ -30,7 +35,7 @@ def averaged_block(optimizer: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def averages_in_place(states: Mapping[Any, Mapping[str, Any]]) -> Iterator[None]:
-    """Copies `state["average"]` into each parameter that has one, and the parameters back.
+    """Copies the average of each parameter that has one into it, and the parameters back.
 
     They are copied back whatever happens in the block.
 
@@ -41,11 +46,19 @@ def averages_in_place(states: Mapping[Any, Mapping[str, Any]]) -> Iterator[None]
     try:
         with torch.no_grad():
             for param, state in states.items():
-                if "average" in state:
+                if has_average(state):
                     kept.append((param, param.detach().clone()))
-                    param.copy_(state["average"])
+                    _put_average(param, state)
         yield
     finally:
         with torch.no_grad():
-            for param, value in kept:
-                param.copy_(value)
+            for param, before in kept:
+                param.copy_(before)
+
+
+def _put_average(param: Tensor, state: Mapping[str, Any]) -> None:
+    if "average" in state:
+        param.copy_(state["average"])
+        return
+    for p, mean in blocks(local(param), kept_average(param, state, 0)):
+        p.copy_(value(p, mean))

@@ -15,6 +15,9 @@ from cruxy_torch._native import library, triton_found
 BITS = (32, 16, 8, 4)
 """Bits an element in which moments can be kept."""
 
+AVERAGE_BITS = (32, 16, 8)
+"""Bits an element in which averages can be kept."""
+
 
 def check_lr_bounds(lr_bounds: tuple[float, float] | None) -> None:
     """Raises unless bounds on the rate are an ordered pair of numbers of at least 0."""
@@ -90,6 +93,10 @@ def check_shared(group: dict[str, Any]) -> None:
     if group["averaging"] is not None:
         remedy = "16 is usual, and None keeps no average"
         check_range("averaging", group["averaging"], 0.0, remedy=remedy)
+    if group["average_bits"] not in AVERAGE_BITS:
+        raise ValueError(
+            f"average_bits must be 8, 16 or 32, got {group['average_bits']!r}; 16 is as good as 32."
+        )
 
 
 def check_group(group: dict[str, Any]) -> None:

@@ -367,6 +367,7 @@ class ControlledOptimizer(Diagnosed, Optimizer):
         for group in self.param_groups:
             group.setdefault("relative_limit", None)
             group.setdefault("averaging", None)
+            group.setdefault("average_bits", 32)
 
     def __repr__(self) -> str:
         law_state = self.param_groups[0].pop(KEY)

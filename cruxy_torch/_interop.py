@@ -4,6 +4,7 @@ What crosses is NumPy: an Optax state is a nest of NamedTuples whose leaves NumP
 goes back has the same nest with NumPy leaves, which JAX takes as they are.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,9 @@ def state_from_optax(
         optimizer: of the same mode and options; nothing of it changes.
         opt_state: the state of `cruxy_optax.meta3`, `meta_lion`, `self_driving`,
             `self_driving_lion`, `stability_v1` or `stability_v2`.
-            Moments kept in fewer bits on either side go through the values they stand for.
+            Moments and averages kept in fewer bits on either side go through the values they stand
+            for. Those of an average are told beside the parameters: `optimizer`'s have to be those
+            that `opt_state` belongs to.
         leaves: lists the leaves of a tree like the JAX parameters in the order and layout of
             `optimizer`'s, such as `lambda tree: [tree["kernel"].T, tree["bias"]]`: the moments
             are trees like that.
@@ -73,7 +76,10 @@ def state_from_optax(
     adam = hasattr(moments, "nu")
     if adam:
         columns["exp_avg_sq"] = leaves(_decoded(moments.nu))
-    averages = [leaves(node.average) for node in _found(opt_state, ("AverageIteratesState",))]
+    averages = [
+        (leaves(_decoded(node.average, "residues")), leaves(_decoded(node.average, "spans")))
+        for node in _found(opt_state, ("AverageIteratesState",))
+    ]
     params = [(param, group) for group in optimizer.param_groups for param in group["params"]]
     saved["state"] = {}
     for index, (param, group) in enumerate(params):
@@ -91,9 +97,11 @@ def state_from_optax(
         if adam:
             state["beta1_product"] = _tensor(moments.mu_decay)
             state["beta2_product"] = _tensor(moments.nu_decay)
-        for column in averages:
+        for columns_of_average in averages:
             if group["averaging"] is not None:
-                state["average"] = _tensor(_at(column, index, len(params)))
+                parts = [_tensor(_at(column, index, len(params))) for column in columns_of_average]
+                bits = _state.bits_of(param, group["average_bits"])
+                state |= _state.average(param, _beside(param, *parts), bits)
         saved["state"][index] = state
     return saved
 
@@ -150,8 +158,12 @@ def state_to_optax(
             applied = {n: law_state[n] for n in _law_state.APPLIED if n in law_state}
             return node._replace(count=count, **applied)
         if kind == "AverageIteratesState":
-            averages = [_array(s.get("average", p)) for p, s in zip(params, states, strict=True)]
-            return node._replace(average=_coded(node.average, tree(averages)), count=count)
+            means = [
+                _state.average_of(p, s) if _state.has_average(s) else p
+                for p, s in zip(params, states, strict=True)
+            ]
+            here = [tree([_array(value) for value in values]) for values in (means, params)]
+            return node._replace(average=_coded(node.average, *here), count=count)
         if node is controller:
             return node._replace(inner_state=replaced(node.inner_state), **new)
         if isinstance(node, tuple):
@@ -201,17 +213,32 @@ def _found(node: Any, kinds: tuple[str, ...]) -> list[Any]:
     return here + [found for part in below for found in _found(part, kinds)]
 
 
-def _decoded(node: Any) -> Any:
-    """The same nest with arrays where `cruxy_optax.quantize_state` has codes."""
+def _decoded(node: Any, how: str = "decode") -> Any:
+    """The same nest with arrays where `cruxy_optax` has codes: what this method of them gives."""
     if hasattr(node, "codes"):
-        return node.decode()
-    return _mapped(_decoded, node)
+        return getattr(node, how)()
+    if how == "spans" and hasattr(node, "dtype"):
+        return np.zeros(np.shape(node), np.float32)
+    return _mapped(lambda part: _decoded(part, how), node)
 
 
-def _coded(like: Any, node: Any) -> Any:
-    """The nest `node` in the dtypes of `like`, with codes where that has them, to the nearest."""
+def _beside(param: torch.Tensor, average: torch.Tensor, span: torch.Tensor) -> torch.Tensor:
+    """An average of which multiples of a span are known but for a parameter nearby; 0 for all."""
+    near = param.detach().to(average.device, torch.float64)
+    whole = torch.round((near - average) / torch.where(span > 0.0, span, math.inf))
+    return (average + whole * span).to(average.dtype)
+
+
+def _coded(like: Any, node: Any, beside: Any = None) -> Any:
+    """The nest `node` in the dtypes of `like`, with codes where that has them, to the nearest.
+
+    Args:
+        like: the nest to be like.
+        node: what is to be kept.
+        beside: the nest of the parameters, where codes are read beside those.
+    """
     if hasattr(like, "codes"):
-        return like.encode(node, None)
+        return like.encode(node, beside)
     if hasattr(like, "dtype"):
         array = np.asarray(node)
         if array.shape != tuple(like.shape):
@@ -220,7 +247,7 @@ def _coded(like: Any, node: Any) -> Any:
                 f"{tuple(like.shape)}; transpose what the two frameworks lay out differently."
             )
         return array.astype(like.dtype)
-    return _mapped(_coded, like, node)
+    return _mapped(_coded, like, node, *([] if beside is None else [beside]))
 
 
 def _mapped(function: Callable[..., Any], *nodes: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from cruxy_exact.codes import BlockCode, pack, unpack
+from cruxy_exact.codes import pack, unpack
 from cruxy_exact.random_bits import random_bits, round_to_bfloat16
 from cruxy_torch._distributed.shards import is_sharded
 
@@ -55,16 +55,17 @@ class Coded(NamedTuple):
 
     Attributes:
         codes: one byte an element, int8 or uint8, `(blocks, 256)`; two elements to a byte, uint8,
-            `(blocks, 128)`: the first half of a block in the lower bits.
+            `(blocks, 128)`: the first half of a block in the lower bits. Of an average int8 or
+            int16, `(blocks, 256)`.
         scales: bfloat16, `(blocks,)`.
-        code: what they mean.
+        code: what they mean: a `BlockCode`, of an average a `NearCode`.
         shape: of the tensor.
         first: the number of its first element.
     """
 
     codes: Tensor
     scales: Tensor
-    code: BlockCode
+    code: Any
     shape: torch.Size
     first: int
 
@@ -184,7 +185,7 @@ def _decoded(column: Sequence[Coded]) -> list[Tensor]:
 
 def _encode(column: Sequence[Coded], values: Sequence[Tensor], key: Any, ok: Tensor) -> None:
     code = column[0].code
-    x = _joined([_blocks(value) for value in values])
+    x = _joined([in_blocks(value, torch.float32) for value in values])
     scales = code.scale(x.abs().amax(1), xp=torch)
     noise: Any = code.half
     if key is not None:
@@ -202,8 +203,9 @@ def _encode(column: Sequence[Coded], values: Sequence[Tensor], key: Any, ok: Ten
         assign(targets, kept_or_new.split(sizes))
 
 
-def _blocks(value: Tensor) -> Tensor:
-    flat = value.to(torch.float32).reshape(-1)
+def in_blocks(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The elements of a tensor, those that share a scale to a row, filled up with zeros."""
+    flat = value.to(dtype).reshape(-1)
     missing = -flat.numel() % BLOCK_SIZE
     if missing:
         flat = torch.nn.functional.pad(flat, (0, missing))

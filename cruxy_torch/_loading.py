@@ -10,7 +10,9 @@ from cruxy_torch import _law_state
 from cruxy_torch._law_state import KEY
 from cruxy_torch._memory.state import SHAPED, check_shapes, check_shards, restored
 
-_MAY_LACK = {"state_bits", "relative_limit", "averaging", "differentiable", "power"}
+_MAY_LACK = {
+    "state_bits", "relative_limit", "averaging", "average_bits", "differentiable", "power",
+}  # fmt: skip
 """Options that a state of an earlier version may lack, and torch's own."""
 
 

@@ -12,6 +12,7 @@ from benchmarks._jax.faults import CORRUPTIONS
 from benchmarks._jax.optimizers import PEERS
 from benchmarks._jax.our_optimizers import (
     ABLATION,
+    AVERAGED,
     COMPACT,
     COMPONENTS,
     ENDED,
@@ -60,7 +61,9 @@ def test_runs_of_different_optimizers_are_not_trained_together():
         training.train([task("sgd"), task("adamw")])
 
 
-VARIANTS = set().union(ABLATION, VARIED, PUBLISHED, COMPACT, COMPONENTS, ROLES, ENDED, YIELDING)
+VARIANTS = set().union(
+    ABLATION, VARIED, PUBLISHED, COMPACT, COMPONENTS, ROLES, ENDED, YIELDING, AVERAGED
+)
 
 
 UNGUARDED = PEERS.keys() | RIVALS.keys() | SCHEDULED.keys() | {"adamw-clipped"}

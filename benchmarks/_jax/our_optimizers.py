@@ -269,6 +269,19 @@ YIELDING = {
 }
 """Self-driving with a relative limit that gives way where nothing opposes the steps, or holds."""
 
+AVERAGED = {
+    f"{name}-average-{bits}bit": _driving(
+        make, f"{label}, average in {bits} bits", average_bits=bits
+    )
+    for name, make, label in (
+        ("self_driving", self_driving, "Self-driving"),
+        ("self_driving-lion", self_driving_lion, "Self-driving Lion"),
+        ("self_driving-muon", self_driving_muon, "Self-driving Muon"),
+    )
+    for bits in (16, 8)
+}
+"""Self-driving with an average in fewer bits."""
+
 
 def _with(label: str, *parts: Any, before: tuple[Any, ...] = (), **options: Any) -> Optimizer:
     """Meta3's chain with parts behind the direction, or before it."""
@@ -363,6 +376,7 @@ OPTIMIZERS: dict[str, Any] = (
     | ABLATION
     | VARIED
     | YIELDING
+    | AVERAGED
     | PUBLISHED
     | WIRED
 )

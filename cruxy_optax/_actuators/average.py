@@ -9,20 +9,30 @@ import optax
 from cruxy_control.checks import check_range
 from cruxy_control.controls import Controls
 from cruxy_control.formulas.averaging import averaging_weight
+from cruxy_exact.random_bits import stream_key
+from cruxy_optax._low_bit import as_built, came_apart
+from cruxy_optax._memory.quantize import SMALLEST, check_bits
+from cruxy_optax._near_array import NearArray
+from cruxy_optax._places import WHOLE, Place
 from cruxy_optax._release import LayerStack
 from cruxy_optax._tree import accumulator_dtype, find, where
+
+BITS = (32, 16, 8)
+"""Bits an element in which averages can be kept."""
 
 
 class AverageIteratesState(NamedTuple):
     """The average of the parameters over the run."""
 
-    average: optax.Params  # like the parameters; float32 (float64 for float64)
+    average: optax.Params  # like the parameters; float32 (float64 for float64) or `NearArray`
     count: jax.Array  # iterates in it; shape=(), dtype=int32
 
     held_by_controls = True
 
 
-def average_iterates(power: float = 16.0) -> optax.GradientTransformationExtraArgs:
+def average_iterates(
+    power: float = 16.0, bits: int | None = None
+) -> optax.GradientTransformationExtraArgs:
     r"""Averages the parameters on their way, late ones more; changes no update.
 
     $$
@@ -33,18 +43,24 @@ def average_iterates(power: float = 16.0) -> optax.GradientTransformationExtraAr
     Put it last in a chain, where updates are what will be added to the parameters, and evaluate at
     `averaged_params(opt_state, params)`. A constant rate ends where noise holds it; the average
     ends below, as after a schedule, at every step and without knowing the last one. The average is
-    kept in float32 at least, one more buffer beside the moments.
+    kept in float32 at least, one more buffer beside the moments, or in fewer bits: it lies near the
+    parameters, so that its lowest digits tell it (`cruxy_exact.NearCode`).
 
     Args:
         power: the `p` above, at least 0: 0 is the plain mean; about the last `1 / (p + 1)` of the
             run counts.
+        bits: an element of the average, 32 (`None`), 16 or 8. In 16 and 8 bits a leaf of at least
+            4,096 elements takes 2.01 and 1.01 bytes an element, and is rounded by chance where it
+            moves; whoever changes parameters by more than a step does then changes their average
+            with them. Under `optax.inject_hyperparams`, name it in `static_args`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`. Inside `stabilize` a skipped step leaves the
         average alone.
 
     Raises:
-        ValueError: where `power` is negative; from `update` without `params`.
+        ValueError: where `power` is negative or `bits` none of those; from `update` without
+            `params`.
 
     Examples:
         >>> import jax.numpy as jnp, optax, cruxy_optax
@@ -64,10 +80,15 @@ def average_iterates(power: float = 16.0) -> optax.GradientTransformationExtraAr
         Optimization](https://arxiv.org/abs/1212.1824), 2013.
     """
     power = check_range("power", power, 0.0, remedy="use 16, or 0 for the plain mean")
+    bits = 32 if bits is None else check_bits("bits", bits, BITS)
+
+    def start(p: Any) -> Any:
+        if bits < 32 and jnp.size(p) >= SMALLEST:
+            return NearArray.like(jnp.asarray(p), bits)
+        return jnp.array(p, accumulator_dtype(p), copy=True)
 
     def init_fn(params: optax.Params) -> AverageIteratesState:
-        average = jax.tree.map(lambda p: jnp.array(p, accumulator_dtype(p), copy=True), params)
-        return AverageIteratesState(average, jnp.zeros((), jnp.int32))
+        return AverageIteratesState(jax.tree.map(start, params), jnp.zeros((), jnp.int32))
 
     def update_fn(
         updates: optax.Updates,
@@ -77,20 +98,29 @@ def average_iterates(power: float = 16.0) -> optax.GradientTransformationExtraAr
         controls: Controls | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AverageIteratesState]:
-        del extra_args
         if params is None:
             raise ValueError(
                 "average_iterates() averages the parameters, but got params=None; call "
                 "update(grads, state, params)."
             )
+        place: Place = extra_args.get("place", WHOLE)
+        state = as_built(state, init_fn, params)
         ok = jnp.array(True) if controls is None else controls.ok
         weight = jnp.where(ok, averaging_weight(state.count, power, xp=jnp), 0.0)
 
-        def moved(mean: jax.Array, p: jax.Array, u: jax.Array) -> jax.Array:
-            new = jnp.asarray(p).astype(mean.dtype) + where(ok, u).astype(mean.dtype)
-            return mean + weight * (new - mean)
+        def moved(mean: Any, p: Any, u: jax.Array, number: int) -> Any:
+            old = jnp.asarray(p).astype(accumulator_dtype(p))
+            new = old + where(ok, u).astype(old.dtype)
+            if not _is_coded(mean):
+                return mean + weight * (new - mean)
+            key = stream_key(state.count, 0, number, xp=jnp)
+            coded = mean.moved(old, new, weight, key, place.layer)
+            return jax.tree.map(lambda x, y: where(ok, x, y), coded, mean)
 
-        average = jax.tree.map(moved, state.average, params, updates)
+        means, treedef = jax.tree.flatten(state.average, is_leaf=_is_coded)
+        olds, changes = treedef.flatten_up_to(params), treedef.flatten_up_to(updates)
+        rows = zip(means, olds, changes, range(place.leaf, place.leaf + len(means)), strict=True)
+        average = treedef.unflatten([moved(*row) for row in rows])
         count = jnp.where(ok, optax.safe_increment(state.count), state.count)
         return updates, AverageIteratesState(average, count)
 
@@ -105,10 +135,12 @@ def averaged_params(opt_state: Any, params: optax.Params) -> optax.Params:
             inside `optax.chain`, `masked`, `partition`, `MultiSteps`, `inject_hyperparams`, a Flax
             `TrainState` or `nnx.Optimizer.opt_state`, or the state of `release_gradients`.
         params: the parameters that are trained, as `tx.init` had them; a leaf that is masked out of
-            all averages comes back as it is.
+            all averages comes back as it is. Where averages are kept in fewer bits, those that the
+            last update has led to: they are read beside them.
 
     Returns:
-        A tree like `params`, each leaf in its dtype. Before the first step it is `params`.
+        A tree like `params`, each leaf in its dtype. Before the first step it is `params`, in fewer
+        bits to half a step of the code.
 
     Raises:
         ValueError: where there is no average in it, or where averages and parameters differ in
@@ -128,18 +160,25 @@ def averaged_params(opt_state: Any, params: optax.Params) -> optax.Params:
             "average_iterates()."
         )
     # By path: nnx keeps each leaf in a box of another kind, and what is masked out has no leaf.
+    shapes = {path: jnp.shape(p) for path, p in jax.tree_util.tree_flatten_with_path(params)[0]}
     averages: dict[Any, Any] = {}
     for place, node in nodes:
-        flat, _ = jax.tree_util.tree_flatten_with_path(node.average, is_leaf=_is_masked)
+        flat, _ = jax.tree_util.tree_flatten_with_path(node.average, is_leaf=_is_one)
         for path, average in flat:
-            if not (_is_masked(average) and (*place, *path) in averages):
-                averages[(*place, *path)] = average
+            at = (*place, *path)
+            if came_apart(average):
+                average = NearArray.of_parts(average, shapes.get(at, ()))
+            if not (_is_masked(average) and at in averages):
+                averages[at] = average
     _check_match(averages, params)
 
     def averaged(path: tuple[Any, ...], p: Any) -> Any:
         average = averages.get(path)  # a mask may be a prefix of the tree
-        masked = average is None or _is_masked(average)
-        return p if masked else jnp.asarray(average).astype(jnp.result_type(p))
+        if average is None or _is_masked(average):
+            return p
+        if _is_coded(average):
+            average = average.decode(p)
+        return jnp.asarray(average).astype(jnp.result_type(p))
 
     return jax.tree_util.tree_map_with_path(averaged, params)
 
@@ -164,10 +203,19 @@ def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
+def _is_one(node: Any) -> bool:
+    """Whether this is the average of one leaf, or stands in its place."""
+    return _is_masked(node) or _is_coded(node) or came_apart(node)
+
+
+def _is_coded(node: Any) -> bool:
+    return isinstance(node, NearArray)
+
+
 def _check_match(averages: dict[Any, Any], params: optax.Params) -> None:
     """Refuses parameters that are others than those of which there are averages."""
     masked = {path for path, average in averages.items() if _is_masked(average)}
-    shapes = {p: jnp.shape(a) for p, a in averages.items() if p not in masked}
+    shapes = {p: a.shape for p, a in averages.items() if p not in masked}
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     wanted = {path: jnp.shape(p) for path, p in flat}
     strangers = [

@@ -2,7 +2,7 @@
 
 import numbers
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -229,16 +229,17 @@ def in_bits(
     return coded if name != "state_bits" else coded._replace(init=init_fn)
 
 
-def check_bits(name: str, bits: Any) -> int:
+def check_bits(name: str, bits: Any, among: Sequence[int] = (32, 16, 8, 4)) -> int:
     """A number of bits an element, as a plain int.
 
     Raises:
-        ValueError: where it is none of 32, 16, 8 and 4.
+        ValueError: where it is none of those.
     """
-    if not isinstance(bits, numbers.Integral) or bits not in (32, 16, 8, 4):
+    if not isinstance(bits, numbers.Integral) or bits not in among:
+        *first, last = among
         raise ValueError(
-            f"{name} must be 32, 16, 8 or 4, got {bits!r}; use one of them, and name it in "
-            "static_args under optax.inject_hyperparams."
+            f"{name} must be {', '.join(map(str, first))} or {last}, got {bits!r}; use one of "
+            "them, and name it in static_args under optax.inject_hyperparams."
         )
     return int(bits)
 

@@ -8,8 +8,10 @@ import optax
 from cruxy_control.checks import check_range
 from cruxy_control.law import Law, steers_decay
 from cruxy_control.roles import Rule
+from cruxy_optax._actuators.average import BITS, average_iterates
 from cruxy_optax._actuators.centralize import centralize_kernels
 from cruxy_optax._actuators.decay import add_controlled_decayed_weights
+from cruxy_optax._memory.quantize import check_bits
 from cruxy_optax._roles.rates import scale_by_role
 
 Mask = Any | Callable[[optax.Params], Any] | None
@@ -39,3 +41,12 @@ def by_role(
 ) -> list[optax.GradientTransformation]:
     """Rates by role as a part of a chain; none where none are given."""
     return [scale_by_role(rates, rules=rules, model=model)] if rates else []
+
+
+def averaged(
+    averaging: float | None, average_bits: int | None
+) -> list[optax.GradientTransformation]:
+    """The average of the iterates as the last part of a chain; none where none is kept."""
+    if average_bits is not None:
+        check_bits("average_bits", average_bits, BITS)
+    return [] if averaging is None else [average_iterates(averaging, average_bits)]

@@ -12,13 +12,12 @@ from cruxy_control.checks import check_range
 from cruxy_control.law import Law
 from cruxy_control.roles import Rule
 from cruxy_control.usual import USUAL, told_the_end, usual_law
-from cruxy_optax._actuators.average import average_iterates
 from cruxy_optax._actuators.clip import clip_by_predicted_norm
 from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_controlled_lion
 from cruxy_optax._actuators.orthogonal import scale_by_controlled_muon
 from cruxy_optax._actuators.rate import scale_by_meta_learning_rate
 from cruxy_optax._memory.quantize import in_bits
-from cruxy_optax._optimizers.parts import Mask, by_role, decayed
+from cruxy_optax._optimizers.parts import Mask, averaged, by_role, decayed
 from cruxy_optax._stabilize import stabilize
 from cruxy_optax._states import direction_kind
 
@@ -39,6 +38,7 @@ def self_driving(
     nesterov: bool = True,
     relative_limit: Limit = "usual",
     averaging: float | None = 16.0,
+    average_bits: int | None = None,
     total_steps: int | None = None,
     rates: Mapping[str, Any] | None = None,
     law: Law | None = None,
@@ -82,6 +82,7 @@ def self_driving(
             rate is not recovered from.
         averaging: the power of `average_iterates`; `None` keeps no average and saves its buffer:
             then the parameters themselves are what there is to evaluate, as noisy as the rate.
+        average_bits: bits an element of the average, 32 (`None`), 16 or 8; see `average_iterates`.
         total_steps: steps of the run, where they are known: the rate is found in the first fifth
             of them and then falls to 0 from twice of it (`SelfDriving.total_steps`). `None` for a
             run without an end.
@@ -93,7 +94,8 @@ def self_driving(
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; see `meta3`. State: two moments and the average,
-        12 bytes a float32 parameter, plus under 1 KB; 8 without the average.
+        12 bytes a float32 parameter, plus under 1 KB; 10 and 9 with `average_bits` 16 and 8, 8
+        without the average.
 
     Raises:
         ValueError: where an argument is outside its range, both `state_bits` and `mu_dtype` are
@@ -141,7 +143,8 @@ def self_driving(
     if kind == "muon" and mask is None:
         mask = _matrices
     limit, roles = _limit(relative_limit, kind), by_role(rates)
-    return _steered(moments, learning_rate, decay, mask, roles, limit, averaging, law, axis_names)
+    average = averaged(averaging, average_bits)
+    return _steered(moments, learning_rate, decay, mask, roles, limit, average, law, axis_names)
 
 
 def self_driving_lion(
@@ -154,6 +157,7 @@ def self_driving_lion(
     *,
     relative_limit: Limit = "usual",
     averaging: float | None = 16.0,
+    average_bits: int | None = None,
     total_steps: int | None = None,
     rates: Mapping[str, Any] | None = None,
     law: Law | None = None,
@@ -175,6 +179,7 @@ def self_driving_lion(
         relative_limit: 0.01: a sign has size 1 where Adam's direction has a quarter of it or less,
             and never shrinks: on a small convolutional net 0.02 ended in divergence.
         averaging: the power of `average_iterates`; `None` keeps no average.
+        average_bits: bits an element of the average, 32 (`None`), 16 or 8.
         total_steps: steps of the run, where they are known.
         rates: factors on the rate by role.
         law: the controller with its constants; `None` for `SelfDriving` with those that go with
@@ -210,8 +215,9 @@ def self_driving_lion(
     )
     law = told_the_end(law, total_steps)
     limit, roles = _limit(relative_limit, "lion"), by_role(rates)
+    average = averaged(averaging, average_bits)
     return _steered(
-        moments, learning_rate, weight_decay, mask, roles, limit, averaging, law, axis_names
+        moments, learning_rate, weight_decay, mask, roles, limit, average, law, axis_names
     )
 
 
@@ -228,6 +234,7 @@ def self_driving_muon(
     nesterov: bool = True,
     relative_limit: Limit = "usual",
     averaging: float | None = 16.0,
+    average_bits: int | None = None,
     total_steps: int | None = None,
     rates: Mapping[str, Any] | None = None,
     law: Law | None = None,
@@ -259,6 +266,7 @@ def self_driving_muon(
         relative_limit: no tensor gets a rate above this share of its own root mean square, nor of
             that of all parameters.
         averaging: the power of `average_iterates`; `None` keeps no average.
+        average_bits: bits an element of the average, 32 (`None`), 16 or 8.
         total_steps: steps of the run, where they are known.
         rates: factors on the rate by role.
         law: the controller with its constants; `None` for those above.
@@ -317,9 +325,9 @@ def self_driving_muon(
     law = told_the_end(law, total_steps)
     limit = _limit(relative_limit, "muon")
     mask = _matrices if mask is None else mask
-    roles = by_role(rates, rules, model)
+    roles, average = by_role(rates, rules, model), averaged(averaging, average_bits)
     return _steered(
-        moments, learning_rate, weight_decay, mask, roles, limit, averaging, law, axis_names
+        moments, learning_rate, weight_decay, mask, roles, limit, average, law, axis_names
     )
 
 
@@ -364,7 +372,7 @@ def _steered(
     mask: Mask,
     roles: list[optax.GradientTransformation],
     relative_limit: chex.Numeric | None,
-    averaging: float | None,
+    average: list[optax.GradientTransformation],
     law: Law,
     axis_names: str | Sequence[str],
 ) -> optax.GradientTransformationExtraArgs:
@@ -382,7 +390,7 @@ def _steered(
             *decayed(weight_decay, mask, law),
             *roles,
             rate,
-            *([] if averaging is None else [average_iterates(averaging)]),
+            *average,
         ),
         law=law,
         axis_names=axis_names,

@@ -16,7 +16,7 @@ from cruxy_torch._blocks import buckets, by_device
 from cruxy_torch._columns import Columns
 from cruxy_torch._distributed.shards import any_sharded, local
 from cruxy_torch._kept import Coded, Kept, Rounded
-from cruxy_torch._memory.state import as_stepped
+from cruxy_torch._memory.state import AVERAGE_CODES, as_stepped, kept_average
 from cruxy_torch._native.fit import Passes, SetAsideError
 from cruxy_torch._orders import Orders
 from cruxy_torch._step import Group
@@ -31,19 +31,21 @@ class DirectedGroup(Group):
         columns: parameters and gradients on this rank, with what is kept beside them.
         direction: what a gradient becomes.
         frame: what else the group fixes.
-        late: parameters without a gradient now, each with its average, which moves all the same.
+        late: parameters whose average moves when all have taken their step: those without a
+            gradient now, and where averages are kept in fewer bits all of them.
     """
 
     params: list[Tensor]
     columns: Columns
     direction: Direction
     frame: Frame
-    late: Sequence[tuple[Tensor, Tensor]] = ()
+    late: Sequence[tuple[Tensor, Kept]] = ()
 
     @property
     def rounds(self) -> bool:
         """Whether anything of it may be rounded by chance."""
-        columns = (self.columns.params, *self.columns.moments.values())
+        averages = [mean for _, mean in self.late]
+        columns = (self.columns.params, averages, *self.columns.moments.values())
         return not all({Rounded, Coded}.isdisjoint(map(type, column)) for column in columns)
 
     def momenta(self) -> Sequence[Kept]:
@@ -81,9 +83,8 @@ class DirectedGroup(Group):
             left = _left(here, self.direction, frame, on_device, factors, native)
             own = [factors[i] for i in left]
             step(here.select(left), self.direction, frame, on_device, own, native)
-        average(columns.params, columns.averages, orders.average_weight)
-        for param, mean in self.late:
-            average([local(param)], [local(mean)], orders.average_weight)
+        average(columns.params, columns.averages, orders)
+        average([local(param) for param, _ in self.late], [mean for _, mean in self.late], orders)
 
 
 def group_of(
@@ -95,7 +96,7 @@ def group_of(
     *,
     bits: int,
     stochastic: bool,
-    late: Sequence[tuple[Tensor, Tensor]] = (),
+    late: Sequence[tuple[Tensor, Kept]] = (),
 ) -> DirectedGroup:
     """The group with this number.
 
@@ -115,6 +116,10 @@ def group_of(
         params, grads, states, numbers, direction.moments, halved=bits == 16, stochastic=stochastic
     )
     if options["averaging"] is None:
+        columns = columns._replace(averages=())
+    elif any(AVERAGE_CODES in state for state in states):  # no pass of a library takes those
+        rows = zip(params, states, numbers, strict=True)
+        late = [*late, *((p, kept_average(p, state, number)) for p, state, number in rows)]
         columns = columns._replace(averages=())
     lr, (b1, b2) = options["lr"], options.get("betas", (0.0, 0.0))
     return DirectedGroup(

@@ -2,13 +2,15 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cruxy_exact.codes import BlockCode
+from cruxy_exact.near import NearCode
+from cruxy_torch import _near
 from cruxy_torch._columns import Columns
 from cruxy_torch._distributed.shards import (
     any_sharded,
@@ -17,7 +19,7 @@ from cruxy_torch._distributed.shards import (
     placed,
     shard_elements,
 )
-from cruxy_torch._kept import BLOCK_SIZE, Coded, Kept, Rounded, read, write
+from cruxy_torch._kept import BLOCK_SIZE, Coded, Kept, Rounded, compute_dtype, read, write
 
 SMALLEST = 4096
 """Parameters of fewer elements keep their moments in float32."""
@@ -27,6 +29,9 @@ SHARD = "shard_elements"
 
 SHAPED = ("exp_avg", "exp_avg_sq", "average", "variance")
 """What our own optimizers keep that has the shape of its parameter."""
+
+AVERAGE_CODES, AVERAGE_SCALES = "average_codes", "average_scales"
+"""Where an average in fewer bits is kept; else it is `average`."""
 
 _CODES = {(bits, signed): BlockCode(bits, signed) for bits in (8, 4) for signed in (True, False)}
 
@@ -87,15 +92,69 @@ def add_moment(
         dtype = torch.bfloat16 if bits == 16 else dtype
         state[name] = torch.zeros_like(param, dtype=dtype)
         return
+    kind = torch.int8 if bits == 8 and is_signed(name) else torch.uint8
+    _add_codes(state, name, param, BLOCK_SIZE * bits // 8, kind)
+
+
+def _add_codes(
+    state: dict[str, Any], name: str, param: Tensor, width: int, kind: torch.dtype
+) -> None:
     each = shard_elements(param)
     count = math.ceil(each / BLOCK_SIZE)
-    kind = torch.int8 if bits == 8 and is_signed(name) else torch.uint8
     device = local(param).device
-    codes = torch.zeros(count, BLOCK_SIZE * bits // 8, dtype=kind, device=device)
+    codes = torch.zeros(count, width, dtype=kind, device=device)
     state[f"{name}_codes"] = placed(codes, param)
     scales = torch.zeros(count, dtype=torch.bfloat16, device=device)
     state[f"{name}_scales"] = placed(scales, param)
     state[SHARD] = torch.full((), each, dtype=torch.int64, device=device)
+
+
+def add_average(state: dict[str, Any], param: Tensor, bits: int) -> None:
+    """Adds the average of a parameter, which is the parameter itself, in 32, 16 or 8 bits."""
+    if bits == 32:
+        state["average"] = param.detach().to(compute_dtype(param), copy=True)
+        return
+    _add_codes(state, "average", param, BLOCK_SIZE, torch.int8 if bits == 8 else torch.int16)
+    _near.begin(local(param.detach()), _near_average(local(param), state, 0))
+
+
+def average(param: Tensor, value: Tensor, bits: int) -> dict[str, Tensor]:
+    """The state of an average that has this value, in `bits` to the nearest."""
+    if bits == 32:
+        return {"average": value}
+    state: dict[str, Tensor] = {}
+    add_average(state, param, bits)
+    _near.put(local(param.detach()), _near_average(local(param), state, 0), value)
+    return state
+
+
+def kept_average(param: Tensor, state: Mapping[str, Any], number: int) -> Tensor | Coded:
+    """This rank's part of the average of a parameter.
+
+    Args:
+        param: the parameter.
+        state: of it, with an average.
+        number: of its first element.
+    """
+    if "average" in state:
+        return local(state["average"])
+    return _near_average(local(param), state, number)
+
+
+def has_average(state: Mapping[str, Any]) -> bool:
+    """Whether the state has an average, in any form."""
+    return "average" in state or AVERAGE_CODES in state
+
+
+def average_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """The value of this rank's part of an average, as a tensor like the parameter."""
+    kept = kept_average(param, state, 0)
+    return _near.value(local(param.detach()), kept) if isinstance(kept, Coded) else kept
+
+
+def _near_average(param: Tensor, state: Mapping[str, Any], number: int) -> Coded:
+    codes, scales = _own_codes(state, "average", param)
+    return Coded(codes, scales, NearCode(8 * codes.element_size()), param.shape, number)
 
 
 def moment(
@@ -203,12 +262,18 @@ def _kept(state: dict[str, Any], name: str, param: Tensor, number: int, *, halve
     if name in state:
         whole = local(state[name])
         return _rounded(whole, number) if halved else whole
-    codes, scales = local(state[f"{name}_codes"]), local(state[f"{name}_scales"])
+    codes, scales = _own_codes(state, name, param)
     bits = 8 * codes.shape[1] // BLOCK_SIZE
+    return Coded(codes, scales, _CODES[bits, is_signed(name)], param.shape, number)
+
+
+def _own_codes(state: Mapping[str, Any], name: str, param: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's codes and scales, of this rank's parameter."""
+    codes, scales = local(state[f"{name}_codes"]), local(state[f"{name}_scales"])
     count = math.ceil(param.numel() / BLOCK_SIZE)
     if len(scales) != count:  # another rank's shard is larger
         codes, scales = codes[:count], scales[:count]
-    return Coded(codes, scales, _CODES[bits, is_signed(name)], param.shape, number)
+    return codes, scales
 
 
 def _rounded(tensor: Tensor, number: int) -> Kept:
@@ -253,5 +318,5 @@ def check_shards(param: Tensor, saved: dict[str, Any]) -> None:
         raise ValueError(
             f"codes must fit the shards of their parameter, got some of shards of {there} elements "
             f"for shards of {here}; load them on as many processes as saved them, or save with "
-            "state_bits=32."
+            "state_bits=32 and average_bits=32."
         )

@@ -61,7 +61,7 @@ class AXIOM(DirectedOptimizer):
 
     Args:
         params: parameters, or parameter groups, as for every `torch.optim` optimizer. Groups may
-            set every argument up to `averaging` of their own.
+            set every argument up to `average_bits` of their own.
         lr: learning rate, at least 0; a number or a tensor of one element.
         weight_decay: decoupled weight decay, at least 0; multiplied by the rate.
         max_grad_norm: scales the gradients so that their norm, over all parameters, is at most
@@ -96,7 +96,8 @@ class AXIOM(DirectedOptimizer):
         maximize: climbs instead of descending.
         relative_limit: see `CruxyOptimizer`; `None` for no limit.
         averaging: see `CruxyOptimizer`; `None` keeps no average. It is as large as the parameters
-            in float32.
+            in float32, or smaller by `average_bits`.
+        average_bits: see `CruxyOptimizer`.
         stochastic_rounding: rounds updates of bfloat16 parameters up or down by chance, with the
             right odds; otherwise an update below half a step of bfloat16 is lost.
         law: the control law with its constants. One that steers by the first moment, such as
@@ -156,6 +157,7 @@ class AXIOM(DirectedOptimizer):
         maximize: bool = False,
         relative_limit: float | None = None,
         averaging: float | None = None,
+        average_bits: int = 32,
         stochastic_rounding: bool = True,
         law: Law = Meta3(clip_threshold=None),
         lr_bounds: tuple[float, float] | None = None,
@@ -181,6 +183,7 @@ class AXIOM(DirectedOptimizer):
             "maximize": maximize,
             "relative_limit": relative_limit,
             "averaging": averaging,
+            "average_bits": average_bits,
         }
         super().__init__(
             params, defaults, law=law, lr_bounds=lr_bounds, process_group=process_group

@@ -21,7 +21,14 @@ from cruxy_torch._actuators.tiers import Tiered, has_moments, windows
 from cruxy_torch._distributed.shards import is_first_rank, shard_elements
 from cruxy_torch._kept import compute_dtype
 from cruxy_torch._memory.estimate import option_bytes, tensor_bytes
-from cruxy_torch._memory.state import add_moment, bits_of
+from cruxy_torch._memory.state import (
+    AVERAGE_CODES,
+    AVERAGE_SCALES,
+    SHARD,
+    add_average,
+    add_moment,
+    bits_of,
+)
 from cruxy_torch._optimizers.directed import DirectedOptimizer
 from cruxy_torch._step import is_zero
 
@@ -60,8 +67,8 @@ class Cosmic(DirectedOptimizer):
     Args:
         params: parameters, or parameter groups, as for every `torch.optim` optimizer; names given
             with `model.named_parameters()` (torch 2.6) stand in the log. Groups may set `lr`,
-            `betas`, `eps`, `weight_decay`, `maximize`, `state_bits`, `relative_limit` and
-            `averaging` of their own.
+            `betas`, `eps`, `weight_decay`, `maximize`, `state_bits`, `relative_limit`, `averaging`
+            and `average_bits` of their own.
         lr: learning rate, at least 0; a number or a tensor of one element.
         state_budget: bytes for all of the state on each rank: a number, or a text such as `"64MB"`
             (a million bytes each) or `"0.5 GiB"`.
@@ -74,6 +81,7 @@ class Cosmic(DirectedOptimizer):
         relative_limit: see `CruxyOptimizer`; `None` for no limit.
         averaging: see `CruxyOptimizer`; `None` keeps no average. Averages count in the budget, and
             every tensor of such a group has one.
+        average_bits: see `CruxyOptimizer`.
         retier_every: steps between two plans, at least 1; `None` leaves it to calls of `retier()`.
         hysteresis: at least 0. What a tensor holds already counts `1 + hysteresis` times, which
             keeps two tensors from taking turns.
@@ -125,6 +133,7 @@ class Cosmic(DirectedOptimizer):
         state_bits: int = 32,
         relative_limit: float | None = None,
         averaging: float | None = None,
+        average_bits: int = 32,
         retier_every: int | None = 100,
         hysteresis: float = 0.2,
         log_path: str | Path | None = None,
@@ -157,6 +166,7 @@ class Cosmic(DirectedOptimizer):
             "state_bits": state_bits,
             "relative_limit": relative_limit,
             "averaging": averaging,
+            "average_bits": average_bits,
             "steps": 0,
         }
         super().__init__(
@@ -255,7 +265,7 @@ class Cosmic(DirectedOptimizer):
         candidates = [_candidate(name, p, bits[p], rms[name]) for name, p in named.items()]
         averaged = [p for p in named.values() if groups[p]["averaging"] is not None]
         fixed = option_bytes(self) + 4 * len(_AVERAGES) * len(named)
-        fixed += sum(shard_elements(p) * compute_dtype(p).itemsize for p in averaged)
+        fixed += sum(_average_bytes(p, groups[p]["average_bits"]) for p in averaged)
         after = tiers.fill(
             candidates, self._budget, fixed=fixed, current=before, hysteresis=self._hysteresis
         )
@@ -337,7 +347,8 @@ def _moved(
     state: dict[str, Any], param: Tensor, tier: int, bits: int, square: float
 ) -> dict[str, Any]:
     """What a tensor has on its first step at a tier, in place of what it had."""
-    state = {name: state[name] for name in (*_AVERAGES, "average") if name in state}
+    average = (AVERAGE_CODES, AVERAGE_SCALES, SHARD) if AVERAGE_CODES in state else ("average",)
+    state = {name: state[name] for name in (*_AVERAGES, *average) if name in state}
     if tier == SCALAR:
         state["mean_square"] = torch.full((), square, dtype=torch.float32, device=param.device)
     elif tier == MOMENTS:
@@ -354,10 +365,20 @@ def _add_moments(state: dict[str, Any], param: Tensor, bits: int) -> None:
 
 def _candidate(name: str, param: Tensor, bits: int, rms: float) -> Candidate:
     """A tensor with what each tier of it takes on a rank."""
-    shard = torch.empty(shard_elements(param), dtype=param.dtype, device="meta")
     moments: dict[str, Any] = {}
-    _add_moments(moments, shard, bits_of(param, bits))
+    _add_moments(moments, _like_shard(param), bits_of(param, bits))
     return Candidate(name, param.numel(), (0, 4, tensor_bytes(moments)), rms)
+
+
+def _average_bytes(param: Tensor, bits: int) -> int:
+    """What the average of a tensor takes on a rank."""
+    average: dict[str, Any] = {}
+    add_average(average, _like_shard(param), bits_of(param, bits))
+    return tensor_bytes(average)
+
+
+def _like_shard(param: Tensor) -> Tensor:
+    return torch.empty(shard_elements(param), dtype=param.dtype, device="meta")
 
 
 def _no_averages(param: Tensor) -> dict[str, Tensor]:

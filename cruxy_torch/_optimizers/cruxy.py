@@ -52,8 +52,8 @@ class CruxyOptimizer(DirectedOptimizer):
 
     The learning rate in `param_groups` is the user's: schedulers move it, and the controller
     multiplies it. Groups may set `lr`, `betas`, `eps`, `weight_decay`, `decoupled_weight_decay`,
-    `use_nesterov`, `use_lion`, `use_gc`, `maximize`, `state_bits`, `relative_limit` and `averaging`
-    of their own; one controller sees them all.
+    `use_nesterov`, `use_lion`, `use_gc`, `maximize`, `state_bits`, `relative_limit`, `averaging`
+    and `average_bits` of their own; one controller sees them all.
 
     `mode="self_driving"` needs no learning rate: `lr` is only where the search for one starts.
     Evaluate and save under `with optimizer.averaged():`; see `cruxy_optax.self_driving`.
@@ -138,6 +138,11 @@ class CruxyOptimizer(DirectedOptimizer):
             power: step `t` has the weight `(averaging + 1) / (t + averaging)`, so that about the
             last `1 / (averaging + 1)` of the run counts. At least 0; `None` keeps none and saves
             its buffer. The default is none, but 16 under `mode="self_driving"`.
+        average_bits: bits an element of that average: 32; 16 or 8 for its lowest digits, read
+            beside the parameter (`cruxy_exact.NearCode`), 2.01 or 1.01 bytes an element. It
+            is rounded by chance where it moves, and kept in float32 where a parameter has fewer
+            than 4,096 elements. Whoever changes parameters by more than steps do changes such an
+            average with them. Loading brings the bits that were saved.
         process_group: ranks that hold the same gradients, as under `DistributedDataParallel`, but
             pass a loss of their own: one all-reduce a step keeps their controllers alike, and a
             rank may have no loss. `fully_shard` needs none: its mesh is used. Not pickled.
@@ -224,6 +229,7 @@ class CruxyOptimizer(DirectedOptimizer):
         stochastic_rounding: bool = False,
         relative_limit: float | Literal["mode"] | None = "mode",
         averaging: float | Literal["mode"] | None = "mode",
+        average_bits: int = 32,
         process_group: dist.ProcessGroup | None = None,
         vote: dist.ProcessGroup | None = None,
     ) -> None:
@@ -267,6 +273,7 @@ class CruxyOptimizer(DirectedOptimizer):
             "state_bits": state_bits,
             "relative_limit": relative_limit,
             "averaging": averaging,
+            "average_bits": average_bits,
             "capturable": capturable,
         }
         if direction is not None:  # a state of another direction is then refused

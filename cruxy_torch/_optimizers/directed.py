@@ -16,8 +16,15 @@ from cruxy_torch._actuators.apply import DirectedGroup, group_of
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.stepped import Frame
 from cruxy_torch._controlled_optimizer import ControlledOptimizer
-from cruxy_torch._kept import compute_dtype
-from cruxy_torch._memory.state import add_moment, bits_of, numbered
+from cruxy_torch._kept import Kept, compute_dtype
+from cruxy_torch._memory.state import (
+    add_average,
+    add_moment,
+    bits_of,
+    has_average,
+    kept_average,
+    numbered,
+)
 from cruxy_torch._native import library, triton_found
 from cruxy_torch._optimizers import cooldown
 from cruxy_torch.backends import BackendUse
@@ -213,13 +220,13 @@ class DirectedOptimizer(ControlledOptimizer):
             late=() if only is not None else self._late(group, lists[0]),
         )
 
-    def _late(self, group: dict[str, Any], moving: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def _late(self, group: dict[str, Any], moving: Sequence[Tensor]) -> list[tuple[Tensor, Kept]]:
         """The parameters of a group that have an average and do not move now, with it."""
         if group["averaging"] is None or len(moving) == len(group["params"]):
             return []
         moved = set(moving)
         states = ((p, self.state[p]) for p in group["params"] if p in self.state and p not in moved)
-        return [(param, state["average"]) for param, state in states if "average" in state]
+        return [(p, kept_average(p, s, self._number(p))) for p, s in states if has_average(s)]
 
     def _late_group(self, index: int, moving: Sequence[Tensor]) -> DirectedGroup | None:
         """What moves in a group at the end of a pass that has updated these: late averages."""
@@ -254,8 +261,8 @@ class DirectedOptimizer(ControlledOptimizer):
             state = self.state[param]
             if not state or not wanted <= state.keys():
                 direction.start(state, param, self._adder(state, param, group))
-            if group["averaging"] is not None and "average" not in state:
-                state["average"] = param.detach().to(compute_dtype(param), copy=True)
+            if group["averaging"] is not None and not has_average(state):
+                add_average(state, param, bits_of(param, group["average_bits"]))
             params.append(param)
             states.append(state)
             numbers.append(self._number(param))

@@ -64,8 +64,8 @@ class Tiger(DirectedOptimizer):
 
     Args:
         params: parameters, or parameter groups. Groups may set `lr`, `betas`, `weight_decay`,
-            `maximize`, `state_bits`, `relative_limit`, `averaging`, `slices` and `slice_rates` of
-            their own; their `role` says which are LoRA's.
+            `maximize`, `state_bits`, `relative_limit`, `averaging`, `average_bits`, `slices` and
+            `slice_rates` of their own; their `role` says which are LoRA's.
         lr: learning rate, at least 0; as large as Lion's, or up to three times that.
         betas: bases of the two decay rates of the momentum, each in `[0, 1)`, which the law moves.
             With both the same $c$ is Tiger's plain average.
@@ -115,6 +115,7 @@ class Tiger(DirectedOptimizer):
         stochastic_rounding: rounds updates of bfloat16 parameters up or down by chance.
         relative_limit: see `CruxyOptimizer`.
         averaging: see `CruxyOptimizer`.
+        average_bits: see `CruxyOptimizer`.
         law: the control law with its constants.
         lr_bounds: absolute bounds on the rate times its slow factor; `None` for none.
         process_group: see `CruxyOptimizer`.
@@ -176,6 +177,7 @@ class Tiger(DirectedOptimizer):
         stochastic_rounding: bool = False,
         relative_limit: float | None = None,
         averaging: float | None = None,
+        average_bits: int = 32,
         law: Law = Meta3(),
         lr_bounds: tuple[float, float] | None = None,
         process_group: dist.ProcessGroup | None = None,
@@ -235,6 +237,7 @@ class Tiger(DirectedOptimizer):
             "state_bits": state_bits,
             "relative_limit": relative_limit,
             "averaging": averaging,
+            "average_bits": average_bits,
             "slices": slices,
             "slice_rates": slice_rates,
         }
