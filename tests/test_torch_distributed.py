@@ -84,6 +84,19 @@ def test_sharded_low_bit_training_agrees_on_all_ranks(results, name):
     assert ours[0][1]["step"] == workers.STEPS
 
 
+@pytest.mark.parametrize(("bits", "part"), [(16, 0.5 / 32), (8, 0.5)])
+def test_averages_in_fewer_bits_are_those_of_each_shard(results, bits, part):
+    # After so few steps an average is about as far away as one step goes, for which there is room.
+    for rank in results:
+        case = rank[f"fsdp_average-{bits}"]
+        exact, coded, now = case["exact"], case["coded"], case["now"]
+        assert case["local"] == (13, 256)
+        for name in ("0.weight", "2.weight"):
+            distance = (exact[name] - now[name]).norm()
+            assert (coded[name] - exact[name]).norm() < part * distance
+        assert difference(coded, results[0][f"fsdp_average-{bits}"]["coded"]) == 0.0
+
+
 class TestReleased:
     """Gradients released in the backward pass under `fully_shard`."""
 

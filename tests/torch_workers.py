@@ -117,12 +117,12 @@ def ddp(name):
     return {"ours": (parameters(net), memory(opt)), "alone": alone(name)}
 
 
-def sharded(name):
+def sharded(name, **more):
     net = network(name)
     for layer in (net[0], net[2]):
         fully_shard(layer)
     fully_shard(net)
-    return net, optimizer(net, name)
+    return net, optimizer(net, name, **more)
 
 
 def fsdp(name):
@@ -145,6 +145,19 @@ def fsdp_low_bit(name):
             if hasattr(value, "to_local")
         },
     }
+
+
+def fsdp_average(bits):
+    """Averages after training, in float32 and in fewer bits, and where the codes lie."""
+    found = []
+    for each in (32, bits):
+        net, opt = sharded("adam8", averaging=16.0, average_bits=each)
+        shared(net, opt)
+        with opt.averaged():
+            found.append(parameters(net))
+    codes = opt.state[net[0].weight]["average_codes"]
+    local = tuple(codes.to_local().shape)
+    return {"exact": found[0], "coded": found[1], "now": parameters(net), "local": local}
 
 
 ALONE = {}
@@ -278,6 +291,7 @@ CASES = {
     for case, arguments in [
         *((case, (name,)) for case in (ddp, fsdp) for name in OPTIONS),
         *((fsdp_low_bit, (name,)) for name in LOW_BIT),
+        *((fsdp_average, (bits,)) for bits in (16, 8)),
         *((case, (name,)) for case in (bad_shard, full_state) for name in EVERY),
         *((released, (name,)) for name in RELEASED),
         *((checkpoint, (name, flat)) for name in EVERY for flat in (False, True)),
