@@ -14,6 +14,7 @@ from cruxy_control import Meta3, PlateauGuard, SelfDriving, Signals, StabilityV2
 from cruxy_exact import checksum as checksums  # noqa: E402
 from cruxy_exact import optimizers  # noqa: E402
 from cruxy_exact import verify as check  # noqa: E402
+from cruxy_exact.engines import Precision  # noqa: E402
 from cruxy_exact.reference import Reference  # noqa: E402
 from cruxy_exact.scalars import Exact  # noqa: E402
 from exact_arrays import NAMES, array, namespace, normal, run, same  # noqa: E402
@@ -204,14 +205,29 @@ def test_verify_names_the_first_step_and_operation_that_differ(calls, place):
     assert check.difference(where, reference, expected, 2).endswith(place)
 
 
+SELF_DRIVING = Reference(driver=check.self_driving())
+BITS = {bits: Reference(precision=Precision(bits)) for bits in (20, 22, 13)}
+REFERENCES = {
+    **{f"{bits} bits": reference for bits, reference in BITS.items()},
+    "grains": Reference(grain=1),
+    "self-driving": SELF_DRIVING,
+}
+
+
 def test_published_checksums_are_of_this_definition():
     rows = check.published()
-    references = Reference(), Reference(grain=1), SELF_DRIVING
-    assert {check.key(reference) for reference in references} <= rows.keys()
+    assert {check.key(reference) for reference in REFERENCES.values()} == rows.keys()
     assert all(row["seen"] and len(row["checksum"]) == 16 for row in rows.values())
 
 
-SELF_DRIVING = Reference(driver=check.self_driving())
+@pytest.mark.parametrize("bits", BITS)
+def test_every_operation_of_the_first_step_is_as_published(bits):
+    """A constant or an order that differs makes another definition, under another name."""
+    reference = BITS[bits]
+    row = check.published()[check.key(reference)]
+    _, [record], _ = check.train(check.framework("numpy"), reference, 1, recorded=True)
+    assert [name for name, _ in record] == row["operations"]
+    assert "".join(digits for _, digits in record) == row["steps"][0]
 
 
 @pytest.mark.parametrize("name", JAX_SLOW)
@@ -226,9 +242,9 @@ def test_a_self_driving_run_has_the_bits_it_has_in_numpy(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", ["numpy", "torch", "jax"])
-@pytest.mark.parametrize("reference", [Reference(), Reference(grain=1), SELF_DRIVING])
+@pytest.mark.parametrize("reference", REFERENCES)
 def test_what_is_published_comes_out_again(reference, framework):
-    assert check.verify(check.framework(framework), reference)[1] == ""
+    assert check.verify(check.framework(framework), REFERENCES[reference])[1] == ""
 
 
 FILES = [

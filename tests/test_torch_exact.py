@@ -1,6 +1,7 @@
 """Exact training in PyTorch: the bits of the reference by autograd, modules and optimizers."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -137,6 +138,45 @@ def test_the_gradients_of_a_fork_do_not_depend_on_their_order():
         (grad,) = torch.autograd.grad(exact.sum(exact.add(exact.add(*parts[:2]), parts[2])), x)
         got.append(grad)
     assert got[0].tolist() == got[1].tolist() == [1.0] * 4
+
+
+class Separate(nn.Module):
+    """Attention whose queries, keys and values come from layers of their own."""
+
+    def __init__(self, order, forked):
+        super().__init__()
+        torch.manual_seed(0)
+        self.order, self.forked = order, forked
+        self.table = exact.Embedding(11, 8)
+        self.layers = nn.ModuleList(exact.Linear(8, 8) for _ in range(3))
+
+    def forward(self, ids):
+        h = self.table(ids)
+        copies, heads = exact.fork(h, 3) if self.forked else (h, h, h), {}
+        for i in self.order:
+            heads[i] = self.layers[i](copies[i]).unflatten(-1, (2, 4)).transpose(1, 2)
+        q, k, v = (heads[i] for i in range(3))
+        return exact.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_separate_layers_of_attention_need_a_fork():
+    """Autograd adds in the order of the calls, which is none of a user's business."""
+    ids = torch.arange(10).view(2, 5)
+
+    def trained(order, forked):
+        net = Separate(order, forked)
+        optimizer = exact.AdamW(net.parameters(), lr=1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            exact.cross_entropy(net(ids), ids % 8).backward()
+            optimizer.step()
+        return exact.checksum(net)
+
+    orders = list(itertools.permutations(range(3)))
+    assert len({trained(order, True) for order in orders}) == 1
+    assert len({trained(order, False) for order in orders}) > 1
+    with pytest.raises(ValueError, match="is used 3 times"):
+        exact.check_graph(exact.sum(Separate(orders[0], False)(ids)))
 
 
 def test_convert_swaps_what_it_knows_and_keeps_the_parameters():
