@@ -46,7 +46,8 @@ def main(name, engine="f64", grain=None):
         return reference.step(state, count, xp=where.xp, data=data)[0]
 
     with where.around():
-        state, call = reference.start(where.like, xp=where.xp), jax.jit(step)
+        start = jax.jit(lambda: reference.start(where.like, xp=where.xp))
+        state, call = start(), jax.jit(step)
         for count in range(50):
             state = call(state, count, *batches(count, where.like, xp=where.xp))
         return digest(state.params)

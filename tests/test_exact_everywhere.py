@@ -16,17 +16,21 @@ HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
 
 
-def train(*arguments, **environment):
-    """What `exact_prototype.py` prints in a process of its own."""
+def in_a_process(*arguments, **environment):
+    """What Python prints in a process of its own, whose programs are compiled the usual way."""
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     base = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, str(HERE / "exact_prototype.py"), *arguments],
-        env={**os.environ, "PYTHONPATH": path, **base, **environment},
-        capture_output=True, text=True,
+        [sys.executable, *arguments], env={**os.environ, "PYTHONPATH": path, **base, **environment},
+        cwd=HERE.parent, capture_output=True, text=True,
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.returncode == 0, (run.stdout + run.stderr)[-2000:]
     return run.stdout.strip()
+
+
+def train(*arguments, **environment):
+    """The digest that `exact_prototype.py` prints."""
+    return in_a_process(str(HERE / "exact_prototype.py"), *arguments, **environment)
 
 
 @pytest.mark.parametrize("threads", ["1", "2"])
@@ -65,6 +69,20 @@ def test_grains_of_one_sequence(framework):
 def test_jax_with_and_without_excess_precision(allowed):
     """Which lets XLA leave out a conversion to a smaller type and back."""
     assert train("jax", XLA_FLAGS=f"--xla_allow_excess_precision={allowed}") == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        *(("ATEN_CPU_CAPABILITY", isa) for isa in ("default", "avx2", "avx512")),
+        *(("XLA_FLAGS", f"--xla_cpu_max_isa={isa}") for isa in ("SSE4_2", "AVX", "AVX2", "AVX512")),
+    ],
+)
+def test_every_function_at_every_instruction_set(variable, value):
+    """Elementwise functions and expressions, without what `conftest.py` sets for other tests."""
+    chosen = "bits_they_have_in_numpy or agree"
+    tests = ["-m", "pytest", "-q", "--noconftest", str(HERE / "test_exact_arithmetic.py")]
+    in_a_process(*tests, "-k", chosen, **{variable: value})
 
 
 def test_fast_math_is_another_run():

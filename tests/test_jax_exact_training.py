@@ -248,6 +248,25 @@ def test_separate_projections_have_the_outputs_of_a_fused_one():
     assert same(fused(x), apart(x))
 
 
+def test_separate_projections_have_the_gradients_of_forked_layers_in_pytorch():
+    mix, x = exact.nnx.Attention(2, 8, fused=False, rngs=flax_nnx.Rngs(0)), normal(2, 5, 8)
+    loss = lambda mix, x: exact.sum(exact.silu(mix(x)))  # noqa: E731
+    grads, by_x = jax.jit(jax.grad(loss, (0, 1)))(mix, x)
+    theirs = {k: torch.tensor(np.asarray(p)) for k, p in exact.nnx.state_dict(mix).items()}
+    theirs = {k: p.requires_grad_() for k, p in theirs.items()}
+    y = torch.from_numpy(x).requires_grad_()
+
+    def linear(name, x):
+        return torch_exact.linear(x, theirs[f"{name}.weight"], theirs[f"{name}.bias"])
+
+    pairs = zip(("query", "key", "value"), torch_exact.fork(y, 3), strict=True)
+    heads = [linear(name, c).unflatten(-1, (2, 4)).transpose(1, 2) for name, c in pairs]
+    mixed = torch_exact.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    torch_exact.sum(torch_exact.silu(linear("out", mixed))).backward()
+    assert same(by_x, y.grad.numpy())
+    assert equal(exact.nnx.state_dict(grads), {k: p.grad.numpy() for k, p in theirs.items()})
+
+
 def test_parameters_go_to_pytorch_and_back():
     model, arrays = Model(), exact.nnx.state_dict(Model())
     exact.nnx.load_state_dict(model, {k: 2 * x for k, x in arrays.items()})
