@@ -1,7 +1,9 @@
 """Calls in a process of their own, which may run out of memory, crash or hang there."""
 
+import contextlib
 import multiprocessing
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
@@ -10,14 +12,41 @@ class FailedError(Exception):
     """A call that failed; its text is one line."""
 
 
+class LateError(FailedError):
+    """A call that took too long."""
+
+
+class EndedError(FailedError):
+    """A call that ended its process."""
+
+
+@contextlib.contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Has processes that are started meanwhile see these variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 class Apart:
     """A process that answers calls one after the other.
 
     It begins with the first call, and ends with one that fails: an error of a device may spoil
     all that follows in the same process, and memory of a call that failed may stay taken.
+
+    Args:
+        variables: of its environment, beside those of this process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, variables: Mapping[str, str] | None = None) -> None:
+        self._variables = variables or {}
         self._context = multiprocessing.get_context("spawn")  # a device does not survive a fork
         self._process: Any = None
         self._connection: Any = None
@@ -37,23 +66,25 @@ class Apart:
             *args: of the function.
 
         Raises:
-            FailedError: where it raises, ends its process or takes too long.
+            FailedError: where it raises; `EndedError` where it ends its process, and `LateError`
+                where it takes too long.
         """
         if self._process is None:
             self._connection, theirs = self._context.Pipe()
             self._process = self._context.Process(target=_answer, args=(theirs,), daemon=False)
-            self._process.start()
+            with environment(self._variables):
+                self._process.start()
             theirs.close()  # so that its end shows here
         try:
             self._connection.send((function, args))
             if not self._connection.poll(seconds):
-                raise FailedError(f"TimeoutError: not finished after {seconds:.0f} s")
+                raise LateError(f"TimeoutError: not finished after {seconds:.0f} s")
             found, why = self._connection.recv()
         except (EOFError, OSError) as error:
             self._process.join(10.0)
             code = self._process.exitcode
             self.end()
-            raise FailedError(f"the process ended with exit code {code}") from error
+            raise EndedError(f"the process ended with exit code {code}") from error
         except BaseException:
             self.end()
             raise

@@ -7,23 +7,22 @@ runs they have in common, and a changed optimizer or workload is run anew.
 
 import concurrent.futures
 import functools
-import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from benchmarks import _finished
+from benchmarks._apart import environment
 from benchmarks._environment import basis
 from benchmarks._frameworks import FRAMEWORKS, room
 from benchmarks._runs import Record, Task, record_from_json, task_from_json, to_json
 from benchmarks.workloads import home
-
-ROOT = Path(__file__).parents[1]
 
 _DEMO = ("examples/_data.py", "examples/_demo.py")
 _DIGITS = ("benchmarks/workloads/digits.py", "benchmarks/_{framework}/workloads/digits.py")
@@ -85,16 +84,7 @@ def files(framework: str, optimizer: str, workload: str) -> list[Path]:
         *(pattern.format(framework=framework) for pattern in WORKLOADS.get(family, ())),
         *(_GPT[framework] if family in ("shakespeare", "finetuning") else ()),
     ]
-    found: set[Path] = set()
-    for pattern in patterns:
-        matches = [*ROOT.glob(pattern)]
-        if not matches:
-            raise FileNotFoundError(
-                f"the sources of {optimizer} must be files of this repository, got {pattern!r}, "
-                "which names none; say where it has moved."
-            )
-        found.update(matches)
-    return sorted(found)
+    return _finished.files(patterns, optimizer)
 
 
 @functools.cache
@@ -106,10 +96,7 @@ def source(framework: str, optimizer: str, workload: str) -> str:
         optimizer: a name of the framework's registry.
         workload: a name that `workloads.load` knows.
     """
-    digest = hashlib.sha256(json.dumps(basis(framework)).encode())
-    for path in files(framework, optimizer, workload):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+    return _finished.source_of(files(framework, optimizer, workload), basis(framework))
 
 
 def entry(framework: str, optimizer: str) -> Any:
@@ -118,22 +105,16 @@ def entry(framework: str, optimizer: str) -> Any:
 
 
 def finished(store: Path) -> dict[Task, Record]:
-    """The runs in a store that the present code made; a line cut short by a crash is passed over.
+    """The runs in a store that the present code made.
 
     Args:
         store: a `runs.jsonl`; it need not exist.
     """
     runs: dict[Task, Record] = {}
-    if not store.exists():
-        return runs
-    for line in store.read_text().splitlines():
-        try:
-            line_of = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        task = task_from_json(line_of["task"])
-        if line_of["source"] == _source(task):
-            runs[task] = record_from_json(line_of["record"])
+    for line in _finished.lines(store):
+        task = task_from_json(line["task"])
+        if line["source"] == _source(task):
+            runs[task] = record_from_json(line["record"])
     return runs
 
 
@@ -185,7 +166,7 @@ def _results(missing: Sequence[Task], workers: int) -> Iterator[tuple[Task, Reco
             yield from zip(together, _train(together), strict=True)
         return
     with (
-        _single_threaded(),
+        environment(_single_threaded()),
         concurrent.futures.ProcessPoolExecutor(
             workers, mp_context=multiprocessing.get_context("spawn")
         ) as pool,
@@ -209,25 +190,11 @@ def _train(tasks: Sequence[Task]) -> list[Record]:
         raise RuntimeError(f"the run {tasks[0]} failed: {error}") from error
 
 
-class _single_threaded:  # noqa: N801
-    """While it is entered, processes started from here use one thread each."""
-
-    VARIABLES: Mapping[str, str] = {
-        "OMP_NUM_THREADS": "1",
-        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
-    }
-
-    def __enter__(self) -> None:
-        self.before = {name: os.environ.get(name) for name in self.VARIABLES}
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {self.VARIABLES['XLA_FLAGS']}".strip()
-        os.environ.update(self.VARIABLES, XLA_FLAGS=flags)
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self.before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+def _single_threaded() -> dict[str, str]:
+    """Variables of processes of one thread each."""
+    flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    return {"OMP_NUM_THREADS": "1", "XLA_FLAGS": flags}
 
 
 def _progress(console: Console) -> Progress:

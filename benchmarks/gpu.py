@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks._apart import Apart, FailedError
 from benchmarks._environment import basis
-from benchmarks._finished_rows import finished, keep, source_of
+from benchmarks._finished import files, finished, keep, source_of
 from benchmarks._frameworks import FRAMEWORKS, installed, room
 from benchmarks._gpu_rows import FLOOR, GPU_SIZES, Row, measured, rows
 from benchmarks._measured_optimizers import whole
@@ -69,7 +69,9 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             )
     wanted = rows(options.sizes, frameworks)
     store = options.output / "gpu-rows.jsonl"
-    source = source_of(SOURCES, [[basis(name) for name in frameworks], options.repeats])
+    source = source_of(
+        files(SOURCES, "gpu"), [[basis(name) for name in frameworks], options.repeats]
+    )
     done = {_row(found).key: found for found in finished(store, source)}
     left = [row for row in wanted if row.key not in done]
     end, framework = time.monotonic() + 60.0 * options.minutes, ""

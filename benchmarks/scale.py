@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from benchmarks._counted import Task
 from benchmarks._environment import basis
-from benchmarks._finished_rows import finished, keep, source_of
+from benchmarks._finished import files, finished, keep, source_of
 from benchmarks._frameworks import FRAMEWORKS, installed, room
 from benchmarks._models import MODELS, count, split, tensors
 from benchmarks._plots import COLORS, bars, finish
@@ -104,7 +104,7 @@ def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
                 split(own, mesh)
     stacked = options.framework == "jax" if options.stacked is None else options.stacked
     store = options.output / "scale-rows.jsonl"
-    source = source_of(SOURCES, basis(options.framework))
+    source = source_of(files(SOURCES, "scale"), basis(options.framework))
     done = {_key(row): row for row in finished(store, source)}
     tasks = [Task(name, model, stacked) for model in options.model for name in names]
     wanted = [(task, mesh) for task in tasks for mesh in options.mesh]

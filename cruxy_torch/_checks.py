@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -93,10 +93,7 @@ def check_shared(group: dict[str, Any]) -> None:
     if group["averaging"] is not None:
         remedy = "16 is usual, and None keeps no average"
         check_range("averaging", group["averaging"], 0.0, remedy=remedy)
-    if group["average_bits"] not in AVERAGE_BITS:
-        raise ValueError(
-            f"average_bits must be 8, 16 or 32, got {group['average_bits']!r}; 16 is as good as 32."
-        )
+    check_bits("average_bits", group["average_bits"], AVERAGE_BITS)
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -113,10 +110,14 @@ def check_group(group: dict[str, Any]) -> None:
     check_bits("state_bits", group["state_bits"])
 
 
-def check_bits(name: str, bits: Any) -> None:
-    """Raises unless moments can be kept in that many bits."""
-    if bits not in BITS:
-        raise ValueError(f"{name} must be 4, 8, 16 or 32, got {bits!r}; 8 loses next to nothing.")
+def check_bits(name: str, bits: Any, among: Sequence[int] = BITS) -> None:
+    """Raises unless the number of bits is one of those."""
+    if bits not in among:
+        *first, last = sorted(among)
+        raise ValueError(
+            f"{name} must be {', '.join(map(str, first))} or {last}, got {bits!r}; 8 loses next to "
+            "nothing."
+        )
 
 
 def one_loss(first: Any, second: Any) -> Any:

@@ -14,8 +14,7 @@ def begin(param: Tensor, mean: Coded) -> None:
     largest = near.abs().amax(1, keepdim=True).to(torch.float32)
     reach = mean.code.first_reach(largest, xp=torch)
     grid = mean.code.grid(reach, torch.ones_like(reach), xp=torch)
-    mean.codes.copy_(mean.code.encode(torch.zeros_like(near), near, grid, 0.5, xp=torch))
-    mean.scales.copy_(grid[:, 0])
+    _keep(mean, torch.zeros_like(near), near, grid)
 
 
 def put(param: Tensor, mean: Coded, value: Tensor) -> None:
@@ -24,6 +23,10 @@ def put(param: Tensor, mean: Coded, value: Tensor) -> None:
     offset = in_blocks(value, near.dtype) - near
     reach = offset.abs().amax(1, keepdim=True).to(torch.float32)
     grid = mean.code.grid(reach, torch.zeros_like(reach), xp=torch)
+    _keep(mean, offset, near, grid)
+
+
+def _keep(mean: Coded, offset: Tensor, near: Tensor, grid: Tensor) -> None:
     mean.codes.copy_(mean.code.encode(offset, near, grid, 0.5, xp=torch))
     mean.scales.copy_(grid[:, 0])
 

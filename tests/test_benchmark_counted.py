@@ -1,20 +1,14 @@
 """Rows of what is counted: one that fails takes no other with it, and finished ones are kept."""
 
-import os
-from pathlib import Path
-
 from benchmarks._counted import Task, counted
-from benchmarks._finished_rows import finished, keep
+from benchmarks._finished import finished, keep
+from counted_tasks import count
 
 
 def test_a_task_that_fails_takes_no_other_with_it():
     names = ("first", "fails", "slow", "ends", "last")
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here.parent), str(here)])
     tasks = [Task(name, "llama-1b", True) for name in names]
-    found = counted(
-        "counted_tasks", {"data": 8}, tasks, patience=5.0, environment={"PYTHONPATH": path}
-    )
+    found = counted(count, {"data": 8}, tasks, patience=5.0)
     assert list(found) == [
         {"name": "first", "devices": 8},
         {"failed": "ValueError: no such model"},

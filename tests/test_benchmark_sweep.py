@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from benchmark_quadratic import QUIET, known_workload, task  # noqa: F401
-from benchmarks import _comparison, _sweep
+from benchmarks import _comparison, _finished, _sweep
 from benchmarks._jax import our_optimizers as jax_optimizers
 from benchmarks._jax import training
 from benchmarks._jax.our_optimizers import OPTIMIZERS
@@ -84,7 +84,7 @@ PACKAGES = {
 def test_source_of_a_peer_does_not_depend_on_ours():
     for framework in FRAMEWORKS:
         files = _sweep.files(framework, "adamw", "digits-conv")
-        assert {path.relative_to(_sweep.ROOT).parts[0] for path in files} == {"benchmarks"}
+        assert {path.relative_to(_finished.ROOT).parts[0] for path in files} == {"benchmarks"}
 
 
 def test_source_of_a_peer_that_averages_as_ours_depends_on_that():
@@ -108,8 +108,8 @@ def test_change_in_any_room_of_a_package_changes_the_source(
 ):
     unread = shutil.ignore_patterns("__pycache__", "py.typed", "published.json")
     for folder in ("benchmarks", *PACKAGES[framework]):
-        shutil.copytree(_sweep.ROOT / folder, tmp_path / folder, ignore=unread)
-    monkeypatch.setattr(_sweep, "ROOT", tmp_path)
+        shutil.copytree(_finished.ROOT / folder, tmp_path / folder, ignore=unread)
+    monkeypatch.setattr(_finished, "ROOT", tmp_path)
 
     def source():
         return _sweep.source.__wrapped__(framework, "meta3", "digits-conv")

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import cruxy_optax
-from benchmarks._counted import Task, answer, counted
+from benchmarks._counted import Task, counted
 from benchmarks._jax.hlo import axes_of, collectives
 from benchmarks._models import MODELS, count, split, tensors
 from benchmarks._wire import Message
@@ -64,7 +64,7 @@ def measured(
         "XLA_FLAGS": " ".join([*flags, devices]),
         "JAX_ENABLE_COMPILATION_CACHE": "0",
     }
-    return counted(__name__, mesh, tasks, patience=patience, environment=here)
+    return counted(compiled, mesh, tasks, patience=patience, variables=here)
 
 
 def compiled(task: Task, mesh: Mapping[str, int]) -> dict[str, Any]:
@@ -156,7 +156,3 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(part, {})
         node[last] = leaf
     return tree
-
-
-if __name__ == "__main__":
-    answer(compiled)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import cruxy_torch
-from benchmarks._counted import Task, answer, counted
+from benchmarks._counted import Task, counted
 from benchmarks._models import MODELS, split, tensors
 from benchmarks._wire import Message
 
@@ -60,7 +60,7 @@ def measured(
     mesh: Mapping[str, int], tasks: Sequence[Task], *, patience: float
 ) -> Iterator[dict[str, Any]]:
     """What each step takes on a rank; see `counted`."""
-    return counted(__name__, mesh, tasks, patience=patience)
+    return counted(stepped, mesh, tasks, patience=patience)
 
 
 class Watch(TorchDispatchMode):
@@ -219,7 +219,3 @@ def _is(x: Any) -> bool:
 def _local_bytes(tensor: Any) -> int:
     own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return own.numel() * own.element_size()
-
-
-if __name__ == "__main__":
-    answer(stepped)

@@ -15,7 +15,7 @@ from cruxy_torch._native.triton_matrices import matrix
 from cruxy_torch._native.triton_rules import misfit, parts
 from cruxy_torch._native.triton_sums import Together, mean_squares, sums, sums_by_tensor
 from cruxy_torch._native.triton_tables import constant, table
-from cruxy_torch._native.triton_tensors import momentum, move
+from cruxy_torch._native.triton_tensors import key_of, momentum, move
 from cruxy_torch._native.triton_whole import adam, sign
 from cruxy_torch._orders import Orders
 
@@ -111,7 +111,7 @@ def update(
         device, triton_steps.update_of_chunks, (of.count,),
         of.values, of.tensors, of.chunks, of.tiles, of.starts, of.counters,
         rate, *map(_whole, (orders.beta1, orders.beta2, orders.scale)), orders.ok.view(torch.uint8),
-        _as_tensor(orders.key, device) if chance else of.counters,
+        key_of(orders, device) if chance else of.counters,
         _whole(orders.average_weight) if columns.averages else rate,
         _whole(orders.decay_scale) if steered else rate, limits,
         float(l2 or decay), eps,
@@ -138,9 +138,3 @@ def _in_one(limits: Sequence[Tensor], device: torch.device) -> tuple[Tensor, lis
 
 def _whole(number: Tensor) -> Tensor:
     return number.to(torch.float32)
-
-
-def _as_tensor(key: Any, device: torch.device) -> Tensor:
-    if isinstance(key, Tensor):
-        return key.to(torch.int32)
-    return constant(int(key), device, torch.int32)

@@ -248,5 +248,5 @@ def are_aligned(addresses: Sequence[int]) -> bool:
 def key_of(orders: Orders, device: torch.device) -> Tensor:
     """The key of this step's random bits, where a kernel can read it."""
     if isinstance(orders.key, Tensor):
-        return orders.key
+        return orders.key.to(torch.int32)
     return constant(int(orders.key), device, torch.int32)
