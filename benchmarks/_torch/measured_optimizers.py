@@ -28,7 +28,7 @@ def _make(name: str, model: nn.Module) -> Optimizer:
 def _check(name: str) -> None:
     if name.startswith("bitsandbytes") and not torch.cuda.is_available():
         raise ValueError(f"{name} needs a GPU; leave it out, or run where there is one.")
-    _make(name, nn.Linear(1, 1))
+    _make(name, nn.Linear(64, 64))  # large enough for codes
 
 
 def _trained(name: str) -> MeasuredOptimizer:
