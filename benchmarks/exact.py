@@ -100,7 +100,7 @@ def _shortest(
 
 
 def _losses(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    train = room("jax", "exact", "exact_losses").train
+    train = room("jax", "exact_losses", "exact --losses").train
     kinds = {"plain": False, "exact": True}
     runs: dict[str, dict[str, Any]] = {name: {} for name in kinds}
     for seed in options.seeds:
