@@ -201,3 +201,14 @@ def clip_scale(threshold: Any, norm: Any, *, xp: Any) -> Any:
         A scalar like the two, in `[0, 1]`; NaN where the norm is.
     """
     return xp.clip(threshold / (norm + 1e-6), 0.0, 1.0)
+
+
+def falls(controls: Controls) -> Any:
+    """Whether the rate falls to an end, or a schedule has lowered it to below four fifths.
+
+    It is false where the law has nothing to do with either.
+    """
+    if isinstance(controls.run_phase, float):
+        return False
+    cooldown = float(RUN_PHASES.index("cooldown"))
+    return (controls.run_phase >= cooldown) | (controls.schedule_scale < 0.8)

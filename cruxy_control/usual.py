@@ -1,10 +1,13 @@
 """What `SelfDriving` is usually given for a kind of direction, and for a run whose end is known."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from cruxy_control.law import Law
 from cruxy_control.self_driving import SelfDriving
+
+WEIGHT_DECAY = 0.1
+"""Of what has at least two axes, multiplied by the rate that is found."""
 
 
 class Usual(NamedTuple):
@@ -12,29 +15,75 @@ class Usual(NamedTuple):
 
     Attributes:
         relative_limit: no tensor moves by more than this share of its size in a step.
-        weight_decay: its coefficient.
         set_point: the alignment that is steered to in a run without an end.
         set_point_ended: the same where the end is known.
+        set_point_pulled: the same where the average pulls the parameters along.
         limit_yield: how the limit gives way, see `SelfDriving`; `None` for one that holds.
+        interpolation: how far the average pulls in a run without an end, see `averaging_orders`.
+        power_pulled: of an average that pulls.
     """
 
     relative_limit: float
-    weight_decay: float
     set_point: float = -0.25
     set_point_ended: float = -0.25
+    set_point_pulled: float = -0.2
     limit_yield: float | None = 50.0
+    interpolation: float = 0.0
+    power_pulled: float = 3.0
 
 
 USUAL = {
-    "adam": Usual(0.1, 1e-4),
-    "lion": Usual(0.01, 1e-3, limit_yield=None),
-    "muon": Usual(0.2, 0.1, -0.15, -0.2, limit_yield=None),
+    "adam": Usual(0.1),
+    "lion": Usual(0.01, limit_yield=None),
+    "muon": Usual(
+        *(0.2, -0.15, -0.2, -0.07), limit_yield=None, interpolation=0.7, power_pulled=2.0
+    ),
 }
 """By the kind of a direction: `"adam"` where its elements are of size 1 or less and shrink,
 `"lion"` where they are signs, `"muon"` where matrices are made orthogonal.
 
 An orthogonal step bears a larger rate than the sensor takes Adam's for: it is steered to an
-alignment nearer to 0. Only Adam's limit gives way: the others gained nothing by it."""
+alignment nearer to 0, as is a step of which an average that pulls soon undoes a share. Only Adam's
+limit gives way: the others gained nothing by it. Only Muon's average pulls: language models gain by
+it, and small tasks that fit their data lose."""
+
+POWER = 16.0
+"""Of an average that does not pull."""
+
+Given = float | Literal["usual"]
+"""A number, or that which goes with the kind of the direction."""
+
+
+def usual_average(
+    kind: str, averaging: Given | None, interpolation: Given, *, free: bool
+) -> tuple[float | None, float]:
+    """The power of an average and how far it pulls, where they are given and where they are not.
+
+    Args:
+        kind: a key of `USUAL`.
+        averaging: `None` for no average.
+        interpolation: see `averaging_orders`.
+        free: whether the run has no known end and the law its usual constants; otherwise nothing
+            pulls unless it is asked for.
+    """
+    own = USUAL[kind]
+    if averaging is None:
+        return None, 0.0
+    if isinstance(interpolation, str):
+        interpolation = own.interpolation if isinstance(averaging, str) and free else 0.0
+    if isinstance(averaging, str):
+        averaging = own.power_pulled if pulls(interpolation) else POWER
+    return averaging, interpolation
+
+
+def pulls(interpolation: Any) -> bool:
+    """Whether an average pulls; a traced number may."""
+    return not (isinstance(interpolation, float | int) and interpolation == 0.0)
+
+
+def muon_momentum(interpolation: Any) -> float:
+    """The decay rate of the matrices' momentum: shorter where the average holds steps back too."""
+    return 0.9 if pulls(interpolation) else 0.95
 
 
 def end_of(law: Any) -> int | None:
@@ -44,15 +93,18 @@ def end_of(law: Any) -> int | None:
     return getattr(law, "total_steps", None)
 
 
-def usual_law(kind: str, *, ends: bool) -> SelfDriving:
+def usual_law(kind: str, *, ends: bool, interpolation: Any = 0.0) -> SelfDriving:
     """The law with the constants of a kind of direction.
 
     Args:
         kind: a key of `USUAL`.
         ends: whether the end of the run is known.
+        interpolation: how far an average pulls.
     """
     own = USUAL[kind]
     set_point = own.set_point_ended if ends else own.set_point
+    if pulls(interpolation):
+        set_point = own.set_point_pulled
     return SelfDriving(set_point=set_point, limit_yield=own.limit_yield)
 
 

@@ -94,6 +94,9 @@ def check_shared(group: dict[str, Any]) -> None:
         remedy = "16 is usual, and None keeps no average"
         check_range("averaging", group["averaging"], 0.0, remedy=remedy)
     check_bits("average_bits", group["average_bits"], AVERAGE_BITS)
+    remedy = "use 0 for an average that pulls nothing"
+    pull = group.get("interpolation", 0.0)
+    check_range("interpolation", pull, 0.0, 1.0, upper_open=True, remedy=remedy)
 
 
 def check_group(group: dict[str, Any]) -> None:

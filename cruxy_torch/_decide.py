@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cruxy_control import Controls, Signals, meta_learning_rate
 from cruxy_control import betas as controlled_betas
-from cruxy_control.controls import clip_scale
-from cruxy_control.formulas.averaging import averaging_weight
+from cruxy_control.controls import clip_scale, falls
+from cruxy_control.formulas.averaging import averaging_orders
 from cruxy_control.formulas.limits import RELATIVE_FLOOR, rate_share, relative_limit
 from cruxy_control.law import steers_decay
 from cruxy_control.signals import NOT_KNOWN
@@ -103,7 +103,7 @@ def decide(
         own = next(sizes) if group.grads else None
         ordered[index] = with_limits(
             group, ordered[index], state["step"] - 1, own, measured.whole, controls.limit_factor,
-            parts=measured.parts, xp=xp, vectors=vectors,
+            falling=falls(controls), parts=measured.parts, xp=xp, vectors=vectors,
         )  # fmt: skip
     if "limit_scale" in values:
         state |= _applied(groups, ordered, values, controls.ok, xp=xp, vectors=vectors)
@@ -188,6 +188,7 @@ def with_limits(
     whole: Tensor | None,
     factor: Any = 1.0,
     *,
+    falling: Any = False,
     parts: Any = 1.0,
     xp: Any,
     vectors: Any = torch,
@@ -201,15 +202,18 @@ def with_limits(
         sizes: of the group's tensors.
         whole: the mean square of all tensors under a limit, times `parts`; `None` of none.
         factor: the law's on the limit.
+        falling: whether the rate falls.
         parts: see `whole`.
         xp: the controller's namespace.
         vectors: that of sizes.
     """
-    weight, limits = orders.average_weight, None
+    weight, pull, limits = orders.average_weight, None, None
     if group.averaging is not None:
         count = count.to(xp.float32) if hasattr(count, "to") else count * 1.0
-        weight = averaging_weight(count, group.averaging, xp=xp)
+        weight, pull = averaging_orders(count, group.averaging, group.interpolation, falling, xp=xp)
         weight = xp.where(orders.ok, weight, 0.0)
+        if pull is not None:  # a group whose rate is 0 stands still
+            pull = xp.where(orders.rate > 0.0, pull, 0.0)
     if sizes is not None and whole is not None:
         squares, limit = sizes.mean_squares, group.relative_limit
         if vectors is torch:
@@ -217,7 +221,7 @@ def with_limits(
             whole = whole.to(squares.device)
         whole = whole if isinstance(parts, float) and parts == 1.0 else whole / parts
         limits = relative_limit(squares, limit * factor, RELATIVE_FLOOR, xp=vectors, whole=whole)
-    return orders._replace(limits=limits, average_weight=weight)
+    return orders._replace(limits=limits, average_weight=weight, average_pull=pull)
 
 
 def _share(orders: Orders, vectors: Any) -> Any:

@@ -46,6 +46,7 @@ class Group(abc.ABC):
         relative_limit: no tensor's rate is above this share of its size, or of that of all tensors;
             `None` for no limit.
         still: whether nothing of it moved in the step before, whose rate was 0.
+        interpolation: see `averaging_orders`.
     """
 
     index: int
@@ -57,6 +58,7 @@ class Group(abc.ABC):
     averaging: float | None
     relative_limit: float | None
     still: bool
+    interpolation: float = 0.0
 
     @property
     @abc.abstractmethod

@@ -11,7 +11,8 @@ from cruxy_torch._law_state import KEY
 from cruxy_torch._memory.state import SHAPED, check_shapes, check_shards, restored
 
 _MAY_LACK = {
-    "state_bits", "relative_limit", "averaging", "average_bits", "differentiable", "power",
+    "state_bits", "relative_limit", "averaging", "average_bits", "interpolation", "decay_vectors",
+    "differentiable", "power",
 }  # fmt: skip
 """Options that a state of an earlier version may lack, and torch's own."""
 

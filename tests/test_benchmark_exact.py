@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("jax")
 
-from benchmarks import exact  # noqa: E402
-from benchmarks._jax import exact_losses  # noqa: E402
-from benchmarks._protocol import run  # noqa: E402
+from benchmarks import exact
+from benchmarks._jax import exact_losses
+from benchmarks._protocol import run
 
 
 def test_losses_are_compared_seed_by_seed(monkeypatch, tmp_path):
@@ -21,8 +21,8 @@ def test_losses_are_compared_seed_by_seed(monkeypatch, tmp_path):
     run(exact.PROTOCOL, [*argv, "--output", str(tmp_path)])
     result = json.loads((tmp_path / "exact-losses-shakespeare-small.json").read_text())
     rows = {row[0]: row[1:] for row in exact.PROTOCOL.rows(result).rows}
-    assert rows["plain"][0] == "2.500"
-    assert rows["exact"][0] == "2.750"
+    assert rows["plain"][0] == "2.500 ± 0.500"
+    assert rows["exact"][0] == "2.750 ± 0.500"
     assert rows["exact"][1].startswith("0.250")
     assert rows["exact"][2] == "01, 11"
 

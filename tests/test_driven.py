@@ -12,7 +12,7 @@ import torch
 import cruxy_optax
 from cruxy_control import RUN_PHASES, Meta3, SelfDriving, Signals, explain
 from cruxy_control.self_driving import begin_cooldown
-from cruxy_control.usual import USUAL, usual_law
+from cruxy_control.usual import USUAL, WEIGHT_DECAY, usual_law
 from cruxy_optax._states import direction_kind
 from cruxy_torch import CruxyOptimizer, Direction, Orthogonal, SignBlend
 
@@ -305,10 +305,14 @@ class TestDirections:
         said = cruxy_optax.self_driving(
             1e3,
             direction=DIRECTIONS[name],
-            weight_decay=USUAL[kind].weight_decay,
-            mask=(lambda p: jax.tree.map(lambda x: x.ndim > 1, p)) if kind == "muon" else None,
+            weight_decay=WEIGHT_DECAY,
+            mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p),
             relative_limit=USUAL[kind].relative_limit,
-            law=SelfDriving(set_point=USUAL[kind].set_point, limit_yield=USUAL[kind].limit_yield),
+            averaging=2.0 if kind == "muon" else 16.0,
+            interpolation=USUAL[kind].interpolation,
+            law=SelfDriving(
+                set_point=-0.07 if kind == "muon" else -0.25, limit_yield=USUAL[kind].limit_yield
+            ),
         )
         ends = []
         for tx in (usual, said):
@@ -338,7 +342,9 @@ class TestDirections:
         x = torch.nn.Parameter(torch.ones(4, 4))
         optimizer = CruxyOptimizer([x], mode="self_driving", direction=direction)
         assert optimizer.param_groups[0]["relative_limit"] == USUAL[kind].relative_limit
-        assert optimizer._settings.law.set_point == USUAL[kind].set_point
+        pulled = USUAL[kind].interpolation > 0.0
+        set_point = USUAL[kind].set_point_pulled if pulled else USUAL[kind].set_point
+        assert optimizer._settings.law.set_point == set_point
 
     def test_in_torch_a_kind_that_is_none_is_refused(self):
         class Odd(Direction):

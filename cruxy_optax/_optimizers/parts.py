@@ -44,9 +44,9 @@ def by_role(
 
 
 def averaged(
-    averaging: float | None, average_bits: int | None
+    averaging: float | None, average_bits: int | None, interpolation: Any = 0.0
 ) -> list[optax.GradientTransformation]:
     """The average of the iterates as the last part of a chain; none where none is kept."""
     if average_bits is not None:
         check_bits("average_bits", average_bits, BITS)
-    return [] if averaging is None else [average_iterates(averaging, average_bits)]
+    return [] if averaging is None else [average_iterates(averaging, average_bits, interpolation)]

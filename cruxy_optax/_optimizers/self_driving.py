@@ -11,7 +11,15 @@ import optax
 from cruxy_control.checks import check_range
 from cruxy_control.law import Law
 from cruxy_control.roles import Rule
-from cruxy_control.usual import USUAL, told_the_end, usual_law
+from cruxy_control.usual import (
+    USUAL,
+    WEIGHT_DECAY,
+    Given,
+    muon_momentum,
+    told_the_end,
+    usual_average,
+    usual_law,
+)
 from cruxy_optax._actuators.clip import clip_by_predicted_norm
 from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_controlled_lion
 from cruxy_optax._actuators.orthogonal import scale_by_controlled_muon
@@ -31,13 +39,14 @@ def self_driving(
     b2: chex.Numeric = 0.99,
     eps: chex.Numeric = 1e-8,
     mu_dtype: Any | None = None,
-    weight_decay: optax.ScalarOrSchedule | Literal["usual"] = "usual",
+    weight_decay: optax.ScalarOrSchedule = WEIGHT_DECAY,
     mask: Mask = None,
     *,
     direction: optax.GradientTransformation | None = None,
     nesterov: bool = True,
     relative_limit: Limit = "usual",
-    averaging: float | None = 16.0,
+    averaging: Given | None = "usual",
+    interpolation: Given = "usual",
     average_bits: int | None = None,
     total_steps: int | None = None,
     rates: Mapping[str, Any] | None = None,
@@ -66,22 +75,24 @@ def self_driving(
         b2: decay rate of the second moment, in `[0, 1)`.
         eps: added to the root of the second moment.
         mu_dtype: dtype of the first moment.
-        weight_decay: decoupled weight decay, multiplied by the rate that is found; 1e-4, or what
-            goes with `direction`.
-        mask: where weight decay applies; see `meta3`.
+        weight_decay: decoupled weight decay, multiplied by the rate that is found.
+        mask: where weight decay applies, see `meta3`; `None` for what has at least two axes.
         direction: any optax transformation that keeps a first moment, in the place of Adam's:
             `optax.scale_by_adam()`, `optax.scale_by_lion()`, a chain that ends in
             `orthogonalize_updates()`, an `optax.partition` of several, one of your own. What comes
             out has to be of about size 1. Its kind (`direction_kind` in "Write a direction of your
-            own") says which limit, set point and decay go with it. `b1`, `b2`, `eps`, `nesterov`,
+            own") says which limit, set point and average go with it. `b1`, `b2`, `eps`, `nesterov`,
             `mu_dtype` and `state_bits` are Adam's and are left out.
         nesterov: looks one step ahead.
         relative_limit: see `scale_by_meta_learning_rate`; 0.1, or what goes with `direction`. It is
             doubled where the end of the run is known, and in a cooldown
             (`SelfDriving.cooldown_peak`). `None` for no limit, and then a start far above the best
             rate is not recovered from.
-        averaging: the power of `average_iterates`; `None` keeps no average and saves its buffer:
-            then the parameters themselves are what there is to evaluate, as noisy as the rate.
+        averaging: the power of `average_iterates`; 16, or less where it pulls. `None` keeps no
+            average and saves its buffer: then the parameters themselves are what there is to
+            evaluate, as noisy as the rate.
+        interpolation: how far the average pulls the parameters along, see `average_iterates`; 0, or
+            what goes with `direction`. For language models, 0.6.
         average_bits: bits an element of the average, 32 (`None`), 16 or 8; see `average_iterates`.
         total_steps: steps of the run, where they are known: the rate is found in the first fifth
             of them and then falls to 0 from twice of it (`SelfDriving.total_steps`). `None` for a
@@ -136,15 +147,17 @@ def self_driving(
     else:
         adams = {"state_bits": state_bits, "mu_dtype": mu_dtype}
         moments, kind = direction, _kind_of(direction, adams)
+    ends = total_steps is not None
+    free = law is None and not ends
+    power, pull = usual_average(kind, averaging, interpolation, free=free)
     if law is None:
-        law = usual_law(kind, ends=total_steps is not None)
+        law = usual_law(kind, ends=ends, interpolation=pull)
     law = told_the_end(law, total_steps)
-    decay = USUAL[kind].weight_decay if isinstance(weight_decay, str) else weight_decay
-    if kind == "muon" and mask is None:
-        mask = _matrices
     limit, roles = _limit(relative_limit, kind), by_role(rates)
-    average = averaged(averaging, average_bits)
-    return _steered(moments, learning_rate, decay, mask, roles, limit, average, law, axis_names)
+    average = averaged(power, average_bits, pull)
+    return _steered(
+        moments, learning_rate, weight_decay, mask, roles, limit, average, law, axis_names
+    )
 
 
 def self_driving_lion(
@@ -152,7 +165,7 @@ def self_driving_lion(
     b1: chex.Numeric = 0.9,
     b2: chex.Numeric = 0.95,
     mu_dtype: Any | None = None,
-    weight_decay: optax.ScalarOrSchedule = 1e-3,
+    weight_decay: optax.ScalarOrSchedule = WEIGHT_DECAY,
     mask: Mask = None,
     *,
     relative_limit: Limit = "usual",
@@ -175,7 +188,7 @@ def self_driving_lion(
         b2: decay rate of the momentum, in `(0, 1)`.
         mu_dtype: dtype of the momentum.
         weight_decay: decoupled weight decay.
-        mask: where weight decay applies.
+        mask: where weight decay applies; `None` for what has at least two axes.
         relative_limit: 0.01: a sign has size 1 where Adam's direction has a quarter of it or less,
             and never shrinks: on a small convolutional net 0.02 ended in divergence.
         averaging: the power of `average_iterates`; `None` keeps no average.
@@ -223,17 +236,18 @@ def self_driving_lion(
 
 def self_driving_muon(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
-    b1: chex.Numeric = 0.95,
+    b1: chex.Numeric | Literal["usual"] = "usual",
     adam_b1: chex.Numeric = 0.9,
     adam_b2: chex.Numeric = 0.99,
     eps: chex.Numeric = 1e-8,
     mu_dtype: Any | None = None,
-    weight_decay: optax.ScalarOrSchedule = 0.1,
+    weight_decay: optax.ScalarOrSchedule = WEIGHT_DECAY,
     mask: Mask = None,
     *,
     nesterov: bool = True,
     relative_limit: Limit = "usual",
-    averaging: float | None = 16.0,
+    averaging: Given | None = "usual",
+    interpolation: Given = "usual",
     average_bits: int | None = None,
     total_steps: int | None = None,
     rates: Mapping[str, Any] | None = None,
@@ -251,11 +265,12 @@ def self_driving_muon(
     rate moves them all.
 
     An orthogonal step bears a larger rate than the sensor takes Adam's for: it is steered to an
-    alignment of -0.15, and of -0.2 where the end is known.
+    alignment of -0.07, to one of -0.15 where no average pulls, and of -0.2 where the end is known.
 
     Args:
         learning_rate: where the search starts; see `self_driving`, as all that is not said here.
-        b1: decay rate of the matrices' momentum, in `(0, 1)`.
+        b1: decay rate of the matrices' momentum, in `(0, 1)`; 0.9 where the average pulls, else
+            0.95.
         adam_b1: decay rate of the first moment of everything else, in `[0, 1)`.
         adam_b2: decay rate of the second moment of everything else, in `[0, 1)`.
         eps: added to the root of that.
@@ -265,7 +280,10 @@ def self_driving_muon(
         nesterov: looks one step ahead.
         relative_limit: no tensor gets a rate above this share of its own root mean square, nor of
             that of all parameters.
-        averaging: the power of `average_iterates`; `None` keeps no average.
+        averaging: the power of `average_iterates`; 2, and 16 where nothing pulls. `None` keeps no
+            average.
+        interpolation: how far the average pulls the parameters along, see `average_iterates`; 0.7,
+            and 0 where the end is known, or `averaging` or `law` is given.
         average_bits: bits an element of the average, 32 (`None`), 16 or 8.
         total_steps: steps of the run, where they are known.
         rates: factors on the rate by role.
@@ -305,13 +323,16 @@ def self_driving_muon(
         `self_driving`.
     """
     rules = tuple(rules)
+    ends = total_steps is not None
+    free = law is None and not ends
+    power, pull = usual_average("muon", averaging, interpolation, free=free)
     if law is None:
-        law = usual_law("muon", ends=total_steps is not None)
+        law = usual_law("muon", ends=ends, interpolation=pull)
     moments = in_bits(
         state_bits,
         mu_dtype,
         lambda mu_dtype: scale_by_controlled_muon(
-            b1,
+            muon_momentum(pull) if isinstance(b1, str) else b1,
             adam_b1,
             adam_b2,
             eps,
@@ -324,8 +345,7 @@ def self_driving_muon(
     )
     law = told_the_end(law, total_steps)
     limit = _limit(relative_limit, "muon")
-    mask = _matrices if mask is None else mask
-    roles, average = by_role(rates, rules, model), averaged(averaging, average_bits)
+    roles, average = by_role(rates, rules, model), averaged(power, average_bits, pull)
     return _steered(
         moments, learning_rate, weight_decay, mask, roles, limit, average, law, axis_names
     )
@@ -387,7 +407,7 @@ def _steered(
         optax.chain(
             clip_by_predicted_norm(),
             moments,
-            *decayed(weight_decay, mask, law),
+            *decayed(weight_decay, _matrices if mask is None else mask, law),
             *roles,
             rate,
             *average,

@@ -15,7 +15,7 @@ from cruxy_torch._actuators.stepped import Bucket, Frame, SteppedTensor
 from cruxy_torch._blocks import buckets, by_device
 from cruxy_torch._columns import Columns
 from cruxy_torch._distributed.shards import any_sharded, local
-from cruxy_torch._kept import Coded, Kept, Rounded
+from cruxy_torch._kept import Coded, Kept, Rounded, raw
 from cruxy_torch._memory.state import AVERAGE_CODES, as_stepped, kept_average
 from cruxy_torch._native.fit import Passes, SetAsideError
 from cruxy_torch._orders import Orders
@@ -31,20 +31,21 @@ class DirectedGroup(Group):
         columns: parameters and gradients on this rank, with what is kept beside them.
         direction: what a gradient becomes.
         frame: what else the group fixes.
-        late: parameters whose average moves when all have taken their step: those without a
-            gradient now, and where averages are kept in fewer bits all of them.
+        coded: parameters that take a step, with averages that are kept in fewer bits.
+        late: parameters without a gradient now, whose average moves nevertheless.
     """
 
     params: list[Tensor]
     columns: Columns
     direction: Direction
     frame: Frame
+    coded: Sequence[tuple[Tensor, Kept]] = ()
     late: Sequence[tuple[Tensor, Kept]] = ()
 
     @property
     def rounds(self) -> bool:
         """Whether anything of it may be rounded by chance."""
-        averages = [mean for _, mean in self.late]
+        averages = [mean for _, mean in (*self.coded, *self.late)]
         columns = (self.columns.params, averages, *self.columns.moments.values())
         return not all({Rounded, Coded}.isdisjoint(map(type, column)) for column in columns)
 
@@ -63,28 +64,62 @@ class DirectedGroup(Group):
         columns = self.columns
         if orders.limits is not None:
             columns = columns._replace(limits=orders.limits.unbind())
+        for part, frame in _decayed(columns, self.frame):
+            self._step(part, frame, orders, native, foreach)
+        _average(self.coded, orders)
+        _average(self.late, orders._replace(average_pull=None))
+
+    def _step(
+        self, columns: Columns, frame: Frame, orders: Orders, native: Passes | None, foreach: bool
+    ) -> None:
+        """The step of some of its tensors, with their averages."""
         take = None if native is None else self.direction.pass_of(native.NAME)
         if native is not None and take is not None and columns.params:
             whole = [c for c in (columns.grads, columns.params, columns.averages) if c]
             moments = list(columns.moments.values())
-            fast, slow = native.parts(whole, moments, centralize=self.frame.centralize)
-            frame = self.frame.under(orders)
+            fast, slow = native.parts(whole, moments, centralize=frame.centralize)
             for part in fast:
+                own, apart = columns.select(part), columns.select([])
+                if orders.average_pull is not None and not _is_float32(own.params[0]):
+                    own, apart = own._replace(averages=()), own
                 try:
-                    take(columns.select(part), orders, frame)
+                    take(own, orders, frame.under(orders))
                 except SetAsideError:
                     slow = sorted([*slow, *part])
+                else:
+                    average(apart.params, apart.averages, orders)
             columns = columns.select(slow)
         step = _foreach if foreach and self.direction.foreach is not None else _single
         for device, indices in by_device(columns.params).items():
             here, on_device = columns.select(indices), orders.to(device)
             factors = self.direction.advance(here, on_device)
-            frame = self.frame.under(on_device)
-            left = _left(here, self.direction, frame, on_device, factors, native)
-            own = [factors[i] for i in left]
-            step(here.select(left), self.direction, frame, on_device, own, native)
+            framed = frame.under(on_device)
+            left = _left(here, self.direction, framed, on_device, factors, native)
+            rest = [factors[i] for i in left]
+            step(here.select(left), self.direction, framed, on_device, rest, native)
         average(columns.params, columns.averages, orders)
-        average([local(param) for param, _ in self.late], [mean for _, mean in self.late], orders)
+
+
+def _decayed(columns: Columns, frame: Frame) -> list[tuple[Columns, Frame]]:
+    """The tensors with what decays them: those of fewer than two axes apart where they are spared.
+
+    All in one where nothing is spared or there is nothing to spare.
+    """
+    axes = [raw(param).ndim for param in columns.params]
+    spared = [i for i, ndim in enumerate(axes) if ndim < 2]
+    if frame.decay_vectors or not frame.weight_decay or not spared:
+        return [(columns, frame)]
+    without = (columns.select(spared), frame._replace(weight_decay=0.0))
+    others = [i for i, ndim in enumerate(axes) if ndim > 1]
+    return [(columns.select(others), frame), without] if others else [without]
+
+
+def _is_float32(param: Kept) -> bool:
+    return isinstance(param, Tensor) and param.dtype == torch.float32
+
+
+def _average(rows: Sequence[tuple[Tensor, Kept]], orders: Orders) -> None:
+    average([local(param) for param, _ in rows], [mean for _, mean in rows], orders)
 
 
 def group_of(
@@ -111,6 +146,7 @@ def group_of(
         stochastic: whether bfloat16 parameters are.
         late: see `DirectedGroup`.
     """
+    coded: list[tuple[Tensor, Kept]] = []
     params, grads, states, numbers = lists
     columns = as_stepped(
         params, grads, states, numbers, direction.moments, halved=bits == 16, stochastic=stochastic
@@ -119,7 +155,7 @@ def group_of(
         columns = columns._replace(averages=())
     elif any(AVERAGE_CODES in state for state in states):  # no pass of a library takes those
         rows = zip(params, states, numbers, strict=True)
-        late = [*late, *((p, kept_average(p, state, number)) for p, state, number in rows)]
+        coded = [(p, kept_average(p, state, number)) for p, state, number in rows]
         columns = columns._replace(averages=())
     lr, (b1, b2) = options["lr"], options.get("betas", (0.0, 0.0))
     return DirectedGroup(
@@ -129,6 +165,7 @@ def group_of(
         columns=columns,
         direction=direction,
         frame=frame,
+        coded=coded,
         late=late,
         lr=lr.detach().reshape(()) if isinstance(lr, Tensor) else lr,
         b1=b1,
@@ -137,6 +174,7 @@ def group_of(
         averaging=options["averaging"],
         relative_limit=options["relative_limit"],
         still=options.get("still", False),
+        interpolation=options.get("interpolation", 0.0),
     )
 
 

@@ -2,31 +2,53 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from cruxy_exact.random_bits import stream_key
 from cruxy_torch import _near
 from cruxy_torch._blocks import blocks
-from cruxy_torch._kept import Coded, Kept, raw
+from cruxy_torch._kept import Coded, Kept, Rounded, compute_dtype, raw, read, write
 from cruxy_torch._orders import Orders
 
 
 def average(params: Sequence[Kept], averages: Sequence[Kept], orders: Orders) -> None:
-    """Moves the average of each parameter, where there is one, its share of the way to it.
+    """Pulls each parameter on from its average, where there is one, and moves that towards it.
 
     Args:
         params: after the step.
         averages: one for each, or none at all.
-        orders: of the step; the share is its `average_weight`.
+        orders: of the step; see its `average_weight` and `average_pull`.
     """
     if not averages:
         return
-    weight = orders.average_weight
-    on_device = {mean.device: mean for mean in averages if isinstance(mean, Coded)}
-    there = {device: orders.to(device) for device in on_device}
+    weight, pull = orders.average_weight, orders.average_pull
+    on_device = {mean.device: orders.to(mean.device) for mean in averages if _needs(mean, orders)}
     for param, mean in zip(params, averages, strict=True):
+        there = on_device.get(mean.device, orders)
+        if pull is not None:
+            _pull(param, mean, there)
         for p, block in blocks(raw(param), mean):
             if isinstance(block, Coded):
-                _near.move(p, block, there[block.device])
+                _near.move(p, block, there)
                 continue
             value = weight.to(block.device) if isinstance(weight, Tensor) else float(weight)
             block.lerp_(p.to(block.dtype), value)
+
+
+def _needs(mean: Kept, orders: Orders) -> bool:
+    """Whether an average moves by orders on its own device."""
+    return isinstance(mean, Coded) or orders.average_pull is not None
+
+
+def _pull(param: Kept, mean: Kept, orders: Orders) -> None:
+    """Moves a parameter on, away from its average."""
+    key = orders.key  # of other bits than those by which the step was rounded
+    if isinstance(param, Rounded):
+        key = stream_key(torch.as_tensor(key, dtype=torch.int32), 0, 1, xp=torch)
+    wide = compute_dtype(param)
+    for values, p, x in blocks(raw(param), param, mean):
+        (old,) = read([p], [wide])
+        average = _near.value(values, x) if isinstance(x, Coded) else x
+        way = old - average.to(wide)
+        write([p], [torch.addcmul(old, way, orders.average_pull.to(wide))], key, orders.ok)

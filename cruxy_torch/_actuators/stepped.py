@@ -28,12 +28,14 @@ class Frame(NamedTuple):
         coupled: adds it to the gradient (L2) instead of to the update.
         centralize: subtracts from a gradient of two or more axes its mean over all but the first.
         decay_scale: the law's factor on the coefficient in this step; `None` for none.
+        decay_vectors: whether tensors of fewer than two axes decay too.
     """
 
     weight_decay: float
     coupled: bool = False
     centralize: bool = False
     decay_scale: Any = None
+    decay_vectors: bool = True
 
     def under(self, orders: Orders) -> "Frame":
         """The same with what the law orders of the weight decay."""

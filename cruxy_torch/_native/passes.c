@@ -89,6 +89,12 @@ static void lion(int64_t n, float *restrict p, const float *restrict g, float *r
     }
 }
 
+/* Pulls the parameters on, away from their average. */
+static void pull_on(int64_t n, float *restrict p, const float *restrict a, float pull) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) p[j] += pull * (p[j] - a[j]);
+}
+
 /* Moves the average this share of the way to the parameters: torch's lerp, exact at both ends. */
 static void average(int64_t n, const float *restrict p, float *restrict a, float weight) {
 #pragma omp simd
@@ -234,7 +240,7 @@ typedef struct {
     const int64_t *row;     /* the length of rows that are centralized, 0 for none */
     const int64_t *numbers; /* of each tensor's first element, for random bits */
     int64_t tensors;
-    float rate, beta1, beta2, scale, average_weight, decay, l2, eps;
+    float rate, beta1, beta2, scale, average_weight, average_pull, decay, l2, eps;
     int32_t nesterov, key, threads;
 } Update;
 
@@ -285,7 +291,10 @@ int cruxy_update(const Update *u) {
                     lion(n, p, g, m, shift, s);
                 }
                 store(first, k.index, at, n, m, random);
-                if (u->averages) average(n, p, u->averages[k.index] + at, u->average_weight);
+                if (!u->averages) continue;
+                float *a = u->averages[k.index] + at;
+                if (u->average_pull) pull_on(n, p, a, u->average_pull);
+                average(n, p, a, u->average_weight);
             }
         }
     }

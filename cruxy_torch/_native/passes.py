@@ -161,6 +161,7 @@ def update(
         beta2=float(orders.beta2),
         scale=float(orders.scale),
         average_weight=float(orders.average_weight),
+        average_pull=float(orders.average_pull or 0.0),
         decay=decay,
         l2=l2,
         eps=eps,
@@ -232,7 +233,7 @@ class _Update(_Struct):
     _fields_ = _fields(
         pointer="params grads first second products1 products2 limits averages numel row numbers",
         long="tensors",
-        float="rate beta1 beta2 scale average_weight decay l2 eps",
+        float="rate beta1 beta2 scale average_weight average_pull decay l2 eps",
         int="nesterov key threads",
     )
 

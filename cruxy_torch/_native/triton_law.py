@@ -17,7 +17,10 @@ from cruxy_torch._native.triton_tape import FLOAT, INT, Tape
 from cruxy_torch._native.triton_written import NotRecordedError
 from cruxy_torch._orders import Orders
 
-NUMBERS = ("rate", "beta1", "beta2", "scale", "average_weight", "sign_weight", "decay_scale")
+NUMBERS = (
+    "rate", "beta1", "beta2", "scale", "average_weight", "sign_weight", "decay_scale",
+    "average_pull",
+)  # fmt: skip
 """What a group is ordered in float32, in the order in which it is kept."""
 
 _OF_GROUP = ("lr", "b1", "b2")
@@ -33,14 +36,14 @@ class Recorded(NamedTuple):
         kernel: as Triton has it.
         source: of it.
         types: of its arguments, by their names in order.
-        steered: whether the law moves the decay.
+        unsaid: of each group, what of `NUMBERS` it is not ordered.
         keyed: whether there are random bits.
     """
 
     kernel: Any
     source: str
     types: dict[str, str]
-    steered: bool
+    unsaid: tuple[frozenset[str], ...]
     keyed: bool
 
 
@@ -89,11 +92,13 @@ def decide(
     )
     return [
         Orders(
-            **dict(zip(NUMBERS[:-1], numbers, strict=False)),
+            **{
+                name: None if name in found.unsaid[index] else number
+                for name, number in zip(NUMBERS, numbers, strict=True)
+            },
             ok=ok,
             key=random if found.keyed else 0,
             limits=limits.get(index),
-            decay_scale=numbers[-1] if found.steered else None,
         )
         for index, numbers in enumerate(row.unbind() for row in out.unbind())
     ]
@@ -161,8 +166,9 @@ def _key(
         tuple((name, value.dtype, tuple(value.shape)) for name, value in law_state.items()),
         tuple(
             (
-                group.maximize, group.averaging, group.relative_limit, group.rounds,
-                bool(group.grads), *(isinstance(getattr(group, n), Tensor) for n in _OF_GROUP),
+                group.maximize, group.averaging, group.interpolation, group.relative_limit,
+                group.rounds, bool(group.grads),
+                *(isinstance(getattr(group, n), Tensor) for n in _OF_GROUP),
                 triton_written.lanes(len(sizes[i].mean_squares)) if i in sizes else 0,
             )
             for i, group in enumerate(groups)
@@ -190,7 +196,10 @@ def _recorded(
         kernel=triton_written.compiled(source, "decide", plain),
         source=source,
         types=tape.types,
-        steered=decided.orders[0].decay_scale is not None,
+        unsaid=tuple(
+            frozenset(name for name in NUMBERS if getattr(orders, name) is None)
+            for orders in decided.orders
+        ),
         keyed="key" in tape.types,
     )
 

@@ -175,11 +175,11 @@ def sums_of_all(
 @jit
 def moved(
     param, grad, first, first_scales, second, second_scales, mean, at, left, first_number, number,
-    rate, beta1, beta2, scale, key, weight, decay, eps, gain, spread,
+    rate, beta1, beta2, scale, key, weight, pull, decay, eps, gain, spread,
     P: constexpr, P_CHANCE: constexpr, G: constexpr,
     M: constexpr, M_CHANCE: constexpr, M_SHIFT: constexpr, M_TOP: constexpr, M_LEAST: constexpr,
     V: constexpr, V_CHANCE: constexpr, V_SHIFT: constexpr, V_TOP: constexpr, V_LEAST: constexpr,
-    NESTEROV: constexpr, COUPLED: constexpr, AVERAGED: constexpr,
+    NESTEROV: constexpr, COUPLED: constexpr, AVERAGED: constexpr, PULLED: constexpr,
     MASKED: constexpr, ALIGNED: constexpr, ROWS: constexpr,
 ):  # fmt: skip
     """Updates a tile; see `update_of_chunks`, whose numbers it is given."""
@@ -217,7 +217,10 @@ def moved(
         )  # fmt: skip
     if P_CHANCE:
         random = random_bits(key, (number + at).to(tl.int32) + places(ROWS))
-    p = keep_plain(param, at, left, p - rate * u, random, P, P_CHANCE, MASKED, ALIGNED, ROWS)
+    p = p - rate * u
+    if PULLED:
+        p = p + pull * (p - plain(mean, at, left, 0, MASKED, ALIGNED, ROWS))
+    p = keep_plain(param, at, left, p, random, P, P_CHANCE, MASKED, ALIGNED, ROWS)
     if AVERAGED:
         a = plain(mean, at, left, 0, MASKED, ALIGNED, ROWS)
         apart = p - a
@@ -235,13 +238,13 @@ def _weighed(product):
 @jit
 def update_of_chunks(
     table, tensors, chunks, tiles, starts, counters,
-    rate_at, beta1_at, beta2_at, scale_at, ok_at, key_at, weight_at, decay_scale_at, limits,
-    decay, eps,
+    rate_at, beta1_at, beta2_at, scale_at, ok_at, key_at, weight_at, pull_at, decay_scale_at,
+    limits, decay, eps,
     P: constexpr, P_CHANCE: constexpr, G: constexpr,
     M: constexpr, M_CHANCE: constexpr, M_SHIFT: constexpr, M_TOP: constexpr, M_LEAST: constexpr,
     V: constexpr, V_CHANCE: constexpr, V_SHIFT: constexpr, V_TOP: constexpr, V_LEAST: constexpr,
-    NESTEROV: constexpr, COUPLED: constexpr, AVERAGED: constexpr, LIMITED: constexpr,
-    STEERED: constexpr, ALIGNED: constexpr, ROWS: constexpr,
+    NESTEROV: constexpr, COUPLED: constexpr, AVERAGED: constexpr, PULLED: constexpr,
+    LIMITED: constexpr, STEERED: constexpr, ALIGNED: constexpr, ROWS: constexpr,
 ):  # fmt: skip
     """One step of Adam, or of Lion without second moments, and of the averages.
 
@@ -262,6 +265,7 @@ def update_of_chunks(
         ok_at: likewise.
         key_at: likewise.
         weight_at: likewise.
+        pull_at: likewise.
         decay_scale_at: likewise.
         limits: the largest rates, by the place that the table has of each tensor.
         decay: coefficient of the weight decay.
@@ -282,6 +286,7 @@ def update_of_chunks(
         NESTEROV: looks one step ahead.
         COUPLED: adds the decay to the gradient.
         AVERAGED: whether there are averages.
+        PULLED: whether parameters are pulled on from them; float32 alone.
         LIMITED: whether there are limits.
         STEERED: whether the law moves the decay.
         ALIGNED: whether all tensors begin at a multiple of 16 bytes.
@@ -305,7 +310,8 @@ def update_of_chunks(
             mean = tl.load(table + 6 * tensors + index)
         first_number = tl.load(table + 10 * tensors + index)
         number = tl.load(table + 11 * tensors + index)
-        rate, scale, weight = tl.load(rate_at), tl.load(scale_at), tl.load(weight_at)
+        rate, scale = tl.load(rate_at), tl.load(scale_at)
+        weight, pull = tl.load(weight_at), tl.load(pull_at)
         beta1, beta2, key = tl.load(beta1_at), tl.load(beta2_at), tl.load(key_at)
         if LIMITED:
             limit = tl.load(limits + tl.load(table + 13 * tensors + index))
@@ -325,9 +331,9 @@ def update_of_chunks(
             moved(
                 param, grad, first, first_scales, second, second_scales, mean,
                 begin + done, left - done, first_number, number,
-                rate, beta1, beta2, scale, key, weight, decay, eps, gain, spread,
+                rate, beta1, beta2, scale, key, weight, pull, decay, eps, gain, spread,
                 P, P_CHANCE, G, M, M_CHANCE, M_SHIFT, M_TOP, M_LEAST,
-                V, V_CHANCE, V_SHIFT, V_TOP, V_LEAST, NESTEROV, COUPLED, AVERAGED,
+                V, V_CHANCE, V_SHIFT, V_TOP, V_LEAST, NESTEROV, COUPLED, AVERAGED, PULLED,
                 False, ALIGNED, ROWS,
             )  # fmt: skip
         done = whole * (256 * ROWS)
@@ -335,9 +341,9 @@ def update_of_chunks(
             moved(
                 param, grad, first, first_scales, second, second_scales, mean,
                 begin + done, left - done, first_number, number,
-                rate, beta1, beta2, scale, key, weight, decay, eps, gain, spread,
+                rate, beta1, beta2, scale, key, weight, pull, decay, eps, gain, spread,
                 P, P_CHANCE, G, M, M_CHANCE, M_SHIFT, M_TOP, M_LEAST,
-                V, V_CHANCE, V_SHIFT, V_TOP, V_LEAST, NESTEROV, COUPLED, AVERAGED,
+                V, V_CHANCE, V_SHIFT, V_TOP, V_LEAST, NESTEROV, COUPLED, AVERAGED, PULLED,
                 True, ALIGNED, ROWS,
             )  # fmt: skip
         if V >= 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cruxy_control import Law, SelfDriving
 from cruxy_control.law import needs_alignment
-from cruxy_control.usual import USUAL, told_the_end, usual_law
+from cruxy_control.usual import USUAL, WEIGHT_DECAY, told_the_end, usual_average, usual_law
 from cruxy_torch import _checks, _step
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.moments import Adam, Lion
@@ -77,7 +77,8 @@ class CruxyOptimizer(DirectedOptimizer):
             (0.9, 0.99). Under `mode="self_driving"`, which leaves them alone, it is (0.9, 0.99),
             with `use_lion` (0.9, 0.95).
         eps: added to the root of the second moment, at least 0.
-        weight_decay: its coefficient, at least 0.
+        weight_decay: its coefficient, at least 0. `None` is 0.01, and under self-driving 0.1 of
+            tensors with at least two axes: vectors are spared in groups that do not say their own.
         amsgrad: must be false.
         mode: `"meta3"`, `"self_driving"`, `"stability_v2"` or `"stability_v1"`; `"meta_lion"` and
             `"self_driving_lion"` are the first two with `use_lion=True`.
@@ -143,6 +144,10 @@ class CruxyOptimizer(DirectedOptimizer):
             is rounded by chance where it moves, and kept in float32 where a parameter has fewer
             than 4,096 elements. Whoever changes parameters by more than steps do changes such an
             average with them. Loading brings the bits that were saved.
+        interpolation: how far the average pulls the parameters along, in `[0, 1)`, see
+            `cruxy_optax.average_iterates`: schedule-free averaging. It is 0, but 0.7 under
+            self-driving with `direction="muon"` where no end is known and neither `law` nor
+            `averaging` is given. For language models with Adam's direction, 0.6.
         process_group: ranks that hold the same gradients, as under `DistributedDataParallel`, but
             pass a loss of their own: one all-reduce a step keeps their controllers alike, and a
             rank may have no loss. `fully_shard` needs none: its mesh is used. Not pickled.
@@ -199,7 +204,7 @@ class CruxyOptimizer(DirectedOptimizer):
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
-        weight_decay: float = 0.01,
+        weight_decay: float | None = None,
         amsgrad: bool = False,
         *,
         mode: Mode = "meta3",
@@ -230,6 +235,7 @@ class CruxyOptimizer(DirectedOptimizer):
         relative_limit: float | Literal["mode"] | None = "mode",
         averaging: float | Literal["mode"] | None = "mode",
         average_bits: int = 32,
+        interpolation: float | Literal["mode"] = "mode",
         process_group: dist.ProcessGroup | None = None,
         vote: dist.ProcessGroup | None = None,
     ) -> None:
@@ -237,12 +243,16 @@ class CruxyOptimizer(DirectedOptimizer):
         named, use_lion = LIONS.get(mode, mode), use_lion or mode in LIONS
         is_muon = direction == "muon"
         kind = "muon" if is_muon else "lion" if use_lion else getattr(direction, "kind", "adam")
+        ends, usually = total_steps is not None, law is None
         if law is None:
             law = law_of(named, gamma_norm, meta_lr_eta, meta_lr_beta2, meta_interval)
-            if isinstance(law, SelfDriving) and kind in USUAL:
-                usual = usual_law(kind, ends=total_steps is not None)
-                own = {"set_point": usual.set_point, "limit_yield": usual.limit_yield}
-                law = dataclasses.replace(law, **own)
+        averaging, interpolation = _average_of(
+            law, kind, averaging, interpolation, free=usually and not ends
+        )
+        if usually and isinstance(law, SelfDriving) and kind in USUAL:
+            usual = usual_law(kind, ends=ends, interpolation=interpolation)
+            own = {"set_point": usual.set_point, "limit_yield": usual.limit_yield}
+            law = dataclasses.replace(law, **own)
         law = told_the_end(law, total_steps)
         _checks.check_choices(
             momentum_dtype, state_bits, select, foreach, fused, compile, differentiable
@@ -254,8 +264,7 @@ class CruxyOptimizer(DirectedOptimizer):
             betas = (0.9, (0.95 if use_lion else 0.99) if driving else 0.999)
         if relative_limit == "mode":
             relative_limit = USUAL[kind].relative_limit if driving else None
-        if averaging == "mode":
-            averaging = 16.0 if driving else None
+        spares = weight_decay is None
         self._momentum_dtype, self._direction = momentum_dtype, direction
         self._select, self._stochastic = select, stochastic_rounding
         self._foreach, self._fused, self._compile = foreach, fused, compile
@@ -264,7 +273,8 @@ class CruxyOptimizer(DirectedOptimizer):
             "lr": lr,
             "betas": betas,
             "eps": eps,
-            "weight_decay": weight_decay,
+            "weight_decay": (WEIGHT_DECAY if driving else 0.01) if spares else weight_decay,
+            "decay_vectors": not (spares and driving),
             "decoupled_weight_decay": decoupled_weight_decay,
             "use_nesterov": use_nesterov,
             "use_lion": use_lion,
@@ -274,6 +284,7 @@ class CruxyOptimizer(DirectedOptimizer):
             "relative_limit": relative_limit,
             "averaging": averaging,
             "average_bits": average_bits,
+            "interpolation": interpolation,
             "capturable": capturable,
         }
         if direction is not None:  # a state of another direction is then refused
@@ -295,11 +306,17 @@ class CruxyOptimizer(DirectedOptimizer):
         self.__dict__.setdefault("_vote", None)
         for group in self.param_groups:
             group.setdefault("state_bits", 32)
+            group.setdefault("interpolation", 0.0)
+            group.setdefault("decay_vectors", True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group with options of its own; the one controller sees its gradients too."""
+        if "weight_decay" in param_group:
+            param_group = {"decay_vectors": True, **param_group}
         if self._direction == "muon":
-            param_group = muon.with_betas(param_group, self.defaults["use_nesterov"])
+            param_group = muon.with_betas(
+                param_group, self.defaults["use_nesterov"], self.defaults["interpolation"]
+            )
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -331,6 +348,7 @@ class CruxyOptimizer(DirectedOptimizer):
             weight_decay=group["weight_decay"],
             coupled=not (group["use_lion"] or group["decoupled_weight_decay"]),
             centralize=group["use_gc"],
+            decay_vectors=group["decay_vectors"],
         )
 
     def _options(self, group: dict[str, Any], moving: Sequence[Tensor]) -> dict[str, Any]:
@@ -369,6 +387,22 @@ class CruxyOptimizer(DirectedOptimizer):
 @functools.cache
 def _compiled_run() -> Callable[..., None]:
     return torch.compile(_step.run, dynamic=False)
+
+
+def _average_of(
+    law: Law,
+    kind: str,
+    averaging: float | str | None,
+    interpolation: float | str,
+    *,
+    free: bool,
+) -> tuple[float | None, float]:
+    """The power of the average and how far it pulls, also where a mode says them."""
+    if needs_alignment(law) and kind in USUAL:
+        named = ["usual" if value == "mode" else value for value in (averaging, interpolation)]
+        return usual_average(kind, *named, free=free)
+    averaging = None if averaging == "mode" else averaging
+    return averaging, 0.0 if interpolation == "mode" else interpolation
 
 
 def _check_direction(direction: Any, law: Law, *, use_lion: bool) -> None:

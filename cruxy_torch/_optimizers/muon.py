@@ -3,17 +3,18 @@
 from typing import Any
 
 from cruxy_control.formulas import orthogonal
+from cruxy_control.usual import muon_momentum
 from cruxy_torch._checks import listed
 
 
-def with_betas(group: dict[str, Any], nesterov: bool) -> dict[str, Any]:
+def with_betas(group: dict[str, Any], nesterov: bool, interpolation: float) -> dict[str, Any]:
     """A new group, its parameters listed; one of matrices gets the betas of Muon's momentum."""
     group = listed(group)
     if not is_orthogonal(group):
         return group
-    plain = (orthogonal.BETAS[1],) * 2
-    betas = orthogonal.BETAS if group.get("use_nesterov", nesterov) else plain
-    return {"betas": betas, **group}
+    b1 = muon_momentum(group.get("interpolation", interpolation))
+    ahead = b1 * b1 if group.get("use_nesterov", nesterov) else b1
+    return {"betas": (ahead, b1), **group}
 
 
 def is_orthogonal(group: dict[str, Any]) -> bool:
