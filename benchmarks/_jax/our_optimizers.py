@@ -137,6 +137,12 @@ SELF_DRIVING = {
     "self_driving-no-average": _driving(
         self_driving, "Self-driving without average", averaging=None
     ),
+    "self_driving-interpolated": _driving(
+        self_driving, "Self-driving, interpolation 0.6", interpolation=0.6
+    )._replace(grid=FEW_STARTS),
+    "self_driving-muon-plain": _driving(
+        self_driving_muon, "Self-driving Muon, no interpolation", interpolation=0.0
+    )._replace(grid=FEW_STARTS),
 }
 """Ours without a rate; the grid is where they start."""
 
