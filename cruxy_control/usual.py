@@ -63,7 +63,7 @@ def usual_average(
         kind: a key of `USUAL`.
         averaging: `None` for no average.
         interpolation: see `averaging_orders`.
-        free: whether the run has no known end and the law its usual constants; otherwise nothing
+        free: whether the run has no known end, no schedule and the usual law; otherwise nothing
             pulls unless it is asked for.
     """
     own = USUAL[kind]

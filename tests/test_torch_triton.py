@@ -20,13 +20,12 @@ ROUNDINGS = 8
 moves a moment by one of them and a direction by a few."""
 
 
+ORDERED = ("beta1", "beta2", "rate", "average_weight", "average_pull")
+
+
 def stepped(steps=2, **options):
     """A group after some steps by Triton, and the same by the reference."""
-    asked = {
-        name: options.pop(name)
-        for name in ("beta1", "beta2", "rate", "ok", "average_weight", "scale")
-        if name in options
-    }
+    asked = {name: options.pop(name) for name in (*ORDERED, "ok", "scale") if name in options}
     limited = options.pop("limited", False)
     results = []
     for library in (triton_passes, None):
@@ -79,6 +78,8 @@ OPTIONS = {
     "no look ahead": {"nesterov": False},
     "limits": {"limited": True},
     "average of the last alone": {"averaged": True, "average_weight": 1.0},
+    "average that pulls": {"averaged": True, "average_pull": 0.3},
+    "average that pulls bfloat16": {"averaged": True, "average_pull": 0.3, "dtype": torch.bfloat16},
     "climbing": {"scale": -0.7},
 }
 

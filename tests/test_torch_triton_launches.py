@@ -40,6 +40,7 @@ TOGETHER = {
     "stability_v2": {"mode": "stability_v2"},
     "a guard for plateaus": {"law": PlateauGuard(Meta3())},
     "self_driving": {"mode": "self_driving"},
+    "self_driving, interpolated": {"mode": "self_driving", "interpolation": 0.6},
     "self_driving-lion": {"mode": "self_driving", "use_lion": True},
     "self_driving-no-average": {"mode": "self_driving", "averaging": None},
     "self_driving to an end": {"mode": "self_driving", "total_steps": 100},

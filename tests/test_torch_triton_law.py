@@ -41,6 +41,7 @@ CASES = {
     "a guard for plateaus": {"law": PlateauGuard(Meta3(), patience=5)},
     "8 bits, limited, averaged": {"state_bits": 8, "relative_limit": 0.1, "averaging": 4.0},
     "self-driving": {"mode": "self_driving"},
+    "self-driving, interpolated": {"mode": "self_driving", "interpolation": 0.6},
     "self-driving to an end": {"mode": "self_driving", "total_steps": 300},
     "self-driving, yielding": {"law": SelfDriving(limit_yield=5.0), "lr": 1e-2},
     "self-driving Lion under a schedule": {"mode": "self_driving", "use_lion": True, "falls": True},

@@ -80,8 +80,9 @@ def update_constants(**of: Any) -> dict[str, Any]:
         "V": second.format, "V_CHANCE": second.chance, "V_SHIFT": second.shift,
         "V_TOP": second.top, "V_LEAST": second.least,
         "NESTEROV": not of.get("lion", False), "COUPLED": False,
-        "AVERAGED": of.get("averaged", False), "LIMITED": of.get("averaged", False),
-        "STEERED": False, "ALIGNED": of.get("aligned", True), "ROWS": ROWS,
+        "AVERAGED": of.get("averaged", False), "PULLED": of.get("pulled", False),
+        "LIMITED": of.get("averaged", False), "STEERED": False, "ALIGNED": of.get("aligned", True),
+        "ROWS": ROWS,
     }  # fmt: skip
 
 
@@ -124,6 +125,9 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "Adam": ("update_of_chunks", update_constants()),
     "Adam, not aligned": ("update_of_chunks", update_constants(aligned=False)),
     "Adam with average and limit": ("update_of_chunks", update_constants(averaged=True)),
+    "Adam with an average that pulls": (
+        "update_of_chunks", update_constants(averaged=True, pulled=True)
+    ),
     "Lion": ("update_of_chunks", update_constants(lion=True)),
     "Adam, bfloat16": ("update_of_chunks", update_constants(half=True, bits=16, chance=True)),
     "Adam, 16 bits": ("update_of_chunks", update_constants(bits=16)),

@@ -92,7 +92,8 @@ def self_driving(
             average and saves its buffer: then the parameters themselves are what there is to
             evaluate, as noisy as the rate.
         interpolation: how far the average pulls the parameters along, see `average_iterates`; 0, or
-            what goes with `direction`. For language models, 0.6.
+            what goes with `direction` where neither an end nor a schedule, `law` or `averaging` is
+            given. For language models, 0.6.
         average_bits: bits an element of the average, 32 (`None`), 16 or 8; see `average_iterates`.
         total_steps: steps of the run, where they are known: the rate is found in the first fifth
             of them and then falls to 0 from twice of it (`SelfDriving.total_steps`). `None` for a
@@ -148,7 +149,7 @@ def self_driving(
         adams = {"state_bits": state_bits, "mu_dtype": mu_dtype}
         moments, kind = direction, _kind_of(direction, adams)
     ends = total_steps is not None
-    free = law is None and not ends
+    free = law is None and not ends and not callable(learning_rate)
     power, pull = usual_average(kind, averaging, interpolation, free=free)
     if law is None:
         law = usual_law(kind, ends=ends, interpolation=pull)
@@ -283,7 +284,7 @@ def self_driving_muon(
         averaging: the power of `average_iterates`; 2, and 16 where nothing pulls. `None` keeps no
             average.
         interpolation: how far the average pulls the parameters along, see `average_iterates`; 0.7,
-            and 0 where the end is known, or `averaging` or `law` is given.
+            and 0 where the end is known, or `averaging`, `law` or a schedule is given.
         average_bits: bits an element of the average, 32 (`None`), 16 or 8.
         total_steps: steps of the run, where they are known.
         rates: factors on the rate by role.
@@ -324,7 +325,7 @@ def self_driving_muon(
     """
     rules = tuple(rules)
     ends = total_steps is not None
-    free = law is None and not ends
+    free = law is None and not ends and not callable(learning_rate)
     power, pull = usual_average("muon", averaging, interpolation, free=free)
     if law is None:
         law = usual_law("muon", ends=ends, interpolation=pull)

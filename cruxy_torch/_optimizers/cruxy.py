@@ -147,7 +147,8 @@ class CruxyOptimizer(DirectedOptimizer):
         interpolation: how far the average pulls the parameters along, in `[0, 1)`, see
             `cruxy_optax.average_iterates`: schedule-free averaging. It is 0, but 0.7 under
             self-driving with `direction="muon"` where no end is known and neither `law` nor
-            `averaging` is given. For language models with Adam's direction, 0.6.
+            `averaging` is given; under a scheduler that decays, 0 is better. For language models
+            with Adam's direction, 0.6.
         process_group: ranks that hold the same gradients, as under `DistributedDataParallel`, but
             pass a loss of their own: one all-reduce a step keeps their controllers alike, and a
             rank may have no loss. `fully_shard` needs none: its mesh is used. Not pickled.
