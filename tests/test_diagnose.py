@@ -11,6 +11,7 @@ import cruxy_optax
 from cruxy_control import Meta3
 from cruxy_control.diagnosis import Stats, pooled
 from cruxy_optax import diagnose
+from jax_versions import as_pure
 
 NAN = jnp.nan
 
@@ -131,7 +132,6 @@ class TestNumbers:
     def test_states_of_nnx_with_updates_without_boxes(self):
         net = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
         params = nnx.state(net, nnx.Param)
-        as_pure = getattr(nnx, "as_pure", None) or nnx.pure
         updates = jax.tree.map(jnp.ones_like, as_pure(params))
         found = diagnose(params, params, updates)
         assert [t.name for t in found.tensors] == ["bias", "kernel"]

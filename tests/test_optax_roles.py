@@ -13,6 +13,7 @@ import cruxy_optax
 from cruxy_control import SelfDriving
 from cruxy_control.slices import blocks
 from cruxy_optax import label_roles, qkv_slices, role_mask, role_table, scale_by_role
+from jax_versions import as_pure
 from optimizers import assert_same
 
 
@@ -236,7 +237,6 @@ class TestLabels:
     def test_labels_of_a_state_fit_its_variables_and_its_arrays(self, net):
         state = nnx.state(net, nnx.Param)
         labels = label_roles(state, net)
-        as_pure = getattr(nnx, "as_pure", None) or nnx.pure
         for params in (state, as_pure(state)):
             assert jax.tree.map(lambda role, _: role, labels, params) == labels
 

@@ -21,6 +21,7 @@ from cruxy_optax import (
     self_driving,
     telemetry,
 )
+from jax_versions import as_pure
 
 TX = {
     "meta3": lambda: meta3(1e-2),
@@ -92,15 +93,15 @@ def test_optimizer_of_nnx_trains_as_a_loop_of_ones_own(name):
     model = nnx.Linear(64, 80, rngs=nnx.Rngs(0))
     tx = TX[name]()
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    params = as_pure(nnx.state(model, nnx.Param))
     state = tx.init(params)
     boxed = jax.tree.map(lambda p: p + 0.1, nnx.state(model, nnx.Param))
-    grads = nnx.as_pure(boxed)
+    grads = as_pure(boxed)
     for loss in (1.0, 0.9, 0.8):
         optimizer.update(model, boxed, value=loss)
         updates, state = tx.update(grads, state, params, value=loss)
         params = optax.apply_updates(params, updates)
-    same(nnx.as_pure(nnx.state(model, nnx.Param)), params)
+    same(as_pure(nnx.state(model, nnx.Param)), params)
 
 
 def test_telemetry_of_cosmic_in_nnx_still_has_its_decay_rates():

@@ -15,8 +15,8 @@ from cruxy_control.controls import Controls, betas
 from cruxy_exact.votes import ballots, coins, majority, pack_votes, unpack_votes
 from cruxy_optax._actuators.moments import check_betas, check_floating, first_moment_like, masked
 from cruxy_optax._controls import materialize, require_controls
-from cruxy_optax._distributed.axes import split_axes, varying
-from cruxy_optax._distributed.compressed import exchanged, gathered, tracked
+from cruxy_optax._distributed.axes import gathered, split_axes, varying
+from cruxy_optax._distributed.compressed import exchanged, tracked
 from cruxy_optax._places import element_numbers
 
 

@@ -39,6 +39,14 @@ def varying(x: jax.Array, axis_name: str) -> jax.Array:
     return before(x, axis_name)
 
 
+def gathered(x: jax.Array, axis_name: str) -> jax.Array:
+    """What every device has, stacked, and known to be the same on all."""
+    if axis_name not in split_axes(x):
+        return lax.all_gather(x, axis_name)
+    before = getattr(lax, "all_gather_invariant", None)  # of jax before 0.9
+    return before(x, axis_name) if before else lax.all_gather(x, axis_name, to="invarying")
+
+
 def as_axes(axis_names: str | Sequence[str]) -> tuple[str, ...]:
     """Names of mesh axes as a tuple; one may come as a string."""
     return (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)

@@ -10,7 +10,7 @@ from jax import lax
 
 from cruxy_exact.codes import BlockCode, pack, unpack
 from cruxy_exact.random_bits import random_bits, stream_key
-from cruxy_optax._distributed.axes import split_axes
+from cruxy_optax._distributed.axes import gathered, split_axes
 from cruxy_optax._places import element_numbers
 
 BLOCK = 256
@@ -23,13 +23,6 @@ OF_THE_MEAN = -1
 def tracked(axis_name: str) -> bool:
     """Whether types say along this axis what differs by device: under `check_vma=True`."""
     return axis_name in split_axes(lax.axis_index(axis_name))
-
-
-def gathered(x: jax.Array, axis_name: str) -> jax.Array:
-    """What every device has, stacked, and known to be the same on all."""
-    if axis_name in split_axes(x):
-        return lax.all_gather(x, axis_name, to="invarying")
-    return lax.all_gather(x, axis_name)
 
 
 def exchanged(messages: jax.Array, axis_name: str) -> jax.Array:
@@ -269,5 +262,6 @@ def _check(leaves: list[Any], axis_name: str, *, narrow: bool = True) -> None:
             raise ValueError(
                 f"gradients must be each device's own along {axis_name!r}, got one that is the "
                 "same on all: jax.grad has added it up already, as float32; take the gradient of "
-                f"jax.lax.pcast(params, {axis_name!r}, to='varying')."
+                f"jax.lax.pcast(params, {axis_name!r}, to='varying'), before jax 0.9 of "
+                f"jax.lax.pvary(params, {axis_name!r})."
             )
