@@ -44,7 +44,7 @@ OPTIMIZERS = {
     "self_driving": (lambda ps: ours.CruxyOptimizer(ps, mode="self_driving"), 2),
     "axiom": (ours.AXIOM, 4),
     "axiom_all": (lambda ps: ours.AXIOM(ps, momentum=0.9, relative_step=True, snr_floor=0.1), 5),
-    "cosmic": (lambda ps: ours.Cosmic(ps, state_budget="60KB"), 2),
+    "cosmic": (lambda ps: ours.Cosmic(ps, state_budget="15KB"), 2),
     "tiger": (ours.Tiger, 2),
     "blend": (_directed(ours.SignBlend()), 2),
     "trust": (_directed(ours.TrustRatio(ours.SignBlend(), decay=0.9)), 3),
@@ -58,6 +58,10 @@ OPTIMIZERS = {
     "muon": (_muon, 2),
 }
 """Maker, and how many packed sums wait for one another along each axis of the mesh."""
+
+ALONE = {"cosmic": lambda ps: ours.Cosmic(ps, state_budget="60KB")}
+"""Maker on one process where it is another: a budget is that of a rank, and the plan of tiers is
+the same where a fourth of the tensors has a fourth of it."""
 
 
 def placed(mesh):
@@ -160,7 +164,8 @@ def run(rank, folder):
         train(make(params), params, gradients)
         whole, same = placed(mesh)
         alone = [torch.nn.Parameter(p.detach().full_tensor()) for p in whole]
-        train(make(alone), alone, lambda same=same: [g.full_tensor() for g in same()])
+        optimizer = ALONE.get(name, make)(alone)
+        train(optimizer, alone, lambda same=same: [g.full_tensor() for g in same()])
         pairs = zip(params, alone, strict=True)
         seen[name] = max((p.full_tensor() - q).abs().max().item() for p, q in pairs)
     torch.save(seen, f"{folder}/rank{rank}.pt")
