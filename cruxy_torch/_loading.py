@@ -16,6 +16,9 @@ _MAY_LACK = {
 }  # fmt: skip
 """Options that a state of an earlier version may lack, and torch's own."""
 
+_OF_THE_MODEL = ("role", "stacked")
+"""What a parameter is, which follows from the model and not from a file."""
+
 
 def load(
     optimizer: Any,
@@ -35,7 +38,10 @@ def load(
         ValueError: where the state belongs to another optimizer or another law.
     """
     old = {param: dict(state) for param, state in optimizer.state.items()}
-    roles = [group.get("role") for group in optimizer.param_groups]
+    known = [
+        {name: group[name] for name in _OF_THE_MODEL if group.get(name) is not None}
+        for group in optimizer.param_groups
+    ]
     final: dict[str, Any] = {}
 
     def capture(_: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -48,9 +54,8 @@ def load(
         _law_state.load(law_state, optimizer.param_groups[0][KEY])
         optimizer.param_groups[0][KEY] = law_state
         # Undoes the casts of the base class, and keeps tensors that are there already.
-        for group, role in zip(optimizer.param_groups, roles, strict=False):
-            if role is not None:  # what a parameter is follows from the model, and not from a file
-                group["role"] = role
+        for group, own in zip(optimizer.param_groups, known, strict=False):
+            group.update(own)
         saved_ids = (i for group in final["param_groups"] for i in group["params"])
         for group in optimizer.param_groups:
             for param in group["params"]:

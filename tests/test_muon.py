@@ -406,15 +406,16 @@ def test_torch_resumes_a_known_end_to_the_bit():
 
 def test_what_a_parameter_is_does_not_come_from_a_checkpoint():
     def made():
-        return CruxyOptimizer(param_groups(Net(), lr=1e-3), direction="muon")
+        groups = [{**group, "stacked": True} for group in param_groups(Net(), lr=1e-3)]
+        return CruxyOptimizer(groups, direction="muon")
 
     state = made().state_dict()
     for group in state["param_groups"]:
-        del group["role"]
+        del group["role"], group["stacked"]
     optimizer = made()
-    roles = [group["role"] for group in optimizer.param_groups]
+    known = [(group["role"], group["stacked"]) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    assert [group["role"] for group in optimizer.param_groups] == roles
+    assert [(group["role"], group["stacked"]) for group in optimizer.param_groups] == known
 
 
 def test_a_generator_of_parameters_is_read_once():
@@ -435,6 +436,25 @@ def test_experts_of_two_axes_and_of_three_are_matrices():
     optimizer.step()
     moved = [(b - p).detach() for b, p in zip(before, experts, strict=True)]
     torch.testing.assert_close(moved[1][0], moved[0])
+
+
+def test_stacked_layers_are_matrices_and_so_are_their_experts():
+    gradients = torch.tensor(matrix(3, 2, 16, 8))
+
+    def moved(role, gradient, **options):
+        p = torch.nn.Parameter(torch.zeros_like(gradient))
+        group = {"params": [p], "role": role, **options}
+        optimizer = CruxyOptimizer([group], direction="muon", weight_decay=0.0)
+        p.grad = gradient
+        optimizer.step()
+        return p.detach()
+
+    layers = moved("mlp.up", gradients[:, 0], stacked=True)
+    experts = moved("moe.expert.up", gradients, stacked=True)
+    for layer in range(3):
+        alone = moved("mlp.up", gradients[layer, 0])
+        torch.testing.assert_close(layers[layer], alone, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(experts[layer, 0], alone, rtol=1e-3, atol=1e-7)
 
 
 def test_vectors_among_matrices_are_refused():

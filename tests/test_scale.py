@@ -149,12 +149,13 @@ def test_nothing_is_gathered_and_sums_are_packed(name, kind, layout):
     assert_close(updates, jax.device_get(want), ulps=512)
 
 
+@pytest.mark.parametrize("layout", ["one axis", "two axes"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["orthogonalize_updates", "self_driving_muon"])
 @pytest.mark.slow
-def test_no_device_gathers_more_than_one_matrix_at_a_time(name, kind):
+def test_no_device_gathers_more_than_one_matrix_at_a_time(name, kind, layout):
     tx = getattr(ours, name)()
-    found, updates, _, _ = run(tx, kind, "two axes")
+    found, updates, _, _ = run(tx, kind, layout)
     matrix = 4 * 64 * 32
     assert max(one.bytes for one in found) <= matrix * 1.5  # a share of eight, filled up
     params, grads = tree(0), tree(1)

@@ -1,6 +1,7 @@
 """What PyTorch's steps send between ranks, counted: sums packed, each matrix whole on one rank."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -49,6 +50,34 @@ def test_each_rank_takes_one_matrix_at_a_time(counted):
     """Four matrices of four shapes on eight ranks: two messages to all."""
     sent = {op: n for op, n in counted["muon"].items() if "alltoall" in op or "all_to_all" in op}
     assert sum(sent.values()) == 2
+
+
+def shares(name, ranks):
+    """Matrices of a stack that a rank gets, at most, and the elements of one."""
+    shape, _, group = workers.STACKS[name]
+    axes = bool(group.get("stacked")) + group["role"].startswith("moe.expert")
+    return math.ceil(math.prod(shape[:axes]) / ranks), math.prod(shape[axes:])
+
+
+@pytest.mark.parametrize("name", workers.STACKS)
+def test_matrices_of_a_stack_go_like_separate_ones(counted, name):
+    """The first of eight ranks gets its share of them, one at a time."""
+    rounds, size = shares(name, 8)
+    assert counted[name][::2] == ([] if name == "whole" else [size] * rounds)
+    assert len(counted[name][1::2]) == (0 if name == "whole" else rounds)
+
+
+@pytest.mark.slow
+def test_a_stack_is_spread_over_ranks(tmp_path):
+    torch.multiprocessing.spawn(workers.spread, (str(tmp_path),), nprocs=4)
+    seen = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(4)]
+    assert max(off for one in seen for _, off in one.values()) < 1e-5
+    for name, (shape, _, _) in workers.STACKS.items():
+        most, size = shares(name, 4)
+        got = [came[::2] for came, _ in (one[name] for one in seen)]
+        assert all(elements in (0, size) for own in got for elements in own)
+        assert max(map(sum, got)) <= most * size
+        assert sum(map(sum, got)) == (0 if name == "whole" else math.prod(shape))
 
 
 def test_512_ranks_get_as_many_messages_as_8():

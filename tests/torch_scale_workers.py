@@ -1,5 +1,6 @@
 """What ranks do for the tests of scale: one of eight that are not there, and four that are."""
 
+import contextlib
 import json
 import os
 import sys
@@ -43,7 +44,7 @@ OPTIMIZERS = {
     "self_driving": (lambda ps: ours.CruxyOptimizer(ps, mode="self_driving"), 2),
     "axiom": (ours.AXIOM, 4),
     "axiom_all": (lambda ps: ours.AXIOM(ps, momentum=0.9, relative_step=True, snr_floor=0.1), 5),
-    "cosmic": (lambda ps: ours.Cosmic(ps, state_budget="60KB"), 2),
+    "cosmic": (lambda ps: ours.Cosmic(ps, state_budget="15KB"), 2),
     "tiger": (ours.Tiger, 2),
     "blend": (_directed(ours.SignBlend()), 2),
     "trust": (_directed(ours.TrustRatio(ours.SignBlend(), decay=0.9)), 3),
@@ -58,6 +59,10 @@ OPTIMIZERS = {
 }
 """Maker, and how many packed sums wait for one another along each axis of the mesh."""
 
+ALONE = {"cosmic": lambda ps: ours.Cosmic(ps, state_budget="60KB")}
+"""Maker on one process where it is another: a budget is that of a rank, and the plan of tiers is
+the same where a fourth of the tensors has a fourth of it."""
+
 
 def placed(mesh):
     """Parameters, and gradients of a step; matrices along both axes, vectors on all ranks."""
@@ -69,6 +74,51 @@ def placed(mesh):
         return distribute_tensor(value, mesh, both if len(shape) > 1 else copies)
 
     return [torch.nn.Parameter(place(s)) for s in SHAPES], lambda: [place(s) for s in SHAPES]
+
+
+STACKS = {
+    "layers": ((6, 16, 24), [Shard(1), Shard(2)], {"role": "mlp.up", "stacked": True}),
+    "experts": ((5, 24, 16), [Shard(1), Replicate()], {"role": "moe.expert.up"}),
+    "layers of experts": (
+        (3, 2, 16, 8),
+        [Shard(0), Shard(2)],
+        {"role": "moe.expert.down", "stacked": True},
+    ),
+    "kernels": ((5, 8, 4, 3, 3), [Shard(1), Shard(0)], {"role": "conv", "stacked": True}),
+    "whole": ((2, 4, 8, 8), [Shard(0), Shard(1)], {"role": "moe.expert.gate", "stacked": True}),
+}
+"""Shape, placements and group of stacks of matrices; those of the last are whole on their rank."""
+
+
+def stacks(mesh, names, whole=False):
+    """Muon for stacks of matrices, and its parameters and gradients; of one process if `whole`."""
+    generator = torch.Generator().manual_seed(0)
+
+    def place(name):
+        shape, placements, _ = STACKS[name]
+        value = torch.randn(shape, generator=generator)
+        return value if whole else distribute_tensor(value, mesh, placements)
+
+    params = [torch.nn.Parameter(place(name)) for name in names]
+    groups = [{"params": [p], **STACKS[name][2]} for p, name in zip(params, names, strict=True)]
+    optimizer = ours.CruxyOptimizer(groups, mode="self_driving", direction="muon")
+    return optimizer, params, lambda: [place(name) for name in names]
+
+
+@contextlib.contextmanager
+def received():
+    """How many elements this rank gets in each message to all."""
+    seen, plain = [], dist.all_to_all_single
+
+    def counting(output, *rest, **options):
+        seen.append(output.numel())
+        return plain(output, *rest, **options)
+
+    dist.all_to_all_single = counting
+    try:
+        yield seen
+    finally:
+        dist.all_to_all_single = plain
 
 
 def train(optimizer, params, gradients, steps=3):
@@ -94,6 +144,9 @@ def count():
             with CommDebugMode() as counted:
                 optimizer.step(**({} if name == "adamw" else {"loss": 1.0}))
         seen[name] = {str(op): n for op, n in counted.get_comm_counts().items()}
+    for name in STACKS:
+        with received() as seen[name]:
+            train(*stacks(mesh, [name]), steps=1)
     return seen
 
 
@@ -111,9 +164,31 @@ def run(rank, folder):
         train(make(params), params, gradients)
         whole, same = placed(mesh)
         alone = [torch.nn.Parameter(p.detach().full_tensor()) for p in whole]
-        train(make(alone), alone, lambda same=same: [g.full_tensor() for g in same()])
+        optimizer = ALONE.get(name, make)(alone)
+        train(optimizer, alone, lambda same=same: [g.full_tensor() for g in same()])
         pairs = zip(params, alone, strict=True)
         seen[name] = max((p.full_tensor() - q).abs().max().item() for p, q in pairs)
+    torch.save(seen, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def spread(rank, folder):
+    """Stacks on a mesh of two by two, against one process; leaves what came, and differences."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), 4)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=4)
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    seen = {}
+    for names in (*([name] for name in STACKS), list(STACKS)):
+        optimizer, params, gradients = stacks(mesh, names)
+        with received() as came:
+            train(optimizer, params, gradients, steps=1)
+        train(optimizer, params, gradients, steps=2)
+        optimizer, alone, gradients = stacks(mesh, names, whole=True)
+        train(optimizer, alone, gradients)
+        pairs = zip(params, alone, strict=True)
+        off = max((p.full_tensor() - q).abs().max().item() for p, q in pairs)
+        seen[" and ".join(names)] = came, off
     torch.save(seen, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 

@@ -19,7 +19,7 @@ from cruxy_control.formulas.orthogonal import (
 )
 from cruxy_control.roles import Rule
 from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_controlled_momentum
-from cruxy_optax._distributed.axes import map_over_devices, whatever_the_axes
+from cruxy_optax._distributed.axes import map_over_devices, shard_alike, whatever_the_axes
 from cruxy_optax._roles import labelled
 from cruxy_optax._roles.parameters import Leaf
 from cruxy_optax._tree import accumulator_dtype
@@ -118,7 +118,9 @@ def orthogonalize_updates(
                 own = together[begin : begin + len(wide)]
                 begin += len(wide)
                 own = own.swapaxes(1, 2) if tall else own
-                leaves[index] = own.reshape(leaves[index].shape)
+                own = own.reshape(leaves[index].shape)
+                # On automatic axes XLA would else place it as it likes, and gather all there.
+                leaves[index] = shard_alike(own, leaves[index])[0]
         return leaves
 
     return optax.GradientTransformation(lambda params: OrthogonalizeUpdatesState(), update_fn)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from cruxy_control.formulas.orthogonal import STEPS, orthogonal_scale, orthogonalize
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.directions import Momentum, Wrapped
-from cruxy_torch._actuators.staged import Stages, held, of_the_whole
+from cruxy_torch._actuators.staged import Stages, held, of_matrices
 from cruxy_torch._actuators.stepped import SteppedTensor
 from cruxy_torch._orders import Orders
 
@@ -27,14 +27,14 @@ class Orthogonal(Wrapped):
     $$
 
     `betas=(0.9025, 0.95)` is Nesterov's momentum of 0.95. A weight is `(outputs, inputs...)`: all
-    axes but the first are inputs, those of a convolution too. Of tensors that are sharded each rank
-    gathers one at a time, computes it and hands its parts back; no rank computes what another does.
+    axes but the first are inputs, those of a convolution too. Of sharded matrices each rank gathers
+    one at a time, computes it and hands its parts back; no rank computes what another does.
 
     Attributes:
         inner: the momentum $c$.
         steps: of the Newton-Schulz iteration, at least 1.
-        stacked: whether the first axis of a tensor of three or more counts matrices, as that of
-            experts does.
+        stacked: how many of the first axes count matrices, as that of experts does; of a tensor of
+            fewer axes all but two.
 
     References:
         Jordan et al., [Muon](https://kellerjordan.github.io/posts/muon/), 2024.
@@ -42,7 +42,7 @@ class Orthogonal(Wrapped):
 
     inner: Direction = dataclasses.field(default_factory=Momentum)
     steps: int = STEPS
-    stacked: bool = False
+    stacked: int = 0
 
     kind = "muon"  # pyright: ignore[reportAssignmentType]
 
@@ -57,17 +57,19 @@ class Orthogonal(Wrapped):
                 "an orthogonal direction is that of a matrix, got a parameter of the shape "
                 f"{tuple(tensor.shape)}; put it into a group of its own, as param_groups does."
             )
-        direction = yield from of_the_whole(self._orthogonal, part)
+        direction = yield from of_matrices(self._orthogonal, part, self._counting(tensor.shape))
         return lambda number: direction[tensor.place(number)]
 
+    def _counting(self, shape: Sequence[int]) -> int:
+        """How many of the first axes of a tensor count matrices."""
+        return min(self.stacked, len(shape) - 2)
+
     def _orthogonal(self, whole: Tensor) -> Tensor:
-        """A whole tensor, its matrices orthogonal."""
-        lengths = tuple(whole.shape)
-        stacked = self.stacked and whole.ndim > 2
-        count = lengths[0] if stacked else 1
-        rows = lengths[1] if stacked else lengths[0]
-        matrices = whole.reshape(count, rows, math.prod(lengths) // max(1, count * rows))
+        """A tensor of whole matrices, each of them orthogonal."""
+        counting = self._counting(whole.shape)
+        count, inputs = math.prod(whole.shape[:counting]), math.prod(whole.shape[counting + 1 :])
+        matrices = whole.reshape(count, whole.shape[counting], inputs)
         tall = matrices.shape[1] > matrices.shape[2]
         wide = matrices.mT if tall else matrices
         found = orthogonal_scale(*wide.shape[1:]) * orthogonalize(wide, xp=torch, steps=self.steps)
-        return (found.mT if tall else found).reshape(lengths)
+        return (found.mT if tall else found).reshape(whole.shape)

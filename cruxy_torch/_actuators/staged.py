@@ -15,14 +15,14 @@ from cruxy_control.signals import root
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.stepped import SteppedTensor
 from cruxy_torch._distributed.shards import add_over_ranks, shard_elements
-from cruxy_torch._distributed.whole import each_on_one_rank
+from cruxy_torch._distributed.whole import OfMatrices, each_on_one_rank
 from cruxy_torch._orders import Orders
 
 T = TypeVar("T")
 
-Wanted = tuple[Tensor, int | Callable[[Tensor], Tensor] | None]
+Wanted = tuple[Tensor, int | OfMatrices | None]
 """A sum over this rank's part of a tensor, and the axis that was summed over, `None` for all; or
-this rank's part of a tensor, and a function of the whole, of whose result its part is wanted."""
+this rank's part of a tensor, and a function of its matrices, of whose result its part is wanted."""
 
 Stages = Generator[list[Wanted], list[Tensor], T]
 """Asks for sums, gets them over all ranks, and ends with something."""
@@ -99,9 +99,15 @@ def root_mean_square(blocks: Iterable[Tensor], tensor: SteppedTensor) -> Stages[
     return root((yield from mean_square(blocks, tensor)), xp=torch)
 
 
-def of_the_whole(f: Callable[[Tensor], Tensor], part: Tensor) -> Stages[Tensor]:
-    """This rank's part of a function of a whole tensor, which one rank computes."""
-    (own,) = yield [(part, f)]
+def of_matrices(f: Callable[[Tensor], Tensor], part: Tensor, axes: int) -> Stages[Tensor]:
+    """This rank's part of a function of whole matrices, each of which one rank computes.
+
+    Args:
+        f: of all matrices of a tensor, or of some.
+        part: this rank's part of the tensor.
+        axes: how many of the first axes count matrices; 0 where the tensor is one.
+    """
+    (own,) = yield [(part, OfMatrices(f, axes))]
     return own
 
 

@@ -1,9 +1,9 @@
-"""Whole tensors out of shards, each on one rank of a mesh: what a direction of a matrix needs."""
+"""Whole matrices out of shards, each on one rank of a mesh: what a direction of a matrix needs."""
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,80 +11,130 @@ from torch import Tensor
 
 from cruxy_torch._distributed.shards import gathered, is_sharded, own_part
 
-Function = Callable[[Tensor], Tensor]
+Cut = tuple[slice, ...]
+
+
+class OfMatrices(NamedTuple):
+    """A function of a tensor that is one of each of its matrices.
+
+    Attributes:
+        function: of any number of them, in their shape and dtype.
+        axes: how many of the first axes count matrices; 0 where the tensor is one.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    axes: int
+
+    def __call__(self, matrices: Tensor) -> Tensor:
+        """What is made of them."""
+        return self.function(matrices)
+
+
+class _Matrix(NamedTuple):
+    """One matrix of a tensor.
+
+    Attributes:
+        part: this rank's, without elements where it has none.
+        result: what becomes of it, to be written.
+        whole: the tensor.
+        function: of its matrices.
+        at: the matrix's place along the axes that count.
+    """
+
+    part: Tensor
+    result: Tensor
+    whole: Any
+    function: OfMatrices
+    at: tuple[int, ...]
+
+    def cut(self, place: tuple[int, ...]) -> Cut | None:
+        """The part of it that is at a place of its mesh; `None` for none."""
+        cut = _cut(self.whole, place)
+        return cut[len(self.at) :] if _holds(cut, self.at) else None
+
+    def computed(self, matrix: Tensor) -> Tensor:
+        """What is made of it, from all of it."""
+        return self.function(matrix.view(*[1] * len(self.at), *matrix.shape)).view(matrix.shape)
 
 
 def each_on_one_rank(
-    parts: Sequence[Tensor], wholes: Sequence[Tensor], functions: Sequence[Function]
+    parts: Sequence[Tensor], wholes: Sequence[Any], functions: Sequence[OfMatrices]
 ) -> list[Tensor]:
-    """This rank's parts of `f(x)` for tensors `x`, each computed by one rank of its mesh.
+    """This rank's parts of `f(x)` for tensors `x`, each matrix computed by one rank of its mesh.
 
-    As many tensors go at a time as the mesh has ranks. Each rank gets the parts of one of them,
-    computes it and sends every other rank its part: two messages to all.
+    As many matrices go at a time as the mesh has ranks, those of a stack like separate ones. Each
+    rank gets the parts of one of them, computes it and sends every other rank its part: two
+    messages to all. Where every rank has whole matrices that no other has, nothing is sent.
 
     Args:
         parts: this rank's part of each tensor.
         wholes: a `DTensor` of the same placements, or a plain tensor, which all ranks compute.
-        functions: what is made of each, in its shape and dtype.
+        functions: what is made of each.
     """
     results = list(parts)
-    together: dict[tuple[Any, torch.dtype], list[int]] = {}
-    for index, (part, whole) in enumerate(zip(parts, wholes, strict=True)):
+    together: dict[tuple[Any, torch.dtype], list[_Matrix]] = {}
+    for index, (part, whole, f) in enumerate(zip(parts, wholes, functions, strict=True)):
         mesh = whole.device_mesh if is_sharded(whole) else None
-        if mesh is None or not _divides(whole) or _group(mesh) is None:
-            results[index] = own_part(functions[index](gathered(part, whole)), whole)
+        if mesh is not None and _stay(whole, f.axes):
+            results[index] = f(part)
+        elif mesh is None or not _divides(whole) or _group(mesh) is None:
+            results[index] = own_part(f(gathered(part, whole)), whole)
         else:
-            together.setdefault((mesh, part.dtype), []).append(index)
-    for (mesh, _), indices in together.items():
-        for begin in range(0, len(indices), mesh.size()):
-            few = indices[begin : begin + mesh.size()]
-            own = _in_one_round(
-                mesh, [parts[i] for i in few], [wholes[i] for i in few], [functions[i] for i in few]
-            )
-            for index, result in zip(few, own, strict=True):
-                results[index] = result
+            results[index] = part.new_empty(part.shape)
+            matrices = _matrices(part, results[index], whole, f)
+            together.setdefault((mesh, part.dtype), []).extend(matrices)
+    for (mesh, _), matrices in together.items():
+        for begin in range(0, len(matrices), mesh.size()):
+            _in_one_round(mesh, matrices[begin : begin + mesh.size()])
     return results
 
 
-def _in_one_round(
-    mesh: Any, parts: list[Tensor], wholes: list[Any], functions: list[Function]
-) -> list[Tensor]:
-    """As many tensors as the mesh has ranks, or fewer; the first goes to the first rank."""
-    places = list(itertools.product(*map(range, mesh.shape)))
-    me = places.index(tuple(mesh.get_coordinate()))
-    count = len(parts)
-    cuts = [[_cut(whole, place) for place in places] for whole in wholes]
+def _matrices(part: Tensor, result: Tensor, whole: Any, f: OfMatrices) -> Iterator[_Matrix]:
+    cut = _cut(whole, tuple(whole.device_mesh.get_coordinate()))
+    for at in itertools.product(*map(range, whole.shape[: f.axes])):
+        if _holds(cut, at):
+            own = tuple(i - piece.start for i, piece in zip(at, cut, strict=False))
+            yield _Matrix(part[own], result[own], whole, f, at)
+        else:
+            yield _Matrix(part.new_empty(0), part.new_empty(0), whole, f, at)
 
-    def sends(tensor: int, rank: int) -> bool:
-        """Whether a rank sends its part of a tensor: one of those that hold the same."""
+
+def _in_one_round(mesh: Any, matrices: list[_Matrix]) -> None:
+    """As many matrices as the mesh has ranks, or fewer; the first goes to the first rank."""
+    places = list(itertools.product(*map(range, mesh.shape)))
+    ranks = range(len(places))
+    me = places.index(tuple(mesh.get_coordinate()))
+    mine = matrices[me] if me < len(matrices) else None
+    cuts = [None if mine is None else mine.cut(place) for place in places]
+
+    def sends(number: int, rank: int) -> bool:
+        """Whether a rank sends its part of a matrix: one of those that hold the same."""
         return all(
-            placement.is_shard() or mine == owners
-            for placement, mine, owners in zip(
-                wholes[tensor].placements, places[rank], places[tensor], strict=True
+            placement.is_shard() or here == owners
+            for placement, here, owners in zip(
+                matrices[number].whole.placements, places[rank], places[number], strict=True
             )
         )
 
-    def size(tensor: int, rank: int) -> int:
-        return math.prod(piece.stop - piece.start for piece in cuts[tensor][rank])
-
-    ranks = range(len(places))
-    out = [size(t, me) if t < count and sends(t, me) else 0 for t in ranks]
-    back = [size(me, r) if me < count and sends(me, r) else 0 for r in ranks]
-    mine = [part.reshape(-1) for t, part in enumerate(parts) if out[t]]
-    got = _exchanged(mesh, mine, parts[0], out, back)
+    theirs = [matrix.part.numel() for matrix in matrices] + [0] * (len(places) - len(matrices))
+    sizes = [0 if cut is None else math.prod(p.stop - p.start for p in cut) for cut in cuts]
+    out = [theirs[number] if theirs[number] and sends(number, me) else 0 for number in ranks]
+    back = [sizes[rank] if sizes[rank] and sends(me, rank) else 0 for rank in ranks]
+    pieces = [matrix.part.reshape(-1) for matrix, own in zip(matrices, out, strict=False) if own]
+    like = matrices[0].part
+    got = _exchanged(mesh, pieces, like, out, back)
     answer: list[Tensor] = []
-    if me < count:
-        full = parts[me].new_empty(wholes[me].shape)
-        for rank, piece in zip(ranks, got.split(back), strict=True):
-            if back[rank]:
-                full[cuts[me][rank]] = piece.view(full[cuts[me][rank]].shape)
+    if mine is not None:
+        full = like.new_empty(mine.whole.shape[len(mine.at) :])
+        for cut, piece in zip(cuts, got.split(back), strict=True):
+            if cut is not None and piece.numel():
+                full[cut] = piece.view(full[cut].shape)
         del got
-        found = functions[me](full)
-        answer = [found[cuts[me][rank]].reshape(-1) for rank in ranks]
-    out = [size(me, r) if me < count else 0 for r in ranks]
-    back = [size(t, me) if t < count else 0 for t in ranks]
-    each = _exchanged(mesh, answer, parts[0], out, back).split(back)
-    return [own.view(part.shape) for own, part in zip(each, parts, strict=False)]
+        found = mine.computed(full)
+        answer = [found[cut].reshape(-1) for cut in cuts if cut is not None]
+    each = _exchanged(mesh, answer, like, sizes, theirs).split(theirs)
+    for matrix, own in zip(matrices, each, strict=False):
+        matrix.result.copy_(own.view(matrix.result.shape))
 
 
 def _exchanged(
@@ -96,7 +146,12 @@ def _exchanged(
     return received
 
 
-def _cut(whole: Any, place: tuple[int, ...]) -> tuple[slice, ...]:
+def _holds(cut: Cut, at: tuple[int, ...]) -> bool:
+    """Whether a part of a tensor has some of the matrix at a place along its first axes."""
+    return all(piece.start <= i < piece.stop for i, piece in zip(at, cut, strict=False))
+
+
+def _cut(whole: Any, place: tuple[int, ...]) -> Cut:
     """The part of a tensor that is at a place of its mesh."""
     spans = [(0, size) for size in whole.shape]
     for dimension, placement in enumerate(whole.placements):
@@ -106,6 +161,11 @@ def _cut(whole: Any, place: tuple[int, ...]) -> tuple[slice, ...]:
             start = min(each * place[dimension], size)
             spans[placement.dim] = (begin + start, min(each, size - start))
     return tuple(slice(begin, begin + size) for begin, size in spans)
+
+
+def _stay(whole: Any, axes: int) -> bool:
+    """Whether every rank has whole matrices, which so many axes count, that no other rank has."""
+    return all(placement.is_shard() and placement.dim < axes for placement in whole.placements)
 
 
 def _divides(whole: Any) -> bool:

@@ -106,7 +106,8 @@ class CruxyOptimizer(DirectedOptimizer):
         direction: what a gradient becomes, in the place of Adam's or Lion's direction. `"muon"`
             makes matrices inside the model orthogonal (`cruxy_torch.Orthogonal`) and leaves Adam to
             embeddings, output layers and vectors: it has to know what each parameter is, from the
-            groups of `cruxy_torch.param_groups(model, ...)`.
+            groups of `cruxy_torch.param_groups(model, ...)`. A group with `"stacked": True` is of
+            parameters whose first axis counts layers.
         total_steps: steps of the run, where they are known, under `mode="self_driving"`: the rate
             is found in the first fifth of them and then falls to 0 from twice of it, under twice
             the relative limit; `cooldown` begins that at any step. `None` for a run without end.
@@ -337,7 +338,8 @@ class CruxyOptimizer(DirectedOptimizer):
 
     def _direction_of(self, group: dict[str, Any], moving: Sequence[Tensor] = ()) -> Direction:
         if self._direction == "muon" and muon.is_orthogonal(group):
-            return Orthogonal(stacked=group["role"].startswith("moe.expert"))
+            experts = group["role"].startswith("moe.expert")
+            return Orthogonal(stacked=bool(group.get("stacked")) + experts)
         if isinstance(self._direction, Direction):
             return self._direction
         if group["use_lion"]:
