@@ -107,14 +107,14 @@ def update(
     of = table(rows, device)
     chance = of_param.chance or of_first.chance or of_second.chance
     steered = orders.decay_scale is not None
-    pulls = bool(columns.averages) and orders.average_pull is not None
+    pull = orders.average_pull if columns.averages else None
     triton_launch.launch(
         device, triton_steps.update_of_chunks, (of.count,),
         of.values, of.tensors, of.chunks, of.tiles, of.starts, of.counters,
         rate, *map(_whole, (orders.beta1, orders.beta2, orders.scale)), orders.ok.view(torch.uint8),
         key_of(orders, device) if chance else of.counters,
         _whole(orders.average_weight) if columns.averages else rate,
-        _whole(orders.average_pull) if pulls else rate,
+        rate if pull is None else _whole(pull),
         _whole(orders.decay_scale) if steered else rate, limits,
         float(l2 or decay), eps,
         P=of_param.format, P_CHANCE=of_param.chance, G=Form.of(grads[0]).format,
@@ -123,7 +123,7 @@ def update(
         V=of_second.format, V_CHANCE=of_second.chance, V_SHIFT=of_second.shift,
         V_TOP=of_second.top, V_LEAST=of_second.least,
         NESTEROV=nesterov, COUPLED=bool(l2), AVERAGED=bool(columns.averages),
-        PULLED=pulls, LIMITED=bool(columns.limits), STEERED=steered, ALIGNED=of.aligned, ROWS=ROWS,
+        PULLED=pull is not None, LIMITED=bool(columns.limits), STEERED=steered, ALIGNED=of.aligned, ROWS=ROWS,
         **UPDATE_OPTIONS,
     )  # fmt: skip
     torch.autograd.graph.increment_version(params)  # as torch's own in-place operations do

@@ -395,15 +395,16 @@ def _compiled_run() -> Callable[..., None]:
 def _average_of(
     law: Law,
     kind: str,
-    averaging: float | str | None,
-    interpolation: float | str,
+    averaging: float | Literal["mode"] | None,
+    interpolation: float | Literal["mode"],
     *,
     free: bool,
 ) -> tuple[float | None, float]:
     """The power of the average and how far it pulls, also where a mode says them."""
     if needs_alignment(law) and kind in USUAL:
-        named = ["usual" if value == "mode" else value for value in (averaging, interpolation)]
-        return usual_average(kind, *named, free=free)
+        power = "usual" if averaging == "mode" else averaging
+        pull = "usual" if interpolation == "mode" else interpolation
+        return usual_average(kind, power, pull, free=free)
     averaging = None if averaging == "mode" else averaging
     return averaging, 0.0 if interpolation == "mode" else interpolation
 
