@@ -123,8 +123,8 @@ def update(
         V=of_second.format, V_CHANCE=of_second.chance, V_SHIFT=of_second.shift,
         V_TOP=of_second.top, V_LEAST=of_second.least,
         NESTEROV=nesterov, COUPLED=bool(l2), AVERAGED=bool(columns.averages),
-        PULLED=pull is not None, LIMITED=bool(columns.limits), STEERED=steered, ALIGNED=of.aligned, ROWS=ROWS,
-        **UPDATE_OPTIONS,
+        PULLED=pull is not None, LIMITED=bool(columns.limits), STEERED=steered,
+        ALIGNED=of.aligned, ROWS=ROWS, **UPDATE_OPTIONS,
     )  # fmt: skip
     torch.autograd.graph.increment_version(params)  # as torch's own in-place operations do
 
