@@ -88,16 +88,18 @@ def adam_of_tensor(
         if left >= 256 * ROWS:
             moved(
                 param, grad, first, first_scales, second, second_scales, param, at, left,
-                first_number, number, rate, beta1, beta2, scale, key, 0.0, decay, eps, gain,
-                spread, P, P_CHANCE, G, M, M_CHANCE, M_SHIFT, M_TOP, M_LEAST,
-                V, V_CHANCE, V_SHIFT, V_TOP, V_LEAST, NESTEROV, False, False, False, ALIGNED, ROWS,
+                first_number, number, rate, beta1, beta2, scale, key, 0.0, 0.0, decay, eps,
+                gain, spread, P, P_CHANCE, G, M, M_CHANCE, M_SHIFT, M_TOP, M_LEAST,
+                V, V_CHANCE, V_SHIFT, V_TOP, V_LEAST, NESTEROV, False, False,
+                False, False, ALIGNED, ROWS,
             )  # fmt: skip
         else:
             moved(
                 param, grad, first, first_scales, second, second_scales, param, at, left,
-                first_number, number, rate, beta1, beta2, scale, key, 0.0, decay, eps, gain,
-                spread, P, P_CHANCE, G, M, M_CHANCE, M_SHIFT, M_TOP, M_LEAST,
-                V, V_CHANCE, V_SHIFT, V_TOP, V_LEAST, NESTEROV, False, False, True, ALIGNED, ROWS,
+                first_number, number, rate, beta1, beta2, scale, key, 0.0, 0.0, decay, eps,
+                gain, spread, P, P_CHANCE, G, M, M_CHANCE, M_SHIFT, M_TOP, M_LEAST,
+                V, V_CHANCE, V_SHIFT, V_TOP, V_LEAST, NESTEROV, False, False,
+                False, True, ALIGNED, ROWS,
             )  # fmt: skip
 
 
