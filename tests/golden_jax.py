@@ -24,10 +24,14 @@ for _bits in (None, 16, 8, 4):
     RUNS[f"meta3{_b}"] = (lambda bits=_bits: cruxy.meta3(3e-3, state_bits=bits), "float32")
     RUNS[f"meta_lion{_b}"] = (lambda bits=_bits: cruxy.meta_lion(1e-3, state_bits=bits), "float32")
     RUNS[f"self_driving{_b}"] = (
-        lambda bits=_bits: cruxy.self_driving(law=HELD, state_bits=bits), "float32",
+        lambda bits=_bits: cruxy.self_driving(
+            weight_decay=1e-4, mask=True, law=HELD, state_bits=bits
+        ),
+        "float32",
     )  # fmt: skip
     RUNS[f"self_driving_lion{_b}"] = (
-        lambda bits=_bits: cruxy.self_driving_lion(state_bits=bits), "float32",
+        lambda bits=_bits: cruxy.self_driving_lion(weight_decay=1e-3, mask=True, state_bits=bits),
+        "float32",
     )  # fmt: skip
     RUNS[f"cosmic{_b}"] = (
         lambda bits=_bits: cruxy.cosmic(3e-3, "40KB", state_bits=bits or 32), "float32",

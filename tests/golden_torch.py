@@ -14,7 +14,7 @@ from golden_runs import SAVED, STEPS, digest, machine, start, stream
 HELD = SelfDriving(limit_yield=None)
 """The law of then, whose limit did not give way."""
 
-DRIVING: dict[str, Any] = {"mode": "self_driving", "law": HELD}
+DRIVING: dict[str, Any] = {"mode": "self_driving", "law": HELD, "weight_decay": 0.01}
 LION: dict[str, Any] = {"use_lion": True, "lr": 1e-3, "betas": (0.9, 0.99)}
 
 CRUXY: dict[str, dict[str, Any]] = {
@@ -59,7 +59,11 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch
 
 
 def _cruxy(options: dict[str, Any]) -> Any:
-    return lambda groups: cruxy_torch.CruxyOptimizer(groups, **{"lr": 3e-3, **options})
+    def make(groups: list[dict[str, Any]]) -> Any:
+        groups = [{"decay_vectors": True, **group} for group in groups]
+        return cruxy_torch.CruxyOptimizer(groups, **{"lr": 3e-3, **options})
+
+    return make
 
 
 def _axiom(**options: Any) -> Any:

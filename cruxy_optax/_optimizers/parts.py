@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from cruxy_control.checks import check_range
@@ -13,6 +15,7 @@ from cruxy_optax._actuators.centralize import centralize_kernels
 from cruxy_optax._actuators.decay import add_controlled_decayed_weights
 from cruxy_optax._memory.quantize import check_bits
 from cruxy_optax._roles.rates import scale_by_role
+from cruxy_optax._states import direction_kind
 
 Mask = Any | Callable[[optax.Params], Any] | None
 """Where weight decay applies: a tree of booleans, a function that makes one, or everywhere."""
@@ -50,3 +53,33 @@ def averaged(
     if average_bits is not None:
         check_bits("average_bits", average_bits, BITS)
     return [] if averaging is None else [average_iterates(averaging, average_bits, interpolation)]
+
+
+def kind_of(direction: Any, adams: Mapping[str, Any]) -> str:
+    """The kind of a direction, by the state that it has for a small matrix.
+
+    Raises:
+        TypeError: where it is no gradient transformation.
+        ValueError: where an argument of Adam's comes with it.
+    """
+    if not isinstance(direction, optax.GradientTransformation):
+        raise TypeError(
+            f"direction must be a gradient transformation, got {direction!r}; give one such as "
+            "optax.scale_by_lion()."
+        )
+    given = [name for name, value in adams.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"{given[0]} is an argument of Adam's direction, got it beside direction=; give it to "
+            "the direction, or put quantize_state() around that."
+        )
+    try:
+        like = {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+        return direction_kind(jax.eval_shape(direction.init, like))
+    except (TypeError, ValueError, KeyError, AttributeError):  # it is for trees of its own form
+        return "adam"
+
+
+def matrices(params: optax.Params) -> Any:
+    """Where a leaf has at least two axes."""
+    return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)

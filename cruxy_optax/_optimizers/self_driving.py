@@ -4,8 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import chex
-import jax
-import jax.numpy as jnp
 import optax
 
 from cruxy_control.checks import check_range
@@ -25,9 +23,8 @@ from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_co
 from cruxy_optax._actuators.orthogonal import scale_by_controlled_muon
 from cruxy_optax._actuators.rate import scale_by_meta_learning_rate
 from cruxy_optax._memory.quantize import in_bits
-from cruxy_optax._optimizers.parts import Mask, averaged, by_role, decayed
+from cruxy_optax._optimizers.parts import Mask, averaged, by_role, decayed, kind_of, matrices
 from cruxy_optax._stabilize import stabilize
-from cruxy_optax._states import direction_kind
 
 Limit = chex.Numeric | Literal["usual"] | None
 """A relative limit, that which is usual for the direction, or none."""
@@ -147,7 +144,7 @@ def self_driving(
         )
     else:
         adams = {"state_bits": state_bits, "mu_dtype": mu_dtype}
-        moments, kind = direction, _kind_of(direction, adams)
+        moments, kind = direction, kind_of(direction, adams)
     ends = total_steps is not None
     free = law is None and not ends and not callable(learning_rate)
     power, pull = usual_average(kind, averaging, interpolation, free=free)
@@ -352,35 +349,6 @@ def self_driving_muon(
     )
 
 
-def _kind_of(direction: Any, adams: Mapping[str, Any]) -> str:
-    """The kind of a direction, by the state that it has for a small matrix.
-
-    Raises:
-        TypeError: where it is no gradient transformation.
-        ValueError: where an argument of Adam's comes with it.
-    """
-    if not isinstance(direction, optax.GradientTransformation):
-        raise TypeError(
-            f"direction must be a gradient transformation, got {direction!r}; give one such as "
-            "optax.scale_by_lion()."
-        )
-    given = [name for name, value in adams.items() if value is not None]
-    if given:
-        raise ValueError(
-            f"{given[0]} is an argument of Adam's direction, got it beside direction=; give it to "
-            "the direction, or put quantize_state() around that."
-        )
-    try:
-        like = {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
-        return direction_kind(jax.eval_shape(direction.init, like))
-    except (TypeError, ValueError, KeyError, AttributeError):  # it is for trees of its own form
-        return "adam"
-
-
-def _matrices(params: optax.Params) -> Any:
-    return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
-
-
 def _limit(given: Limit, kind: str) -> chex.Numeric | None:
     """The limit that was given, or that which is usual for the direction."""
     return USUAL[kind].relative_limit if isinstance(given, str) and given == "usual" else given
@@ -408,7 +376,7 @@ def _steered(
         optax.chain(
             clip_by_predicted_norm(),
             moments,
-            *decayed(weight_decay, _matrices if mask is None else mask, law),
+            *decayed(weight_decay, matrices if mask is None else mask, law),
             *roles,
             rate,
             *average,

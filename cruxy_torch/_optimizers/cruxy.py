@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cruxy_control import Law, SelfDriving
 from cruxy_control.law import needs_alignment
-from cruxy_control.usual import USUAL, WEIGHT_DECAY, told_the_end, usual_average, usual_law
+from cruxy_control.usual import USUAL, WEIGHT_DECAY, told_the_end, usual_law
 from cruxy_torch import _checks, _step
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.moments import Adam, Lion
@@ -23,6 +23,7 @@ from cruxy_torch._native.fit import Passes
 from cruxy_torch._optimizers import muon, voting
 from cruxy_torch._optimizers.directed import DirectedOptimizer
 from cruxy_torch._optimizers.modes import LIONS, Mode, law_of, refuse_of_adamw
+from cruxy_torch._optimizers.usual import average_of, check_direction
 from cruxy_torch.backends import fastest
 
 
@@ -77,8 +78,8 @@ class CruxyOptimizer(DirectedOptimizer):
             (0.9, 0.99). Under `mode="self_driving"`, which leaves them alone, it is (0.9, 0.99),
             with `use_lion` (0.9, 0.95).
         eps: added to the root of the second moment, at least 0.
-        weight_decay: its coefficient, at least 0. `None` is 0.01, and under self-driving 0.1 of
-            tensors with at least two axes: vectors are spared in groups that do not say their own.
+        weight_decay: its coefficient, at least 0. `None` is 0.01, and 0.1 under self-driving, which
+            spares tensors of fewer than two axes in groups that do not say a decay of their own.
         amsgrad: must be false.
         mode: `"meta3"`, `"self_driving"`, `"stability_v2"` or `"stability_v1"`; `"meta_lion"` and
             `"self_driving_lion"` are the first two with `use_lion=True`.
@@ -248,7 +249,7 @@ class CruxyOptimizer(DirectedOptimizer):
         ends, usually = total_steps is not None, law is None
         if law is None:
             law = law_of(named, gamma_norm, meta_lr_eta, meta_lr_beta2, meta_interval)
-        averaging, interpolation = _average_of(
+        averaging, interpolation = average_of(
             law, kind, averaging, interpolation, free=usually and not ends
         )
         if usually and isinstance(law, SelfDriving) and kind in USUAL:
@@ -259,14 +260,15 @@ class CruxyOptimizer(DirectedOptimizer):
         _checks.check_choices(
             momentum_dtype, state_bits, select, foreach, fused, compile, differentiable
         )
-        _check_direction(direction, law, use_lion=use_lion)
+        check_direction(direction, law, use_lion=use_lion)
         voting.check(vote, process_group, direction, compile=compile)
         driving = needs_alignment(law)
         if betas is None:
             betas = (0.9, (0.95 if use_lion else 0.99) if driving else 0.999)
         if relative_limit == "mode":
             relative_limit = USUAL[kind].relative_limit if driving else None
-        spares = weight_decay is None
+        if weight_decay is None:
+            weight_decay = WEIGHT_DECAY if driving else 0.01
         self._momentum_dtype, self._direction = momentum_dtype, direction
         self._select, self._stochastic = select, stochastic_rounding
         self._foreach, self._fused, self._compile = foreach, fused, compile
@@ -275,8 +277,8 @@ class CruxyOptimizer(DirectedOptimizer):
             "lr": lr,
             "betas": betas,
             "eps": eps,
-            "weight_decay": (WEIGHT_DECAY if driving else 0.01) if spares else weight_decay,
-            "decay_vectors": not (spares and driving),
+            "weight_decay": weight_decay,
+            "decay_vectors": not driving,
             "decoupled_weight_decay": decoupled_weight_decay,
             "use_nesterov": use_nesterov,
             "use_lion": use_lion,
@@ -390,48 +392,3 @@ class CruxyOptimizer(DirectedOptimizer):
 @functools.cache
 def _compiled_run() -> Callable[..., None]:
     return torch.compile(_step.run, dynamic=False)
-
-
-def _average_of(
-    law: Law,
-    kind: str,
-    averaging: float | Literal["mode"] | None,
-    interpolation: float | Literal["mode"],
-    *,
-    free: bool,
-) -> tuple[float | None, float]:
-    """The power of the average and how far it pulls, also where a mode says them."""
-    if needs_alignment(law) and kind in USUAL:
-        power = "usual" if averaging == "mode" else averaging
-        pull = "usual" if interpolation == "mode" else interpolation
-        return usual_average(kind, power, pull, free=free)
-    averaging = None if averaging == "mode" else averaging
-    return averaging, 0.0 if interpolation == "mode" else interpolation
-
-
-def _check_direction(direction: Any, law: Law, *, use_lion: bool) -> None:
-    """Raises unless a direction can be taken, under this law."""
-    if direction is None:
-        return
-    own = isinstance(direction, Direction)
-    if not own and direction != "muon":
-        raise TypeError(
-            f"direction must be 'muon' or an instance of cruxy_torch.Direction, got {direction!r}; "
-            "derive from that class, and give an instance."
-        )
-    if own and direction.kind not in USUAL:
-        raise ValueError(
-            f"kind of {type(direction).__name__} must be one of {', '.join(USUAL)}, got "
-            f"{direction.kind!r}; it says which limits suit it."
-        )
-    if use_lion:
-        raise ValueError(
-            f"use_lion must be False where direction says what a gradient becomes, got "
-            f"{direction!r} with it; leave one of them out."
-        )
-    if own and needs_alignment(law) and not direction.moments:
-        raise ValueError(
-            f"law must not steer by the first moment, of which {type(direction).__name__} keeps "
-            f"none to compare with, got {type(law).__name__}; name one in its moments, or use "
-            "Meta3()."
-        )

@@ -1,0 +1,52 @@
+"""What goes with a mode and a direction of `CruxyOptimizer` where it is not given."""
+
+from typing import Any, Literal
+
+from cruxy_control.law import Law, needs_alignment
+from cruxy_control.usual import USUAL, usual_average
+from cruxy_torch._actuators.direction import Direction
+
+
+def average_of(
+    law: Law,
+    kind: str,
+    averaging: float | Literal["mode"] | None,
+    interpolation: float | Literal["mode"],
+    *,
+    free: bool,
+) -> tuple[float | None, float]:
+    """The power of the average and how far it pulls, also where a mode says them."""
+    if needs_alignment(law) and kind in USUAL:
+        power = "usual" if averaging == "mode" else averaging
+        pull = "usual" if interpolation == "mode" else interpolation
+        return usual_average(kind, power, pull, free=free)
+    averaging = None if averaging == "mode" else averaging
+    return averaging, 0.0 if interpolation == "mode" else interpolation
+
+
+def check_direction(direction: Any, law: Law, *, use_lion: bool) -> None:
+    """Raises unless a direction can be taken, under this law."""
+    if direction is None:
+        return
+    own = isinstance(direction, Direction)
+    if not own and direction != "muon":
+        raise TypeError(
+            f"direction must be 'muon' or an instance of cruxy_torch.Direction, got {direction!r}; "
+            "derive from that class, and give an instance."
+        )
+    if own and direction.kind not in USUAL:
+        raise ValueError(
+            f"kind of {type(direction).__name__} must be one of {', '.join(USUAL)}, got "
+            f"{direction.kind!r}; it says which limits suit it."
+        )
+    if use_lion:
+        raise ValueError(
+            f"use_lion must be False where direction says what a gradient becomes, got "
+            f"{direction!r} with it; leave one of them out."
+        )
+    if own and needs_alignment(law) and not direction.moments:
+        raise ValueError(
+            f"law must not steer by the first moment, of which {type(direction).__name__} keeps "
+            f"none to compare with, got {type(law).__name__}; name one in its moments, or use "
+            "Meta3()."
+        )
