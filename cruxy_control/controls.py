@@ -78,6 +78,9 @@ In the search the rate may still move by more than a tenth in one step, or the k
 the run lasts; in the trunk it follows what is sensed; in the cooldown it falls; at the end it is 0.
 """
 
+SCHEDULE_SHARE = 0.8
+"""The share of the highest rate that was set below which a schedule counts as falling."""
+
 STEERED = ("sign_weight", "decay_scale")
 """What only a law with a true `steers_decay` orders."""
 
@@ -204,11 +207,11 @@ def clip_scale(threshold: Any, norm: Any, *, xp: Any) -> Any:
 
 
 def falls(controls: Controls) -> Any:
-    """Whether the rate falls to an end, or a schedule has lowered it to below four fifths.
+    """Whether the rate falls to an end, or a schedule has lowered it below `SCHEDULE_SHARE`.
 
     It is false where the law has nothing to do with either.
     """
     if isinstance(controls.run_phase, float):
         return False
     cooldown = float(RUN_PHASES.index("cooldown"))
-    return (controls.run_phase >= cooldown) | (controls.schedule_scale < 0.8)
+    return (controls.run_phase >= cooldown) | (controls.schedule_scale < SCHEDULE_SHARE)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from cruxy_control import filters
 from cruxy_control.checks import check_bounds, check_count, check_range
-from cruxy_control.controls import DRIVEN, RUN_PHASES, Controls
+from cruxy_control.controls import DRIVEN, RUN_PHASES, SCHEDULE_SHARE, Controls
 from cruxy_control.sensing import SENSED, SensorState, V2Sensors
 from cruxy_control.signals import NOT_KNOWN, Signals, known
 
@@ -151,7 +151,7 @@ class SelfDriving(V2Sensors):
     total_steps: int | None = None
     search_share: float = 0.2
     cooldown_peak: float = 2.0
-    schedule_share: float = 0.8
+    schedule_share: float = SCHEDULE_SHARE
     limit_yield: float | None = 50.0
 
     def __post_init__(self) -> None:

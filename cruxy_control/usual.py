@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
+from cruxy_control.formulas.averaging import POWER, pulls
 from cruxy_control.law import Law
 from cruxy_control.self_driving import SelfDriving
 
@@ -44,11 +45,8 @@ USUAL = {
 
 An orthogonal step bears a larger rate than the sensor takes Adam's for: it is steered to an
 alignment nearer to 0, as is a step of which an average that pulls soon undoes a share. Only Adam's
-limit gives way: the others gained nothing by it. Only Muon's average pulls: language models gain by
-it, and small tasks that fit their data lose."""
-
-POWER = 16.0
-"""Of an average that does not pull."""
+limit gives way: the others gained nothing by it. Only Muon's average pulls: with Adam's direction
+language models gain by it, and small tasks lose."""
 
 Given = float | Literal["usual"]
 """A number, or that which goes with the kind of the direction."""
@@ -74,11 +72,6 @@ def usual_average(
     if isinstance(averaging, str):
         averaging = own.power_pulled if pulls(interpolation) else POWER
     return averaging, interpolation
-
-
-def pulls(interpolation: Any) -> bool:
-    """Whether an average pulls; a traced number may."""
-    return not (isinstance(interpolation, float | int) and interpolation == 0.0)
 
 
 def muon_momentum(interpolation: Any) -> float:

@@ -200,6 +200,35 @@ class TestUsual:
         assert {g["averaging"] for g in ended.param_groups} == {16.0}
         assert any(g["betas"] == (0.95 * 0.95, 0.95) for g in ended.param_groups)
 
+    @pytest.mark.parametrize("options", [{}, {"interpolation": 0.5}, {"averaging": 4.0}])
+    def test_an_end_that_is_told_before_the_first_step_is_as_one_told_at_once(self, options):
+        from cruxy_torch import param_groups
+
+        net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 6))
+        at_once, later = (
+            CruxyOptimizer(
+                param_groups(net, lr=1e-3), mode="self_driving", direction="muon",
+                total_steps=end, **options,
+            )
+            for end in (100, None)
+        )  # fmt: skip
+        later.set_total_steps(100)
+        assert later._settings.law.total_steps == 100
+        names = ("averaging", "interpolation", "betas")
+        groups = [[{n: g[n] for n in names} for g in o.param_groups] for o in (at_once, later)]
+        assert groups[0] == groups[1]
+        assert later._settings.law == at_once._settings.law
+
+    def test_an_end_that_is_told_on_the_way_changes_no_average(self):
+        kernel = torch.nn.Parameter(torch.ones(4, 4))
+        groups = [{"params": [kernel], "role": "mlp.up"}]
+        optimizer = CruxyOptimizer(groups, mode="self_driving", direction="muon")
+        kernel.grad = torch.ones(4, 4)
+        optimizer.step()
+        optimizer.set_total_steps(100)
+        assert optimizer.param_groups[0]["interpolation"] == 0.7
+        assert optimizer._settings.law.set_point == -0.07
+
 
 class TestDecay:
     def test_vectors_are_spared_unless_a_group_says_its_own(self):

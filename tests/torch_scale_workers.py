@@ -150,11 +150,16 @@ def count():
     return seen
 
 
-def run(rank, folder):
-    """Every optimizer on a mesh of two by two, against one process; leaves the differences."""
+def join(rank, folder):
+    """Makes this process one of four ranks."""
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(folder, "store"), 4)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=4)
+
+
+def run(rank, folder):
+    """Every optimizer on a mesh of two by two, against one process; leaves the differences."""
+    join(rank, folder)
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
     seen = {}
     for name, (make, _) in OPTIMIZERS.items():
@@ -174,9 +179,7 @@ def run(rank, folder):
 
 def spread(rank, folder):
     """Stacks on a mesh of two by two, against one process; leaves what came, and differences."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(os.path.join(folder, "store"), 4)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=4)
+    join(rank, folder)
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
     seen = {}
     for names in (*([name] for name in STACKS), list(STACKS)):
@@ -242,9 +245,7 @@ def _saved_and_loaded(make, folder, first, second):
 
 def resume(rank, folder, cases):
     """Runs on a mesh of two by two that go on, on one of one by four; leaves the differences."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(os.path.join(folder, "store"), 4)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=4)
+    join(rank, folder)
     meshes = [dist.init_device_mesh("cpu", shape) for shape in ((2, 2), (1, 4))]
     seen = {}
     for name, bits in cases:

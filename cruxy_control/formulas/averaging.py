@@ -2,8 +2,13 @@
 
 from typing import Any
 
-FALLING_POWER = 16.0
-"""The least power of an average while the rate falls: close to the parameters."""
+POWER = 16.0
+"""Of an average that pulls nothing, and the least one while the rate falls."""
+
+
+def pulls(interpolation: Any) -> bool:
+    """Whether an average pulls the parameters along; a traced number may."""
+    return not (isinstance(interpolation, float | int) and interpolation == 0.0)
 
 
 def averaging_weight(count: Any, power: Any, *, xp: Any) -> Any:
@@ -40,7 +45,7 @@ def averaging_orders(
     There a sequence `z` takes steps of `1 / (1 - beta)` times the rate, the average `x` moves by
     `c_t` of the way to it, and gradients are taken at `y = (1 - beta) z + beta x`, which the
     parameters are here: `z` is `x + (y - x) / (1 - beta)` and need not be kept. While the rate
-    falls there is no pull, and the average keeps closer to the parameters (`FALLING_POWER`).
+    falls there is no pull, and the average keeps closer to the parameters (`POWER`).
 
     Args:
         count: see `averaging_weight`.
@@ -58,13 +63,13 @@ def averaging_orders(
         equations 9 to 11.
     """
     weight = averaging_weight(count, power, xp=xp)
-    if isinstance(interpolation, float) and interpolation == 0.0:
+    if not pulls(interpolation):
         return weight, None
     share = weight / (1.0 - interpolation)
     share = xp.where(share < 1.0, share, 1.0)
     pull = interpolation * share
     if falls is not False:
-        close = averaging_weight(count, FALLING_POWER, xp=xp)
+        close = averaging_weight(count, POWER, xp=xp)
         share = xp.where(falls, xp.where(close > weight, close, weight), share)
         pull = xp.where(falls, 0.0, pull)
     return share / (1.0 + pull), pull

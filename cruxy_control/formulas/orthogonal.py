@@ -18,10 +18,6 @@ ROLES = (
 """Whose matrices Muon makes orthogonal (`cruxy_control.roles`): those inside a model, and not
 embeddings, positions, output layers and adapters."""
 
-BETAS = (0.9025, 0.95)
-"""Nesterov's momentum of 0.95 as Lion writes its own: `b m_t + (1 - b) g_t` is `b^2 m_{t-1} +
-(1 - b^2) g_t`."""
-
 SIZE = 0.1
 """Root mean square of a direction, in units of a matrix whose singular values are all 1."""
 

@@ -8,7 +8,7 @@ import optax
 
 from cruxy_control.checks import check_range
 from cruxy_control.controls import Controls, falls
-from cruxy_control.formulas.averaging import averaging_orders
+from cruxy_control.formulas.averaging import POWER, averaging_orders
 from cruxy_exact.random_bits import stream_key
 from cruxy_optax._low_bit import as_built, came_apart
 from cruxy_optax._memory.quantize import SMALLEST, check_bits
@@ -31,7 +31,7 @@ class AverageIteratesState(NamedTuple):
 
 
 def average_iterates(
-    power: float = 16.0, bits: int | None = None, interpolation: float = 0.0
+    power: float = POWER, bits: int | None = None, interpolation: float = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages the parameters on their way, late ones more; may pull them along.
 
@@ -61,8 +61,8 @@ def average_iterates(
             moves; whoever changes parameters by more than a step does then changes their average
             with them. Under `optax.inject_hyperparams`, name it in `static_args`.
         interpolation: the $\beta$ above, in `[0, 1)`; 0 changes no update. With it a `power` of 2
-            to 4 is usual. Bfloat16 parameters round the pull away, unless it is kept by `rounded`
-            or `kahan`; the average is then one of a higher power.
+            to 4 is usual. Bfloat16 parameters may round a small pull away, as any small update;
+            `round_updates` around it keeps it.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`. Inside `stabilize` a skipped step leaves the

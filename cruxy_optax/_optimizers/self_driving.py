@@ -145,12 +145,8 @@ def self_driving(
     else:
         adams = {"state_bits": state_bits, "mu_dtype": mu_dtype}
         moments, kind = direction, kind_of(direction, adams)
-    ends = total_steps is not None
-    free = law is None and not ends and not callable(learning_rate)
-    power, pull = usual_average(kind, averaging, interpolation, free=free)
-    if law is None:
-        law = usual_law(kind, ends=ends, interpolation=pull)
-    law = told_the_end(law, total_steps)
+    scheduled = callable(learning_rate)
+    law, power, pull = _law(kind, law, averaging, interpolation, total_steps, scheduled=scheduled)
     limit, roles = _limit(relative_limit, kind), by_role(rates)
     average = averaged(power, average_bits, pull)
     return _steered(
@@ -167,7 +163,7 @@ def self_driving_lion(
     mask: Mask = None,
     *,
     relative_limit: Limit = "usual",
-    averaging: float | None = 16.0,
+    averaging: Given | None = "usual",
     average_bits: int | None = None,
     total_steps: int | None = None,
     rates: Mapping[str, Any] | None = None,
@@ -189,7 +185,7 @@ def self_driving_lion(
         mask: where weight decay applies; `None` for what has at least two axes.
         relative_limit: 0.01: a sign has size 1 where Adam's direction has a quarter of it or less,
             and never shrinks: on a small convolutional net 0.02 ended in divergence.
-        averaging: the power of `average_iterates`; `None` keeps no average.
+        averaging: the power of `average_iterates`, 16; `None` keeps no average.
         average_bits: bits an element of the average, 32 (`None`), 16 or 8.
         total_steps: steps of the run, where they are known.
         rates: factors on the rate by role.
@@ -219,14 +215,12 @@ def self_driving_lion(
         Chen et al., [Symbolic Discovery of Optimization
         Algorithms](https://arxiv.org/abs/2302.06675), 2023; those of `self_driving`.
     """
-    if law is None:
-        law = usual_law("lion", ends=total_steps is not None)
+    law, power, _ = _law("lion", law, averaging, 0.0, total_steps)
     moments = in_bits(
         state_bits, mu_dtype, lambda mu_dtype: scale_by_controlled_lion(b1, b2, mu_dtype)
     )
-    law = told_the_end(law, total_steps)
     limit, roles = _limit(relative_limit, "lion"), by_role(rates)
-    average = averaged(averaging, average_bits)
+    average = averaged(power, average_bits)
     return _steered(
         moments, learning_rate, weight_decay, mask, roles, limit, average, law, axis_names
     )
@@ -321,11 +315,8 @@ def self_driving_muon(
         `self_driving`.
     """
     rules = tuple(rules)
-    ends = total_steps is not None
-    free = law is None and not ends and not callable(learning_rate)
-    power, pull = usual_average("muon", averaging, interpolation, free=free)
-    if law is None:
-        law = usual_law("muon", ends=ends, interpolation=pull)
+    scheduled = callable(learning_rate)
+    law, power, pull = _law("muon", law, averaging, interpolation, total_steps, scheduled=scheduled)
     moments = in_bits(
         state_bits,
         mu_dtype,
@@ -341,12 +332,28 @@ def self_driving_muon(
             stacked=stacked,
         ),
     )
-    law = told_the_end(law, total_steps)
     limit = _limit(relative_limit, "muon")
     roles, average = by_role(rates, rules, model), averaged(power, average_bits, pull)
     return _steered(
         moments, learning_rate, weight_decay, mask, roles, limit, average, law, axis_names
     )
+
+
+def _law(
+    kind: str,
+    law: Law | None,
+    averaging: Given | None,
+    interpolation: Given,
+    total_steps: int | None,
+    *,
+    scheduled: bool = False,
+) -> tuple[Law, float | None, float]:
+    """The law that knows the end, the power of the average, and how far that pulls."""
+    ends = total_steps is not None
+    free = law is None and not ends and not scheduled
+    power, pull = usual_average(kind, averaging, interpolation, free=free)
+    law = usual_law(kind, ends=ends, interpolation=pull) if law is None else law
+    return told_the_end(law, total_steps), power, pull
 
 
 def _limit(given: Limit, kind: str) -> chex.Numeric | None:

@@ -79,15 +79,17 @@ class DirectedGroup(Group):
             moments = list(columns.moments.values())
             fast, slow = native.parts(whole, moments, centralize=frame.centralize)
             for part in fast:
-                own, apart = columns.select(part), columns.select([])
-                if orders.average_pull is not None and not _is_float32(own.params[0]):
-                    own, apart = own._replace(averages=()), own
+                own = columns.select(part)
+                # A kernel rounds once, and a pull on what is rounded has bits of its own.
+                apart = orders.average_pull is not None and not _is_float32(own.params[0])
+                taken = own._replace(averages=()) if apart else own
                 try:
-                    take(own, orders, frame.under(orders))
+                    take(taken, orders, frame.under(orders))
                 except SetAsideError:
                     slow = sorted([*slow, *part])
-                else:
-                    average(apart.params, apart.averages, orders)
+                    continue
+                if apart:
+                    average(own.params, own.averages, orders)
             columns = columns.select(slow)
         step = _foreach if foreach and self.direction.foreach is not None else _single
         for device, indices in by_device(columns.params).items():

@@ -23,7 +23,8 @@ def average(params: Sequence[Kept], averages: Sequence[Kept], orders: Orders) ->
     if not averages:
         return
     weight, pull = orders.average_weight, orders.average_pull
-    on_device = {mean.device: orders.to(mean.device) for mean in averages if _needs(mean, orders)}
+    devices = {mean.device for mean in averages if pull is not None or isinstance(mean, Coded)}
+    on_device = {device: orders.to(device) for device in devices}
     for param, mean in zip(params, averages, strict=True):
         there = on_device.get(mean.device, orders)
         if pull is not None:
@@ -34,11 +35,6 @@ def average(params: Sequence[Kept], averages: Sequence[Kept], orders: Orders) ->
                 continue
             value = weight.to(block.device) if isinstance(weight, Tensor) else float(weight)
             block.lerp_(p.to(block.dtype), value)
-
-
-def _needs(mean: Kept, orders: Orders) -> bool:
-    """Whether an average moves by orders on its own device."""
-    return isinstance(mean, Coded) or orders.average_pull is not None
 
 
 def _pull(param: Kept, mean: Kept, orders: Orders) -> None:

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cruxy_control import Law, SelfDriving
+from cruxy_control import Law
 from cruxy_control.law import needs_alignment
-from cruxy_control.usual import USUAL, WEIGHT_DECAY, told_the_end, usual_law
+from cruxy_control.usual import USUAL, WEIGHT_DECAY, told_the_end
 from cruxy_torch import _checks, _step
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.moments import Adam, Lion
@@ -23,7 +23,7 @@ from cruxy_torch._native.fit import Passes
 from cruxy_torch._optimizers import muon, voting
 from cruxy_torch._optimizers.directed import DirectedOptimizer
 from cruxy_torch._optimizers.modes import LIONS, Mode, law_of, refuse_of_adamw
-from cruxy_torch._optimizers.usual import average_of, check_direction
+from cruxy_torch._optimizers.usual import average_of, check_direction, pull_no_more, with_usual
 from cruxy_torch.backends import fastest
 
 
@@ -191,14 +191,8 @@ class CruxyOptimizer(DirectedOptimizer):
 
     _pickled = (
         *DirectedOptimizer._pickled,
-        *(
-            "_momentum_dtype",
-            "_direction",
-            "_select",
-            "_foreach",
-            "_fused",
-            "_compile",
-        ),
+        *("_momentum_dtype", "_direction", "_select", "_foreach", "_fused", "_compile"),
+        *("_kind", "_asked"),
     )
 
     def __init__(
@@ -247,15 +241,14 @@ class CruxyOptimizer(DirectedOptimizer):
         is_muon = direction == "muon"
         kind = "muon" if is_muon else "lion" if use_lion else getattr(direction, "kind", "adam")
         ends, usually = total_steps is not None, law is None
+        self._kind, self._asked = kind if usually else None, interpolation != "mode"
         if law is None:
             law = law_of(named, gamma_norm, meta_lr_eta, meta_lr_beta2, meta_interval)
         averaging, interpolation = average_of(
             law, kind, averaging, interpolation, free=usually and not ends
         )
-        if usually and isinstance(law, SelfDriving) and kind in USUAL:
-            usual = usual_law(kind, ends=ends, interpolation=interpolation)
-            own = {"set_point": usual.set_point, "limit_yield": usual.limit_yield}
-            law = dataclasses.replace(law, **own)
+        if usually:
+            law = with_usual(law, kind, ends=ends, interpolation=interpolation)
         law = told_the_end(law, total_steps)
         _checks.check_choices(
             momentum_dtype, state_bits, select, foreach, fused, compile, differentiable
@@ -312,6 +305,8 @@ class CruxyOptimizer(DirectedOptimizer):
             group.setdefault("state_bits", 32)
             group.setdefault("interpolation", 0.0)
             group.setdefault("decay_vectors", True)
+        self.__dict__.setdefault("_kind", None)
+        self.__dict__.setdefault("_asked", True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group with options of its own; the one controller sees its gradients too."""
@@ -322,6 +317,16 @@ class CruxyOptimizer(DirectedOptimizer):
                 param_group, self.defaults["use_nesterov"], self.defaults["interpolation"]
             )
         super().add_param_group(param_group)
+
+    def set_total_steps(self, steps: int) -> None:
+        """See `DirectedOptimizer`; before the first step set point and average change too."""
+        super().set_total_steps(steps)
+        if not self.state and self._kind is not None:
+            if not self._asked:
+                pull_no_more(self.defaults, self.param_groups)
+            pull, law = self.defaults["interpolation"], self._settings.law
+            law = with_usual(law, self._kind, ends=True, interpolation=pull)
+            self._settings = dataclasses.replace(self._settings, law=law)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads as torch's optimizers do; where ranks vote, this rank's state or the merged one."""

@@ -12,9 +12,15 @@ def with_betas(group: dict[str, Any], nesterov: bool, interpolation: float) -> d
     group = listed(group)
     if not is_orthogonal(group):
         return group
-    b1 = muon_momentum(group.get("interpolation", interpolation))
-    ahead = b1 * b1 if group.get("use_nesterov", nesterov) else b1
-    return {"betas": (ahead, b1), **group}
+    nesterov = group.get("use_nesterov", nesterov)
+    pull = group.get("interpolation", interpolation)
+    return {"betas": momentum_betas(pull, nesterov=nesterov), **group}
+
+
+def momentum_betas(interpolation: float, *, nesterov: bool) -> tuple[float, float]:
+    """Muon's momentum as Lion writes its own: `b m_t + (1 - b) g_t` is `b^2 m + (1 - b^2) g_t`."""
+    b1 = muon_momentum(interpolation)
+    return (b1 * b1 if nesterov else b1, b1)
 
 
 def is_orthogonal(group: dict[str, Any]) -> bool:
