@@ -34,16 +34,23 @@ def counted():
     return json.loads(done.stdout)
 
 
+TWICE = {False: "along both axes", True: "along one axis twice"}
+
+
+@pytest.mark.parametrize("twice", TWICE, ids=TWICE.get)
 @pytest.mark.parametrize("name", workers.OPTIMIZERS)
-def test_sums_of_all_tensors_go_together(counted, name):
+def test_sums_of_all_tensors_go_together(counted, name, twice):
     _, stages = workers.OPTIMIZERS[name]
-    sums = {op: n for op, n in counted[name].items() if "reduce" in op}
+    found = counted[f"{name} twice" if twice else name]
+    sums = {op: n for op, n in found.items() if "reduce" in op}
     assert sum(sums.values()) <= stages * AXES
 
 
+@pytest.mark.parametrize("twice", TWICE, ids=TWICE.get)
 @pytest.mark.parametrize("name", workers.OPTIMIZERS)
-def test_nothing_is_gathered(counted, name):
-    assert not [op for op in counted[name] if "gather" in op]
+def test_nothing_is_gathered(counted, name, twice):
+    found = counted[f"{name} twice" if twice else name]
+    assert not [op for op in found if "gather" in op]
 
 
 def test_each_rank_takes_one_matrix_at_a_time(counted):
@@ -89,12 +96,24 @@ def test_512_ranks_get_as_many_messages_as_8():
     assert numbers({"data": 64, "model": 8}) == numbers({"data": 4, "model": 2})
 
 
+def off_one_process(folder, twice, names):
+    """By optimizer, how far a rank of four is off what one process has, at most."""
+    torch.multiprocessing.spawn(workers.run, (str(folder), twice, names), nprocs=4)
+    ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(4)]
+    return {name: max(seen[name] for seen in ranks) for name in names}
+
+
+def test_what_tensor_parallelism_and_fsdp_split_along_one_axis_trains_as_one(tmp_path):
+    """Its placement no longer says that it is a shard, so that sums would be a rank's own."""
+    found = off_one_process(tmp_path, True, ["self_driving", "axiom", "muon"])
+    assert max(found.values()) < 1e-5
+
+
+@pytest.mark.parametrize("twice", TWICE, ids=TWICE.get)
 @pytest.mark.slow
-def test_four_ranks_train_as_one(tmp_path):
-    torch.multiprocessing.spawn(workers.run, (str(tmp_path),), nprocs=4)
-    for rank in range(4):
-        seen = torch.load(tmp_path / f"rank{rank}.pt")
-        assert {name: off for name, off in seen.items() if off > 1e-5} == {}
+def test_four_ranks_train_as_one(tmp_path, twice):
+    found = off_one_process(tmp_path, twice, workers.TRAINED)
+    assert {name: off for name, off in found.items() if off > 1e-5} == {}
 
 
 def differences(folder, cases):

@@ -1,14 +1,16 @@
 """What ranks do for the tests of scale: one of eight that are not there, and four that are."""
 
 import contextlib
+import itertools
 import json
 import os
 import sys
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import cruxy_torch as ours
 from cruxy_control.slices import blocks
@@ -16,6 +18,7 @@ from cruxy_control.slices import blocks
 SHAPES = [(64, 32), (32, 64), (63, 31), (64, 32), (32,), (64,), (31,)]
 """Matrices first; of some the shards are uneven."""
 LAYOUT = blocks(8, 12, 12, axis=1)
+ROWS = blocks(16, 24, 24, axis=0)
 
 
 def _directed(direction):
@@ -55,6 +58,8 @@ OPTIMIZERS = {
     "all": (_everything, 5),
     "balance": (_sliced(ours.BalanceSlices(ours.SignBlend(), LAYOUT, every=1)), 3),
     "slices": (_sliced(ours.ScaleSlices(ours.SignBlend(), LAYOUT, {"k": 0.5})), 2),
+    "slices of rows": (_sliced(ours.ScaleSlices(ours.SignBlend(), ROWS, {"k": 0.5})), 2),
+    "balance of rows": (_sliced(ours.BalanceSlices(ours.SignBlend(), ROWS, every=1)), 3),
     "muon": (_muon, 2),
 }
 """Maker, and how many packed sums wait for one another along each axis of the mesh."""
@@ -64,16 +69,49 @@ ALONE = {"cosmic": lambda ps: ours.Cosmic(ps, state_budget="60KB")}
 the same where a fourth of the tensors has a fourth of it."""
 
 
-def placed(mesh):
-    """Parameters, and gradients of a step; matrices along both axes, vectors on all ranks."""
+def cut_twice(value, mesh):
+    """This rank's rows after tensor parallelism along the last axis and `fully_shard` along all."""
+    for size, place in zip(reversed(mesh.shape), reversed(mesh.get_coordinate()), strict=True):
+        parts = value.chunk(size)
+        value = parts[place] if place < len(parts) else value[:0]
+    return value
+
+
+TRAINED = [name for name in OPTIMIZERS if name not in ("adamw", "low bit")]
+"""What is held to one process: blocks of codes are those of a shard."""
+
+
+def placed(mesh, twice=False):
+    """Parameters, and gradients of a step; matrices along both axes, vectors on all ranks.
+
+    Args:
+        mesh: of two axes.
+        twice: rows of all of them along both axes instead, the last axis first.
+    """
     generator = torch.Generator().manual_seed(0)
     both, copies = [Shard(0), Shard(1)][: mesh.ndim], [Replicate()] * mesh.ndim
 
     def place(shape):
         value = torch.randn(shape, generator=generator)
-        return distribute_tensor(value, mesh, both if len(shape) > 1 else copies)
+        if not twice:
+            return distribute_tensor(value, mesh, both if len(shape) > 1 else copies)
+        own = cut_twice(value, mesh).clone()
+        rows = [_StridedShard(0, split_factor=mesh.size(1)), Shard(0)]
+        return DTensor.from_local(
+            own, mesh, rows, run_check=False, shape=value.shape, stride=value.stride()
+        )
 
     return [torch.nn.Parameter(place(s)) for s in SHAPES], lambda: [place(s) for s in SHAPES]
+
+
+def alone():
+    """The same of one process."""
+    generator = torch.Generator().manual_seed(0)
+
+    def values():
+        return [torch.randn(shape, generator=generator) for shape in SHAPES]
+
+    return list(map(torch.nn.Parameter, values())), values
 
 
 STACKS = {
@@ -135,15 +173,16 @@ def count():
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     mesh = dist.init_device_mesh("cpu", (4, 2), mesh_dim_names=("data", "model"))
     seen = {}
-    for name, (make, _) in OPTIMIZERS.items():
-        params, gradients = placed(mesh)
+    for twice, (name, (make, _)) in itertools.product((False, True), OPTIMIZERS.items()):
+        params, gradients = placed(mesh, twice)
         optimizer = make(params)
         for _ in range(2):
             for p, g in zip(params, gradients(), strict=True):
                 p.grad = g
             with CommDebugMode() as counted:
                 optimizer.step(**({} if name == "adamw" else {"loss": 1.0}))
-        seen[name] = {str(op): n for op, n in counted.get_comm_counts().items()}
+        case = f"{name} twice" if twice else name
+        seen[case] = {str(op): n for op, n in counted.get_comm_counts().items()}
     for name in STACKS:
         with received() as seen[name]:
             train(*stacks(mesh, [name]), steps=1)
@@ -157,22 +196,20 @@ def join(rank, folder):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=4)
 
 
-def run(rank, folder):
-    """Every optimizer on a mesh of two by two, against one process; leaves the differences."""
+def run(rank, folder, twice, names):
+    """Optimizers on a mesh of two by two, against one process; leaves the differences."""
     join(rank, folder)
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
     seen = {}
-    for name, (make, _) in OPTIMIZERS.items():
-        if name in ("adamw", "low bit"):
-            continue  # blocks of codes are those of a shard
-        params, gradients = placed(mesh)
+    for name in names:
+        make, _ = OPTIMIZERS[name]
+        params, gradients = placed(mesh, twice)
         train(make(params), params, gradients)
-        whole, same = placed(mesh)
-        alone = [torch.nn.Parameter(p.detach().full_tensor()) for p in whole]
-        optimizer = ALONE.get(name, make)(alone)
-        train(optimizer, alone, lambda same=same: [g.full_tensor() for g in same()])
-        pairs = zip(params, alone, strict=True)
-        seen[name] = max((p.full_tensor() - q).abs().max().item() for p, q in pairs)
+        whole, same = alone()
+        train(ALONE.get(name, make)(whole), whole, same)
+        found = [p.to_local() if twice else p.full_tensor() for p in params]
+        wanted = [cut_twice(q, mesh) if twice else q for q in whole]
+        seen[name] = max((p - q).abs().max().item() for p, q in zip(found, wanted, strict=True))
     torch.save(seen, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 

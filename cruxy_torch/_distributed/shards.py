@@ -52,10 +52,20 @@ def is_first_rank() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
+def is_split(placement: Any, axis: int | None = None) -> bool:
+    """Whether a placement splits a tensor, along this axis if one is given.
+
+    `fully_shard` after tensor parallelism along the same axis has a placement of its own, whose
+    `is_shard` is false from torch 2.13 on.
+    """
+    splits = placement.is_shard() or hasattr(placement, "split_factor")
+    return splits and axis in (None, placement.dim)
+
+
 def rows_are_whole(tensor: Tensor) -> bool:
     """Whether each rank holds whole rows, all axes but the first."""
     return not is_sharded(tensor) or all(
-        placement.is_shard(0) or not placement.is_shard() for placement in tensor.placements
+        is_split(placement, 0) or not is_split(placement) for placement in tensor.placements
     )
 
 
@@ -77,7 +87,7 @@ def over_ranks(total: Tensor, whole: Tensor, axis: int | None = None) -> Tensor:
     if not is_sharded(whole):
         return total
     for dimension, placement in enumerate(whole.placements):
-        if placement.is_shard() and (axis is None or placement.is_shard(axis)):
+        if is_split(placement, axis):
             total = total.contiguous()
             dist.all_reduce(total, group=whole.device_mesh.get_group(dimension))
     return total
@@ -98,7 +108,7 @@ def add_over_ranks(
     for index, (whole, axis) in enumerate(zip(wholes, axes, strict=True)):
         if is_sharded(whole):
             for dimension, placement in enumerate(whole.placements):
-                if placement.is_shard() and (axis is None or placement.is_shard(axis)):
+                if is_split(placement, axis):
                     key = (whole.device_mesh, dimension, parts[index].dtype)
                     split.setdefault(key, []).append(index)
     # Every rank goes through the axes of a mesh in one order, whatever comes first.
@@ -118,7 +128,7 @@ def add_shards(values: Tensor, tensors: Sequence[Tensor]) -> None:
     for index, tensor in enumerate(tensors):
         if is_sharded(tensor):
             for axis, placement in enumerate(tensor.placements):
-                if placement.is_shard():
+                if is_split(placement):
                     split.setdefault((tensor.device_mesh, axis), []).append(index)
     for (mesh, axis), indices in split.items():
         part = values[indices]
@@ -204,7 +214,7 @@ def zeros_without(param: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=param.device)
     from torch.distributed.tensor import DTensor, Replicate
 
-    placements = [Replicate() if p.is_shard(axis) else p for p in param.placements]
+    placements = [Replicate() if is_split(p, axis) else p for p in param.placements]
     part = param.to_local()
     own = [1 if index == axis else size for index, size in enumerate(part.shape)]
     stride = [math.prod(shape[index + 1 :]) for index in range(len(shape))]
@@ -218,25 +228,58 @@ def zeros_without(param: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
     )
 
 
+def splits(tensor: "DTensor", axis: int) -> list[int] | None:
+    """The axes of its mesh that an axis of the tensor is split along, in the order of the splits.
+
+    `fully_shard` splits what tensor parallelism has split before along a later axis of the mesh:
+    its placement says into how many parts. `None` where no order explains it.
+    """
+    order: list[int] = []
+    for dimension in reversed(range(tensor.device_mesh.ndim)):
+        placement = tensor.placements[dimension]
+        if not is_split(placement, axis):
+            continue
+        before = getattr(placement, "split_factor", 1)
+        for place in range(len(order) + 1):
+            if math.prod(tensor.device_mesh.size(d) for d in order[:place]) == before:
+                order.insert(place, dimension)
+                break
+        else:
+            return None
+    return order
+
+
+def shard_span(
+    tensor: "DTensor", axis: int, place: Sequence[int], order: Sequence[int]
+) -> tuple[int, int]:
+    """Where the part at a place of the mesh begins and ends along an axis of the whole tensor.
+
+    Args:
+        tensor: of which it is a part.
+        axis: of the tensor.
+        place: coordinates of a rank in the tensor's mesh.
+        order: see `splits`.
+    """
+    begin, size = 0, tensor.shape[axis]
+    for dimension in order:
+        each = math.ceil(size / tensor.device_mesh.size(dimension))
+        start = min(each * place[dimension], size)
+        begin, size = begin + start, min(each, size - start)
+    return begin, begin + size
+
+
 def shard_begin(tensor: Tensor, axis: int) -> int:
     """Where along an axis of the whole tensor this rank's shard begins; 0 of a plain one.
 
     Raises:
-        ValueError: where the axis is split in an order of its own, as for tensor parallelism
-            inside `fully_shard`.
+        ValueError: where the ranks hold no even blocks of the axis.
     """
     if not is_sharded(tensor):
         return 0
-    begin, size = 0, tensor.shape[axis]
-    for dimension, placement in enumerate(tensor.placements):
-        if not placement.is_shard(axis):
-            continue
-        if hasattr(placement, "split_factor"):
-            raise ValueError(
-                f"axis {axis} must be split in the order of its mesh, got {placement}; slice a "
-                "parameter that is split along another axis, or leave its slices out."
-            )
-        each = math.ceil(size / tensor.device_mesh.size(dimension))
-        own = min(each * tensor.device_mesh.get_local_rank(dimension), size)
-        begin, size = begin + own, min(each, size - own)
-    return begin
+    order = splits(tensor, axis)
+    if order is None:
+        raise ValueError(
+            f"axis {axis} must be split into even blocks, got {tensor.placements}; slice a "
+            "parameter that is split along another axis, or leave its slices out."
+        )
+    return shard_span(tensor, axis, tuple(tensor.device_mesh.get_coordinate() or ()), order)[0]

@@ -9,7 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cruxy_torch._distributed.shards import gathered, is_sharded, own_part
+from cruxy_torch._distributed.shards import (
+    gathered,
+    is_sharded,
+    is_split,
+    own_part,
+    shard_span,
+    splits,
+)
 
 Cut = tuple[slice, ...]
 
@@ -110,7 +117,7 @@ def _in_one_round(mesh: Any, matrices: list[_Matrix]) -> None:
     def sends(number: int, rank: int) -> bool:
         """Whether a rank sends its part of a matrix: one of those that hold the same."""
         return all(
-            placement.is_shard() or here == owners
+            is_split(placement) or here == owners
             for placement, here, owners in zip(
                 matrices[number].whole.placements, places[rank], places[number], strict=True
             )
@@ -153,26 +160,22 @@ def _holds(cut: Cut, at: tuple[int, ...]) -> bool:
 
 def _cut(whole: Any, place: tuple[int, ...]) -> Cut:
     """The part of a tensor that is at a place of its mesh."""
-    spans = [(0, size) for size in whole.shape]
-    for dimension, placement in enumerate(whole.placements):
-        if placement.is_shard():
-            begin, size = spans[placement.dim]
-            each = math.ceil(size / whole.device_mesh.size(dimension))
-            start = min(each * place[dimension], size)
-            spans[placement.dim] = (begin + start, min(each, size - start))
-    return tuple(slice(begin, begin + size) for begin, size in spans)
+    spans = (
+        shard_span(whole, axis, place, splits(whole, axis) or ()) for axis in range(whole.ndim)
+    )
+    return tuple(slice(*span) for span in spans)
 
 
 def _stay(whole: Any, axes: int) -> bool:
     """Whether every rank has whole matrices, which so many axes count, that no other rank has."""
-    return all(placement.is_shard() and placement.dim < axes for placement in whole.placements)
+    return all(is_split(placement) and placement.dim < axes for placement in whole.placements)
 
 
 def _divides(whole: Any) -> bool:
-    """Whether its parts are even blocks in the order of its mesh, and there are several."""
-    placements = whole.placements
-    strided = any(hasattr(placement, "split_factor") for placement in placements)
-    return any(placement.is_shard() for placement in placements) and not strided
+    """Whether its parts are even blocks, and there are several."""
+    return any(map(is_split, whole.placements)) and all(
+        splits(whole, axis) is not None for axis in range(whole.ndim)
+    )
 
 
 def _group(mesh: Any) -> Any:
