@@ -78,6 +78,15 @@ MESHES = {
     "vectors split": ((4, 2), ("data", "model"), P("data", "model"), P("model")),
     "three axes": ((2, 2, 2), ("data", "model", "expert"), P(("data", "expert"), "model"), P()),
 }
+TWICE = {
+    "rows twice": ((4, 2), ("data", "model"), P(("data", "model")), P()),
+    "columns twice": ((4, 2), ("data", "model"), P(None, ("data", "model")), P()),
+    "rows thrice": ((2, 2, 2), ("data", "model", "expert"), P(("data", "model", "expert")), P()),
+    "both": ((2, 2, 2), ("data", "model", "expert"), P("expert", ("data", "model")), P()),
+    "copies": ((2, 2, 2), ("data", "model", "expert"), P("model", "expert"), P()),
+}
+"""More ways to split a matrix: along several axes of the mesh at once, and less than all."""
+BACKWARDS = ((4, 2), ("data", "model"), P(("model", "data")), P())
 FAST = ("meta3", "self_driving", "axiom", "limit_relative_step")
 ALIKE = ("meta3", "meta_lion", "self_driving_lion", "axiom", "tiger")
 MOST = {
@@ -114,7 +123,7 @@ def step_of(tx):
 
 def run(tx, kind, layout):
     """What a step sends, and what it makes of parameters and gradients."""
-    shape, names, matrices, vectors = MESHES[layout]
+    shape, names, matrices, vectors = (MESHES | TWICE | {"backwards": BACKWARDS})[layout]
     mesh = jax.make_mesh(shape, names, axis_types=(KINDS[kind],) * len(shape))
     with jax.set_mesh(mesh):
         params, grads = (placed(tree(seed), mesh, matrices, vectors) for seed in (0, 1))
@@ -149,15 +158,24 @@ def test_nothing_is_gathered_and_sums_are_packed(name, kind, layout):
     assert_close(updates, jax.device_get(want), ulps=512)
 
 
-@pytest.mark.parametrize("layout", ["one axis", "two axes"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["orthogonalize_updates", "self_driving_muon"])
-@pytest.mark.slow
+def of_matrices():
+    for name in ("orthogonalize_updates", "self_driving_muon"):
+        for kind in KINDS:
+            for layout in MESHES | TWICE | ({"backwards": BACKWARDS} if kind == "explicit" else {}):
+                fast = (name, kind, layout) == ("orthogonalize_updates", "auto", "rows twice")
+                marks = [] if fast else [pytest.mark.slow]
+                yield pytest.param(name, kind, layout, marks=marks, id=f"{name}-{kind}-{layout}")
+
+
+@pytest.mark.parametrize(("name", "kind", "layout"), list(of_matrices()))
 def test_no_device_gathers_more_than_one_matrix_at_a_time(name, kind, layout):
     tx = getattr(ours, name)()
     found, updates, _, _ = run(tx, kind, layout)
     matrix = 4 * 64 * 32
-    assert max(one.bytes for one in found) <= matrix * 1.5  # a share of eight, filled up
+    # A share of eight, filled up. What is copied on automatic axes, whose copies nothing tells:
+    # two of four parts of each.
+    most = 2.0 if (kind, layout) == ("auto", "copies") else 1.5
+    assert max(one.bytes for one in found) <= matrix * most
     params, grads = tree(0), tree(1)
     want = step_of(tx)(grads, tx.init(params), params)[0]
     np.testing.assert_allclose(

@@ -19,7 +19,12 @@ from cruxy_control.formulas.orthogonal import (
 )
 from cruxy_control.roles import Rule
 from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_controlled_momentum
-from cruxy_optax._distributed.axes import map_over_devices, shard_alike, whatever_the_axes
+from cruxy_optax._distributed.axes import (
+    explicit_spec,
+    map_over_devices,
+    shard_alike,
+    whatever_the_axes,
+)
 from cruxy_optax._roles import labelled
 from cruxy_optax._roles.parameters import Leaf
 from cruxy_optax._tree import accumulator_dtype
@@ -94,10 +99,13 @@ def orthogonalize_updates(
             _as_matrices(own, stacked) if jnp.size(leaf) else None
             for leaf, own in zip(leaves, known, strict=True)
         ]
-        directions = whatever_the_axes(lambda xs: orthogonal_all(xs, shapes), leaves)
+        specs = [explicit_spec(leaf) for leaf in leaves]
+        directions = whatever_the_axes(lambda xs: orthogonal_all(xs, shapes, specs), leaves)
         return treedef.unflatten(directions), state
 
-    def orthogonal_all(leaves: list[jax.Array], shapes: list[Any]) -> list[jax.Array]:
+    def orthogonal_all(
+        leaves: list[jax.Array], shapes: list[Any], specs: list[Any]
+    ) -> list[jax.Array]:
         leaves = list(leaves)
         stacks: dict[tuple[Any, ...], list[tuple[int, bool, jax.Array]]] = {}
         for index, (leaf, matrices) in enumerate(zip(leaves, shapes, strict=True)):
@@ -110,7 +118,10 @@ def orthogonalize_updates(
         for (shape, _), same in stacks.items():
             together = jnp.concatenate([wide for *_, wide in same])
             found = map_over_devices(
-                lambda each: orthogonalize(each, xp=jnp, steps=steps), together, leaves
+                lambda each: orthogonalize(each, xp=jnp, steps=steps),
+                together,
+                leaves,
+                specs[same[0][0]],
             )
             together = orthogonal_scale(*shape) * found
             begin = 0

@@ -222,7 +222,10 @@ def whatever_the_axes(
 
 
 def map_over_devices(
-    f: Callable[[jax.Array], jax.Array], stack: jax.Array, leaves: Sequence[jax.Array]
+    f: Callable[[jax.Array], jax.Array],
+    stack: jax.Array,
+    leaves: Sequence[jax.Array],
+    spec: Sequence[str | tuple[str, ...] | None] = (),
 ) -> jax.Array:
     """`f` of a stack, one of its elements whole on each device at a time.
 
@@ -232,12 +235,13 @@ def map_over_devices(
     Args:
         f: takes and gives a stack of any length, element by element.
         stack: of whatever sharding, which is kept.
-        leaves: what it was made of, some of which know their mesh.
+        leaves: some of which know their mesh.
+        spec: what splits each axis of what the stack was made of, where that is known.
     """
     mesh = next((jax.typeof(x).sharding.mesh for x in (stack, *leaves) if is_spread(x)), None)
     if mesh is None:
         return f(stack)
-    names = [name for name, size in mesh.shape.items() if size > 1]
+    names = _one_after_another(mesh, spec)
     devices = math.prod(mesh.shape[name] for name in names)
     length = len(stack)
     rounds = -(-length // devices)
@@ -258,6 +262,19 @@ def map_over_devices(
 
     found = lax.map(one_round, stack.reshape(rounds, devices, *stack.shape[1:]))
     return found.reshape(stack.shape)[:length]
+
+
+def _one_after_another(
+    mesh: AbstractMesh, spec: Sequence[str | tuple[str, ...] | None]
+) -> list[str]:
+    """The axes of a mesh that split something, in an order in which XLA can take them from it.
+
+    Along those that hold copies first, then of several that split one axis the last before the
+    others: in any other order everything is gathered. Where nothing is known, the last first.
+    """
+    names = [name for name, size in mesh.shape.items() if size > 1]
+    split = [name for name in jax.tree.leaves(list(spec)) if name in names] or names
+    return [name for name in names if name not in split] + split[::-1]
 
 
 def _led_by(mesh: AbstractMesh, names: Sequence[str], axes: int) -> NamedSharding:
