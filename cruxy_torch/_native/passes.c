@@ -139,6 +139,23 @@ static void add_products(int64_t n, const float *g, const float *m, float scale,
     sums[3] += squares;
 }
 
+/* All four in one loop, for the usual gamma of 1.5: alone, each waits for its own last addition. */
+static void add_usual(int64_t n, const float *g, const float *m, float scale, double *sums) {
+    float squares = 0, powers = 0, along = 0, moments = 0;
+#pragma omp simd reduction(+ : squares, powers, along, moments)
+    for (int64_t j = 0; j < n; j++) {
+        float x = g[j] * scale, a = fabsf(x);
+        squares += a * a;
+        powers += a * sqrtf(a);
+        along += x * m[j];
+        moments += m[j] * m[j];
+    }
+    sums[0] += squares;
+    sums[1] += powers;
+    sums[2] += along;
+    sums[3] += moments;
+}
+
 /* What `cruxy_sums` takes. `first` is NULL without first moments; `signs` belong to them. */
 typedef struct {
     const float *const *grads;
@@ -176,8 +193,13 @@ int cruxy_sums(const Sums *s) {
         for (int64_t at = k.offset; at < end; at += BLOCK) {
             const int64_t n = end - at < BLOCK ? end - at : BLOCK;
             const float *g = s->grads[k.index] + at;
+            const float *m = first ? load(first, k.index, at, n, wide) : NULL;
+            if (m && gamma == 1.5) {
+                add_usual(n, g, m, factor, sums);
+                continue;
+            }
             add_powers(n, g, factor, gamma, sums);
-            if (first) add_products(n, g, load(first, k.index, at, n, wide), factor, sums);
+            if (m) add_products(n, g, m, factor, sums);
         }
         if (first) sums[2] *= s->signs[k.index];
     }
