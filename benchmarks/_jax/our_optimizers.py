@@ -143,6 +143,12 @@ SELF_DRIVING = {
     "self_driving-muon-plain": _driving(
         self_driving_muon, "Self-driving Muon, no interpolation", interpolation=0.0
     )._replace(grid=FEW_STARTS),
+    "self_driving-muon-set-0": _driving(
+        self_driving_muon,
+        "Self-driving Muon, set point 0",
+        interpolation=0.7,
+        law=dataclasses.replace(usual_law("muon", ends=False, interpolation=0.7), set_point=0.0),
+    )._replace(grid=FEW_STARTS),
 }
 """Ours without a rate; the grid is where they start."""
 
