@@ -24,6 +24,7 @@ from cruxy_optax import (
     throttle_by_phase,
     tiger,
 )
+from relatives import relatives
 
 
 def _plain(rate):
@@ -82,17 +83,17 @@ RELATED = (
     "axiom",
     "tiger",
     "schedule",
+    "stability_v2",
 )
 """They have a near relative in the table and tests of their own."""
 
-every_optimizer = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name in RELATED else [])
-        for name in OPTIMIZERS
-    ],
-)
-"""The related ones are for `make test-all`."""
+UNRELATED = tuple(name for name in OPTIMIZERS if name not in RELATED)
+DIFFERENT = ("meta_lion", "self_driving", "cosmic", "own_chain")
+"""The fewest in which every transformation and nearly every law comes up."""
+
+every_optimizer = pytest.mark.parametrize("name", relatives(OPTIMIZERS, UNRELATED))
+different_optimizers = pytest.mark.parametrize("name", relatives(OPTIMIZERS, DIFFERENT))
+"""Where each costs seconds."""
 
 
 def tree(dtype=jnp.float32, seed=0):

@@ -20,6 +20,7 @@ from cruxy_optax import (
     stabilize,
 )
 from jax_versions import set_mesh
+from relatives import crossed, relatives
 from test_optax_quantize_sharding import moved_between_devices
 
 ERROR = {32: 3e-3, 16: 0.005, 8: 0.16}
@@ -72,8 +73,7 @@ def tree(dtype=jnp.float32):
     return {n: jnp.asarray(0.1 * rng.normal(size=s), dtype) for n, s in shapes.items()}
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("bits", [32, 16, 8])
+@pytest.mark.parametrize(("bits", "dtype"), crossed([32, 16, 8], [jnp.float32, jnp.bfloat16]))
 def test_average_is_that_of_the_parameters_as_they_really_are(bits, dtype):
     tx = optax.chain(optax.sgd(1.0), average_iterates(bits=bits))
     assert max(errors(*wandering(tx, tree(dtype)))) < ERROR[bits]
@@ -109,7 +109,7 @@ def test_skipped_step_leaves_every_code_as_it_was(bits):
     )
 
 
-@either
+@pytest.mark.parametrize("bits", relatives([16, 8], [8]))
 def test_training_is_the_same_to_the_bit(bits):
     coded, exact = (wandering(self_driving(average_bits=b), tree(), 5)[0] for b in (bits, 32))
     jax.tree.map(np.testing.assert_array_equal, coded, exact)
@@ -133,7 +133,7 @@ def test_averages_are_found_in_an_nnx_optimizer(bits):
     jax.tree.map(lambda a, p: np.testing.assert_allclose(a, p, atol=2e-3), average, now)
 
 
-@either
+@pytest.mark.parametrize("bits", relatives([16, 8], [8]))
 def test_averages_of_released_gradients_are_those_of_each_layer(bits):
     def embed_fn(embed, batch):
         return batch @ embed
@@ -164,9 +164,11 @@ def test_averages_of_released_gradients_are_those_of_each_layer(bits):
     assert np.linalg.norm(coded - exact) < ERROR[bits] * distance
 
 
-@either
-@pytest.mark.parametrize("spec", [P("data"), P(None, "data")], ids=["rows", "columns"])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("spec", "kind", "bits"),
+    crossed([P("data"), P(None, "data")], [AxisType.Auto, AxisType.Explicit], [16, 8]),
+    ids=str,
+)
 def test_sharded_averages_stay_where_they_are(bits, spec, kind):
     sharding = NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(kind,)), spec)
     params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(256, 512)), jnp.float32)}

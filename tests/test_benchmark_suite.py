@@ -13,6 +13,7 @@ from benchmarks._kept_rows import onto
 from benchmarks._standings import cells
 from benchmarks._statistics import mean, paired, sensitivity
 from benchmarks.stability_stress import recovery
+from relatives import relatives
 
 
 def test_sensitivity_equals_the_hand_computed_figure():
@@ -97,7 +98,10 @@ def test_other_budget_is_a_part_of_its_own(tmp_path, capsys):
     assert (tmp_path / "defaults-quadratic-20-steps.json").exists()
 
 
-@pytest.mark.parametrize("name", sorted(ARGUMENTS))
+@pytest.mark.parametrize(
+    "name",
+    relatives(sorted(ARGUMENTS), ["ablation", "defaults", "rate-sensitivity", "tuned-baselines"]),
+)
 def test_benchmark_writes_figures_plot_and_report(name, tmp_path, capsys):
     _, result = figures(tmp_path, name)
     assert "quadratic" in next(tmp_path.glob("*.png")).name

@@ -17,6 +17,7 @@ from benchmarks._runs import Task
 from benchmarks._torch import training as training_torch
 from benchmarks._torch.our_optimizers import OPTIMIZERS
 from benchmarks.workloads import ALONE, NAMES, digits, load
+from relatives import crossed, relatives
 
 SMALL = ("shakespeare-small", "digits-conv", "digits-vit")
 
@@ -63,8 +64,7 @@ def named_arrays(tree):
     return arrays
 
 
-@pytest.mark.parametrize("seed", [0, 3])
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(("name", "seed"), crossed(SMALL, [0, 3]))
 def test_models_start_alike_in_both_frameworks(name, seed):
     flax = named_arrays(load(name).init(seed))
     for key, parameter in load(name, framework="torch").init(seed).named_parameters():
@@ -79,7 +79,13 @@ def test_batches_are_the_same_in_both_frameworks(name):
     assert same(first_batches(load(name), 1), first_batches(load(name, framework="torch"), 1))
 
 
-@pytest.mark.parametrize("name", ["shakespeare-small", *CHEAP])
+@pytest.mark.parametrize(
+    "name",
+    relatives(
+        ["shakespeare-small", *CHEAP],
+        ["shakespeare-small", "digits-vit", "cartpole", "char-lstm", "table-mlp"],
+    ),
+)
 def test_seed_decides_weights_and_batches(name):
     workload = load(name)
     assert workload.name == name

@@ -11,6 +11,7 @@ import pytest
 
 from cruxy_control import Meta3, Signals, StabilityV1, StabilityV2, betas, meta_learning_rate
 from reference_law import BETA1, BETA2, ReferenceMeta3, ReferenceV1, ReferenceV2
+from relatives import crossed
 from streams import STREAMS
 
 LAWS = {
@@ -74,8 +75,7 @@ def replay_jax(law, stream):
     return jax.device_get(run(Signals(*(jnp.asarray(x, jnp.float32) for x in stream))))
 
 
-@pytest.mark.parametrize("stream", STREAMS)
-@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize(("name", "stream"), crossed(LAWS, STREAMS))
 @pytest.mark.parametrize("namespace", ["numpy", "jax"])
 def test_law_equals_a_float64_reading_of_its_equations(name, stream, namespace):
     law, reference = LAWS[name]

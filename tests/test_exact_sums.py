@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cruxy_exact import engines, sums
 from cruxy_exact.engines import ENGINES, Precision
 from exact_arrays import NAMES, array, namespace, normal, run, same
+from relatives import crossed
 
 BITS = (8, 13, 20, 22, 23)
 
@@ -31,8 +32,7 @@ def test_every_engine_gives_the_same_bits(bits, engine, name):
     assert same(product(a, b, name, bits=bits, engine=engine), product(a, b, "numpy", bits=bits))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("length", [8192, 8193, 20000])
+@pytest.mark.parametrize(("length", "engine"), crossed([8192, 8193, 20000], ENGINES))
 def test_long_inner_axes_of_extreme_numbers_are_exact(length, engine):
     a = np.full((3, length), 1 - 2.0**-24, np.float32)
     a[1, ::2] *= -1
@@ -135,8 +135,7 @@ def test_rows_are_scattered_as_their_sum_in_any_order(name):
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "name"), crossed(ENGINES, NAMES))
 def test_every_engine_passes_its_self_test_here(engine, name):
     xp = namespace(name)
     import jax

@@ -11,6 +11,7 @@ from cruxy_control.controls import DRIVEN
 from cruxy_control.signals import NOT_KNOWN
 from cruxy_optax import StabilizeState
 from golden_runs import SAVED, STEPS, digest
+from relatives import relatives
 
 KEPT = np.load(Path(__file__).parent / "golden" / "jax.npz")
 SAME = {k: str(KEPT[f"basis/{k}"]) for k in golden.basis()} == golden.basis()
@@ -66,7 +67,14 @@ def as_stored_then(params, state):
     return params, kept
 
 
-@pytest.mark.parametrize("name", list(golden.RUNS))
+FAST = (
+    *("meta3", "meta_lion-16", "self_driving-8", "self_driving_lion-4", "stability_v1"),
+    *("stability_v2", "axiom-8", "cosmic", "rounded_kahan", "quantized_around", "around_optax"),
+)
+"""Of every family one, of every number of bits and of every wrapper one."""
+
+
+@pytest.mark.parametrize("name", relatives(golden.RUNS, FAST))
 def test_a_state_of_the_commit_before_continues_as_it_did(name):
     make, dtype = golden.RUNS[name]
     tx, params = make(), golden.parameters(dtype)

@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 
 import golden_torch as golden  # noqa: E402
 from golden_runs import SAVED, STEPS, digest  # noqa: E402
+from relatives import relatives  # noqa: E402
 
 KEPT = torch.load(Path(__file__).parent / "golden" / "torch.pt", weights_only=True)
 SAME = KEPT["basis"] == golden.basis()
@@ -27,16 +28,27 @@ def close(name, params):
     return error < 0.02 * wanted.square().mean().sqrt()
 
 
-CORE = ("meta3", "meta_lion", "self_driving", "limited")
+FAST = (
+    *("meta3/single", "meta_lion/foreach", "self_driving/foreach"),
+    *("meta3/native", "meta3-16/native", "meta3-4/native", "meta_lion-8/native"),
+    *("stability_v1/native", "stability_v2/native", "self_driving/native"),
+    *("self_driving-8/native", "self_driving_lion-4/native", "plain/native", "l2/native"),
+    *("lion_centralized/native", "maximize/native", "gamma_1.7/native", "limited/native"),
+    *("bounded/native", "lion_bfloat16/native", "select/native", "lion/bfloat16/native"),
+    *(
+        "meta3/float16/foreach",
+        "meta3/float64/single",
+        "lion/float64/native",
+        "stochastic-8/native",
+    ),
+    *("meta3-4/released", "limited/released", "axiom", "axiom-8", "axiom/relative", "axiom/streak"),
+    *("axiom/whole", "axiom-4/released", "axiom/driven_v2", "cosmic-16", "cosmic/small"),
+    "cosmic/released",
+)
+"""Every family, option, path, dtype and number of bits comes up, but not each with each."""
 
 
-def marked(name):
-    """The slower paths of what has a near relative are for `make test-all`."""
-    related = name.endswith(("/single", "/foreach")) and name.split("/")[0] not in CORE
-    return pytest.param(name, marks=[pytest.mark.slow] if related else [])
-
-
-@pytest.mark.parametrize("name", [marked(name) for name in golden.RUNS])
+@pytest.mark.parametrize("name", relatives(golden.RUNS, FAST))
 def test_a_run_gives_the_bits_it_gave(name):
     params, optimizer = golden.make(name)
     got = finish(name, params, optimizer, 0)
@@ -55,7 +67,15 @@ def completed(state, optimizer):
     return state | {"param_groups": [first, *groups[1:]]}
 
 
-@pytest.mark.parametrize("name", list(KEPT["saved"]))
+FAST_SAVED = (
+    *("meta3/native", "meta3-16/native", "meta_lion-8/native", "stability_v1/native"),
+    *("stability_v2/native", "self_driving/native", "self_driving_lion-4/native", "limited/native"),
+    *("lion/float16/native", "stochastic-8/native", "meta3-4/released", "axiom", "axiom-8"),
+    *("axiom/whole", "cosmic-16", "cosmic/small"),
+)
+
+
+@pytest.mark.parametrize("name", relatives(KEPT["saved"], FAST_SAVED))
 def test_a_checkpoint_of_the_commit_before_continues_as_it_did(name):
     params, optimizer = golden.make(name)
     saved = KEPT["saved"][name]

@@ -14,6 +14,7 @@ from cruxy_control import Meta3
 from cruxy_optax import cosmic, estimate_memory, meta3, retier, tier_plan
 from cruxy_optax._memory.estimate import tree_bytes
 from optimizers import assert_close, assert_same
+from relatives import crossed, relatives
 
 PASSIVE = Meta3(
     phase_strength=0.0,
@@ -61,8 +62,9 @@ def tiers(state):
     return {name.split("'")[-2]: tier for name, tier in tier_plan(state).tiers}
 
 
-@pytest.mark.parametrize("budget", [600, 1000, 20_000, 50_000, 200_000])
-@pytest.mark.parametrize("state_bits", [32, 4])
+@pytest.mark.parametrize(
+    ("budget", "state_bits"), crossed([600, 1000, 20_000, 50_000, 200_000], [32, 4])
+)
 def test_all_of_the_state_stays_within_the_budget_whatever_the_plan(budget, state_bits):
     tx = cosmic(1e-3, budget, state_bits=state_bits)
     assert estimate_memory(tx, model()).state <= budget
@@ -301,7 +303,7 @@ def test_it_is_found_inside_other_wrappers():
     assert all(bool(jnp.all(jnp.isfinite(u))) for u in jax.tree.leaves(updates))
 
 
-@pytest.mark.parametrize("state_bits", [32, 8])
+@pytest.mark.parametrize("state_bits", relatives([32, 8], [8]))
 def test_it_scans_donates_and_keeps_its_dtypes(state_bits):
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), model())
     tx = cosmic(1e-3, 60_000, state_bits=state_bits, tiers=plan(a=2, b=1, c=2))

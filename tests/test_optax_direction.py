@@ -27,6 +27,7 @@ from cruxy_optax import (
     throttle_by_phase,
 )
 from optimizers import assert_close, assert_same
+from relatives import crossed
 
 PAGE = Path(__file__).parent.parent / "docs" / "direction.md"
 
@@ -86,10 +87,12 @@ def controlled(law, direction, power=16.0):
 
 
 every_law = pytest.mark.parametrize("law", [Meta3(), SelfDriving()], ids=["meta3", "self_driving"])
-every_width = pytest.mark.parametrize(
-    "direction",
-    [scale_by_sign_blend(), quantize_state(scale_by_sign_blend(), 8)],
-    ids=["float32", "8 bits"],
+DIRECTIONS = [scale_by_sign_blend(), quantize_state(scale_by_sign_blend(), 8)]
+every_width = pytest.mark.parametrize("direction", DIRECTIONS, ids=["float32", "8 bits"])
+each_law_in_one_width = pytest.mark.parametrize(
+    ("law", "direction"),
+    crossed([Meta3(), SelfDriving()], DIRECTIONS),
+    ids=[f"{law}-{width}" for law in ("meta3", "self_driving") for width in ("float32", "8 bits")],
 )
 TARGET = {
     "w": jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32),
@@ -131,8 +134,7 @@ def test_update_is_the_direction_at_the_controllers_rate(law):
     np.testing.assert_allclose(updates["b"], want, rtol=1e-5)
 
 
-@every_law
-@every_width
+@each_law_in_one_width
 def test_average_of_a_run_is_nearer_to_the_target_than_a_noisy_gradient_points(law, direction):
     params, state = train(controlled(law, direction), 400)
     average = averaged_params(state, params)
@@ -140,8 +142,7 @@ def test_average_of_a_run_is_nearer_to_the_target_than_a_noisy_gradient_points(l
     assert max(error.values()) < 0.1
 
 
-@every_law
-@every_width
+@each_law_in_one_width
 def test_run_goes_on_from_a_checkpoint_bit_for_bit(law, direction):
     tx = controlled(law, direction)
     params, state = train(tx, 5)
@@ -162,8 +163,7 @@ def test_average_of_power_zero_is_the_mean_of_the_parameters(law):
     assert_close(averaged_params(state, params), mean)
 
 
-@every_law
-@every_width
+@each_law_in_one_width
 def test_gradient_that_is_not_finite_changes_no_bit(law, direction):
     tx = controlled(law, direction)
     params, state = train(tx, 5)
@@ -181,8 +181,7 @@ def moments(state):
     return getattr(own, "inner_state", own).mu
 
 
-@every_law
-@every_width
+@each_law_in_one_width
 def test_telemetry_shows_its_beta1_and_no_beta2(law, direction):
     state = train(controlled(law, direction), 3)[1]
     shown = telemetry(state)

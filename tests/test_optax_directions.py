@@ -32,6 +32,7 @@ from cruxy_optax import (
 from cruxy_optax._actuators.factored import scale_by_factored_rms
 from jax_versions import set_mesh
 from optimizers import assert_close, assert_same, at, gradients, train, tree
+from relatives import relatives
 
 QKV = {"w": blocks(4, 2, 2, axis=1)}
 """Of `tree()["w"]`, 4 by 8."""
@@ -51,10 +52,8 @@ PARTS = {
 }
 LIKE_OTHERS = {"soften", "trust", "sliced", "momentum", "agc", "rms", "slices"}
 """They have a near relative among the parts."""
-every_part = pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] if n in LIKE_OTHERS else []) for n in PARTS],
-)
+every_part = pytest.mark.parametrize("name", relatives(PARTS, PARTS.keys() - LIKE_OTHERS))
+different_parts = pytest.mark.parametrize("name", relatives(PARTS, ["blend", "rows", "balance"]))
 
 
 META3 = Meta3()
@@ -129,7 +128,7 @@ def test_run_goes_on_from_a_checkpoint_bit_for_bit(name):
     assert_same(train(tx, params, last, losses[3:], state), train(tx, tree(), grads, losses))
 
 
-@every_part
+@different_parts
 @pytest.mark.parametrize(
     "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
 )
@@ -346,7 +345,7 @@ def test_half_precision_keeps_its_dtype_and_zeros_stay_finite(name):
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.inner_state))
 
 
-@every_part
+@different_parts
 def test_derivative_through_a_step_is_finite_at_zero(name):
     tx = PARTS[name]()
     params = {k: jnp.zeros_like(v) for k, v in tree().items()}

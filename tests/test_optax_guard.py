@@ -19,7 +19,7 @@ from optimizers import (
     assert_close,
     assert_same,
     at,
-    every_optimizer,
+    different_optimizers,
     gradients,
     train,
     tree,
@@ -42,7 +42,7 @@ def values(state):
     return state.law_state, state.inner_state
 
 
-@every_optimizer
+@different_optimizers
 @pytest.mark.parametrize("how", BAD)
 def test_bad_step_changes_no_value_and_the_next_good_step_trains_on(name, how):
     tx, (grads, losses) = OPTIMIZERS[name](), gradients(8)
@@ -77,7 +77,7 @@ def _forget_last_used(name, got, want):
     jax.tree_util.tree_map_with_path(check, got, want)
 
 
-@every_optimizer
+@different_optimizers
 def test_very_first_step_may_be_the_bad_one(name):
     tx, (grads, losses) = OPTIMIZERS[name](), gradients(8)
     params, state = tree(), OPTIMIZERS[name]().init(tree())
@@ -89,7 +89,7 @@ def test_very_first_step_may_be_the_bad_one(name):
     assert_same((got[0], values(got[1])), (want[0], values(want[1])))
 
 
-@every_optimizer
+@different_optimizers
 def test_a_hundred_bad_steps_running_leave_everything_as_it_was(name):
     tx, (grads, losses) = OPTIMIZERS[name](), gradients(8)
     start = train(tx, tree(), grads, losses)

@@ -15,6 +15,7 @@ from cruxy_exact.random_bits import stream_key
 from cruxy_optax import BlockLayout, LowBitArray
 from low_bit import heavy_tailed, low_bit
 from optimizers import assert_same
+from relatives import crossed
 
 SHAPES = [(64, 64), (96, 384), (65, 384), (7, 4099), (5000,), (4096,), (3, 3, 64, 64), (6, 6, 130)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -31,9 +32,9 @@ def scale_of_each(leaf):
     return np.asarray(dataclasses.replace(leaf, codes=ones).decode() / level)
 
 
-@every_shape
-@every_code
-@pytest.mark.parametrize("random", [False, True], ids=["nearest", "random"])
+@pytest.mark.parametrize(
+    ("shape", "code", "random"), crossed(SHAPES, CODES, [False, True]), ids=str
+)
 def test_array_comes_back_within_the_bound_of_its_code(shape, code, random):
     x = heavy_tailed(shape, code.signed)
     key = stream_key(jnp.int32(3), 0, 0, xp=jnp) if random else None

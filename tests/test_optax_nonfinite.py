@@ -9,6 +9,7 @@ import pytest
 from cruxy_control import Meta3
 from cruxy_optax import limit_relative_step, meta3, self_driving, self_driving_lion, telemetry
 from optimizers import OPTIMIZERS, every_optimizer
+from relatives import crossed, relatives
 
 
 @pytest.fixture
@@ -23,8 +24,7 @@ def tensors():
 
 
 @every_optimizer
-@pytest.mark.parametrize("loss", [None, 1.5])
-@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize(("loss", "jitted"), crossed([None, 1.5], [False, True]))
 def test_debugging_of_nans_stops_at_none_of_ours_and_states_are_finite(
     name, loss, jitted, debug_nans
 ):
@@ -58,13 +58,7 @@ DIFFERENTIABLE = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name == "self_driving_lion" else [])
-        for name in DIFFERENTIABLE
-    ],
-)
+@pytest.mark.parametrize("name", relatives(DIFFERENTIABLE, ["self_driving"]))
 def test_derivative_through_the_steps_is_that_of_finite_differences(name):
     tx = DIFFERENTIABLE[name]()
     mask = {"w": jnp.ones((3, 4)).at[0].set(0.0), "b": jnp.array([1.0, 0.0, 1.0, 1.0])}

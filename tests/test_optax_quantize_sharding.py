@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from cruxy_optax import meta3, quantize_state
 from jax_versions import set_mesh
 from low_bit import coded, heavy_tailed
+from relatives import crossed, relatives
 
 every_bits = pytest.mark.parametrize("bits", [8, 4])
 
@@ -24,9 +25,11 @@ def moved_between_devices(step, *args):
     return [(shape, op) for shape, op in found if re.search(r"\[\d", shape)]
 
 
-@every_bits
-@pytest.mark.parametrize("spec", [P("data"), P(None, "data")], ids=["rows", "columns"])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("bits", "spec", "kind"),
+    crossed([8, 4], [P("data"), P(None, "data")], [AxisType.Auto, AxisType.Explicit]),
+    ids=str,
+)
 def test_sharded_leaves_stay_where_they_are(bits, spec, kind):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     sharding = NamedSharding(mesh, spec)
@@ -48,7 +51,7 @@ def test_sharded_leaves_stay_where_they_are(bits, spec, kind):
         assert np.mean(different) < 0.01
 
 
-@every_bits
+@pytest.mark.parametrize("bits", relatives([8, 4], [4]))
 def test_shard_map_over_the_parameters(bits):
     mesh = Mesh(np.array(jax.devices()), ("data",))
     tx, params = meta3(0.01, axis_names="data", state_bits=bits), {"w": jnp.ones((128, 64))}

@@ -27,8 +27,8 @@ from cruxy_optax import (
 )
 from low_bit import coded, heavy_tailed, large_tree, low_bit
 from optimizers import assert_same, at, train
+from relatives import crossed, relatives
 
-every_bits = pytest.mark.parametrize("bits", [8, 4])
 HALVES = slice(0, 3), slice(3, 6)
 
 
@@ -65,11 +65,15 @@ OPTIMIZERS = {
         )
     ),
 }
-every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
-some_optimizers = pytest.mark.parametrize("name", ["meta3_8", "meta_lion_4", "around_a_chain"])
+some_optimizers = pytest.mark.parametrize(
+    "name", relatives(["meta3_8", "meta_lion_4", "around_a_chain"], ["meta3_8", "around_a_chain"])
+)
+two_optimizers = pytest.mark.parametrize(
+    "name", relatives(OPTIMIZERS, ["meta_lion_4", "optax_inside"])
+)
 
 
-@every_optimizer
+@two_optimizers
 def test_state_keeps_its_spec_and_the_step_compiles_once(name):
     tx, (grads, losses) = OPTIMIZERS[name](), stream()
     params = large_tree()
@@ -96,8 +100,7 @@ def assert_near(got, want, bits):
         assert abs((a - b).mean()) <= scale * {8: 0.05, 4: 0.6}[bits] / 2, k
 
 
-@every_bits
-@pytest.mark.parametrize("make", [meta3, stability_v2])
+@pytest.mark.parametrize(("make", "bits"), crossed([meta3, stability_v2], [8, 4]))
 def test_it_stays_near_the_float32_state(make, bits):
     grads, losses = stream(20)
     wide, narrow = make(0.01, weight_decay=0.0), make(0.01, weight_decay=0.0, state_bits=bits)
@@ -108,7 +111,7 @@ def test_it_stays_near_the_float32_state(make, bits):
     np.testing.assert_array_equal(got["s"], want["s"], "what is not coded is not changed")
 
 
-@every_optimizer
+@two_optimizers
 def test_scan_takes_the_same_kind_of_steps_as_the_loop(name):
     tx, (grads, losses) = OPTIMIZERS[name](), stream()
 
@@ -151,7 +154,7 @@ def test_vmap_over_seeds_equals_each_seed(name):
             assert np.mean(np.asarray(leaf.codes) != np.asarray(other.codes)) < 0.01, path
 
 
-@every_optimizer
+@two_optimizers
 def test_donated_buffers_give_the_same_result(name):
     tx, (grads, losses) = OPTIMIZERS[name](), stream(4)
 
@@ -185,7 +188,7 @@ def test_another_seed_rounds_in_another_way():
     assert 0.1 < np.mean(np.asarray(a) != np.asarray(b)) < 0.9
 
 
-@every_optimizer
+@two_optimizers
 def test_orbax_resume_is_bit_identical(name, tmp_path):
     tx, (grads, losses) = OPTIMIZERS[name](), stream()
     first, second = half(grads, losses, 0), half(grads, losses, 1)
@@ -221,8 +224,7 @@ def untouched(state):
     }
 
 
-@every_optimizer
-@pytest.mark.parametrize("bad", [np.nan, 1e30])
+@pytest.mark.parametrize(("name", "bad"), crossed(OPTIMIZERS, [np.nan, 1e30]))
 def test_skipped_step_keeps_every_code_and_the_next_one_goes_on(name, bad):
     tx, (grads, losses) = OPTIMIZERS[name](), stream(4)
     params, state = train(tx, large_tree(), grads, losses)

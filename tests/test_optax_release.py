@@ -19,6 +19,7 @@ from cruxy_optax._stabilize import loop_of
 from jax_versions import enable_x64
 from low_bit import coded
 from optimizers import assert_same
+from relatives import crossed, relatives
 
 LAYERS, WIDTH, STEPS = 4, 6, 50
 
@@ -155,7 +156,7 @@ CONTROLLED = {
 }
 
 
-@pytest.mark.parametrize("name", CONTROLLED)
+@pytest.mark.parametrize("name", relatives(CONTROLLED, CONTROLLED.keys() - {"stability_v2"}))
 def test_with_a_controller_what_it_orders_comes_one_step_later_and_nothing_else_differs(name):
     tx = CONTROLLED[name]()
     with enable_x64(True):
@@ -224,10 +225,10 @@ def test_a_layer_without_a_finite_gradient_stays_as_it_was_and_others_move():
     assert (int(new_state.skipped_total), int(new_state.skipped_in_a_row)) == (1, 0)
 
 
-@pytest.mark.parametrize("make", [*PLAIN.values(), *CONTROLLED.values()], ids=[*PLAIN, *CONTROLLED])
-def test_shapes_and_dtypes_stay_so_that_it_scans_and_donates(make):
+@pytest.mark.parametrize("name", relatives(PLAIN | CONTROLLED, ["adamw", "meta3", "meta_lion"]))
+def test_shapes_and_dtypes_stay_so_that_it_scans_and_donates(name):
     params, stacked = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model()), batches(steps=3)
-    pair = released(make())
+    pair = released((PLAIN | CONTROLLED)[name]())
 
     def body(carry, batch):
         params, state, loss = pair.step(*carry, batch)
@@ -306,8 +307,7 @@ def test_stochastic_rounding_is_that_of_the_ordinary_step_and_no_two_parts_round
     assert_all_differ([params.embed, *params.layers, params.head])
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("shape", [(64, 64), (4099,)], ids=["tiles", "flattened"])
+@pytest.mark.parametrize(("shape", "bits"), crossed([(64, 64), (4099,)], [8, 4]))
 def test_no_two_parts_round_a_coded_state_alike(bits, shape):
     tx = cruxy_optax.quantize_state(optax.adam(1e-3), bits)
     params, _, pair = equal_parts(shape, jnp.float32, tx)
@@ -354,7 +354,13 @@ def temporaries(tx, layers, width, *, release):
     return memory.peak - memory.parameters - memory.state, 32 * width * width
 
 
-@pytest.mark.parametrize("make", [lambda: optax.adamw(1e-3), lambda: cruxy_optax.meta3(1e-3)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: optax.adamw(1e-3), marks=pytest.mark.slow),
+        lambda: cruxy_optax.meta3(1e-3),
+    ],
+)
 def test_what_is_held_beside_parameters_and_state_does_not_grow_with_the_layers(make):
     few, layer = temporaries(make(), 4, 256, release=True)
     many, _ = temporaries(make(), 12, 256, release=True)

@@ -5,9 +5,15 @@ import pickle
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-import pytest
 
-from optimizers import OPTIMIZERS, assert_same, gradients, train, tree
+from optimizers import (
+    OPTIMIZERS,
+    assert_same,
+    different_optimizers,
+    gradients,
+    train,
+    tree,
+)
 
 STOP, STEPS = 7, 15
 
@@ -28,7 +34,7 @@ def trim(stack):
     return {k: v for k, v in stack.items() if v.size}
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@different_optimizers
 def test_orbax_resume_is_bit_identical(name, tmp_path):
     tx, (g1, l1), (g2, l2) = halves(name)
     params, state = train(tx, start(), trim(g1), l1)
@@ -43,7 +49,7 @@ def test_orbax_resume_is_bit_identical(name, tmp_path):
     assert_same(got, train(tx, params, trim(g2), l2, state))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@different_optimizers
 def test_pickled_state_resumes_bit_identical(name):
     tx, (g1, l1), (g2, l2) = halves(name)
     params, state = train(tx, tree(), g1, l1)

@@ -21,6 +21,7 @@ from cruxy_optax import (
 )
 from low_bit import coded
 from optimizers import assert_same
+from relatives import crossed, relatives
 
 SIZE, STEPS, RATE = 4096, 200, 1e-3
 
@@ -50,7 +51,8 @@ PLAIN = {
     "meta3_8_bits": lambda: meta3(RATE, state_bits=8),
     "all_quantized": lambda: meta3(RATE, state_bits=8),
 }
-every_optimizer = pytest.mark.parametrize("name", ROUNDED)
+SOME = ("adamw", "meta3", "meta3_8_bits")
+some_optimizers = pytest.mark.parametrize("name", relatives(ROUNDED, SOME))
 either_method = pytest.mark.parametrize("method", ["stochastic", "kahan"])
 
 
@@ -76,7 +78,7 @@ def train(tx, params, steps=STEPS):
     return run(params)
 
 
-@every_optimizer
+@some_optimizers
 def test_bfloat16_weights_near_1_do_not_move_without_it(name):
     params, _ = train(PLAIN[name](), ones())
     np.testing.assert_array_equal(params["w"], 1.0)
@@ -84,7 +86,11 @@ def test_bfloat16_weights_near_1_do_not_move_without_it(name):
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [*((name, "stochastic") for name in ROUNDED), ("adamw", "kahan"), ("meta3_outside", "kahan")],
+    [
+        *crossed(ROUNDED, ["stochastic"], fast=[(name, "stochastic") for name in SOME]),
+        pytest.param("adamw", "kahan", marks=pytest.mark.slow),
+        ("meta3_outside", "kahan"),
+    ],
 )
 def test_with_it_they_follow_the_float32_run(name, method):
     want = np.asarray(train(PLAIN[name](), ones(jnp.float32))[0]["w"], np.float64)
@@ -142,8 +148,10 @@ def test_stochastic_rounding_of_the_update_is_unbiased():
         assert abs((1.0 - landed.mean()) / 2.0**-8 - share) < allowed
 
 
-@pytest.mark.parametrize("name", ["meta3", "meta3_outside", "all_quantized"])
-@either_method
+@pytest.mark.parametrize(
+    ("name", "method"),
+    crossed(["meta3", "meta3_outside", "all_quantized"], ["stochastic", "kahan"]),
+)
 def test_skipped_step_changes_nothing_and_the_next_one_goes_on(name, method):
     tx = ROUNDED[name](method=method)
     params, state = train(tx, ones(), 20)

@@ -13,11 +13,11 @@ from jax.sharding import PartitionSpec as P
 from cruxy_optax import limit_relative_step, meta3, meta_lion, self_driving, telemetry
 from jax_versions import set_mesh, varying
 from optimizers import assert_close
+from relatives import crossed
 
 OPTIMIZERS = {"meta3": meta3, "meta_lion": meta_lion, "self_driving": self_driving}
 STEPS = 5
 every_mesh = pytest.mark.parametrize("devices", [2, 8])
-every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 def mesh_of(devices):
@@ -60,9 +60,7 @@ def single_device(tx):
 ULPS = 512
 
 
-@every_mesh
-@every_optimizer
-@pytest.mark.parametrize("split", [False, True], ids=["replicated", "sharded"])
+@pytest.mark.parametrize(("name", "devices", "split"), crossed(OPTIMIZERS, [2, 8], [True, False]))
 def test_jit_with_sharded_arrays(name, devices, split):
     tx, mesh = OPTIMIZERS[name](0.01), mesh_of(devices)
     params, x = problem()
@@ -90,8 +88,7 @@ def test_eager_init_keeps_the_sharding():
     assert adam.nu["w"].sharding.is_equivalent_to(sharding, 2)
 
 
-@every_mesh
-@every_optimizer
+@pytest.mark.parametrize(("name", "devices"), crossed(OPTIMIZERS, [2, 8]))
 def test_shard_map_over_the_batch(name, devices):
     tx, mesh = OPTIMIZERS[name](0.01, axis_names="data"), mesh_of(devices)
     params, x = problem()

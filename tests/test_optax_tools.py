@@ -22,6 +22,7 @@ from cruxy_optax import (
     telemetry,
 )
 from jax_versions import as_pure
+from relatives import crossed, relatives
 
 TX = {
     "meta3": lambda: meta3(1e-2),
@@ -36,6 +37,9 @@ TX = {
     "kahan": lambda: round_updates(meta3(1e-2), "kahan"),
 }
 every_tx = pytest.mark.parametrize("name", TX)
+different_tx = pytest.mark.parametrize(
+    "name", relatives(TX, ["meta3", "self_driving, 4 bits", "cosmic, low tiers", "kahan"])
+)
 
 
 def begun(tx):
@@ -48,7 +52,7 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@every_tx
+@different_tx
 def test_state_written_by_flax_and_read_again_goes_on_as_it_would_have(name):
     tx = TX[name]()
     params, state = begun(tx)
@@ -88,7 +92,7 @@ def test_map_params_of_optax_reaches_the_moments_and_leaves_the_rest_as_it_is(na
     assert sizes == [0.0] * len(sizes)
 
 
-@every_tx
+@different_tx
 def test_optimizer_of_nnx_trains_as_a_loop_of_ones_own(name):
     model = nnx.Linear(64, 80, rngs=nnx.Rngs(0))
     tx = TX[name]()
@@ -119,8 +123,7 @@ NUMBERS = TX | {
 }
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-@pytest.mark.parametrize("number", [1.5, np.float32(1.5)])
+@pytest.mark.parametrize(("name", "number"), crossed(NUMBERS, [1.5, np.float32(1.5)]))
 def test_plain_number_among_the_parameters_is_trained_as_an_array_of_it(name, number):
     tx = NUMBERS[name]()
 

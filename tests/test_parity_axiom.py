@@ -12,6 +12,7 @@ from cruxy_control import Meta3
 torch = pytest.importorskip("torch")
 
 from cruxy_torch import AXIOM, Cosmic  # noqa: E402
+from relatives import relatives  # noqa: E402
 
 STEPS, RATE, DECAY = 100, 3e-3, 0.1
 SHAPES = {"conv": (3, 40, 50), "matrix": (60, 36), "narrow": (90, 8), "scalar": (), "vector": (30,)}
@@ -83,7 +84,7 @@ def parameters():
     return {k: torch.nn.Parameter(torch.tensor(x)) for k, x in start().items()}
 
 
-@pytest.mark.parametrize("name", AXIOMS)
+@pytest.mark.parametrize("name", relatives(AXIOMS, ["plain", "clipped", "weighed"]))
 def test_axiom_agrees_step_by_step(name):
     theirs, ours = AXIOMS[name]
     params = parameters()

@@ -42,7 +42,9 @@ def copy_weights(model, twin):
     assert not twins, "every parameter has its counterpart"
 
 
-@pytest.mark.parametrize("lion", [False, True], ids=["meta3", "meta_lion"])
+@pytest.mark.parametrize(
+    "lion", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["meta3", "meta_lion"]
+)
 def test_gpt_trained_in_both_frameworks_stays_together(lion):
     rate = 3e-4 if lion else 3e-3
     model = FlaxGPT(CONFIG, VOCABULARY, rngs=nnx.Rngs(0))

@@ -87,7 +87,10 @@ TWICE = {
 }
 """More ways to split a matrix: along several axes of the mesh at once, and less than all."""
 BACKWARDS = ((4, 2), ("data", "model"), P(("model", "data")), P())
-FAST = ("meta3", "self_driving", "axiom", "limit_relative_step")
+FAST = (
+    *(("meta3", "explicit"), ("self_driving", "auto")),
+    *(("axiom", "explicit"), ("limit_relative_step", "auto")),
+)
 ALIKE = ("meta3", "meta_lion", "self_driving_lion", "axiom", "tiger")
 MOST = {
     "meta3": 3,
@@ -137,7 +140,7 @@ def cases(names):
     for name in names:
         for kind in KINDS:
             for layout in MESHES:
-                fast = name in FAST and (layout == "two axes")
+                fast = (name, kind) in FAST and layout == "two axes"
                 marks = [] if fast else [pytest.mark.slow]
                 yield pytest.param(name, kind, layout, marks=marks, id=f"{name}-{kind}-{layout}")
 

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 import torch_models as models  # noqa: E402
 from cruxy_control import Meta3  # noqa: E402
 from cruxy_torch import CruxyOptimizer  # noqa: E402
+from relatives import crossed  # noqa: E402
 
 WRONG = {
     "lr": ({"lr": -1e-3}, r"lr must be in \[0, infinity\), got -0.001"),
@@ -164,8 +165,9 @@ def test_the_gradient_is_never_written_to():
     assert all(map(torch.equal, models.gradients(net), before))
 
 
-@pytest.mark.parametrize("mode", ["meta3", "stability_v1", "stability_v2"])
-@pytest.mark.parametrize("lion", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "lion"), crossed(["meta3", "stability_v1", "stability_v2"], [True, False])
+)
 def test_it_trains(mode, lion):
     net = models.model()
     optimizer = models.optimizer(net, mode=mode, use_lion=lion, lr=3e-3 if lion else 1e-2)

@@ -11,6 +11,7 @@ import torch
 import cruxy_optax
 import cruxy_torch
 from cruxy_torch import CruxyOptimizer
+from relatives import crossed, relatives
 from test_average_bits import ERROR
 
 either = pytest.mark.parametrize("bits", [16, 8])
@@ -66,8 +67,7 @@ def driving(params, bits, **options):
     return CruxyOptimizer(params, mode="self_driving", average_bits=bits, **options)
 
 
-@pytest.mark.parametrize("path", PATHS)
-@either
+@pytest.mark.parametrize(("bits", "path"), crossed([16, 8], PATHS))
 def test_average_is_that_of_the_parameters_on_every_path(bits, path):
     params = parameters()
     optimizer = driving(params, bits, **PATHS[path])
@@ -75,7 +75,7 @@ def test_average_is_that_of_the_parameters_on_every_path(bits, path):
     assert error(params, averages(optimizer, params), exact) < ERROR[bits]
 
 
-@either
+@pytest.mark.parametrize("bits", relatives([16, 8], [8]))
 def test_average_of_bfloat16_parameters_is_that_of_what_they_really_are(bits):
     params = parameters(torch.bfloat16)
     optimizer = driving(params, bits, stochastic_rounding=True)
@@ -158,7 +158,7 @@ def test_copy_and_saved_state_go_on_to_the_bit(bits):
             torch.testing.assert_close(a, b, rtol=0.0, atol=0.0)
 
 
-@either
+@pytest.mark.parametrize("bits", relatives([16, 8], [8]))
 def test_averages_of_released_gradients_are_kept_in_fewer_bits_too(bits):
     found = []
     for each in (32, bits):
@@ -183,7 +183,7 @@ def test_estimate_counts_the_bytes(bits, size):
     assert memory.state / memory.count == pytest.approx(size, abs=2e-3)
 
 
-@pytest.mark.parametrize("kind", ["AXIOM", "Tiger", "Cosmic"])
+@pytest.mark.parametrize("kind", relatives(["AXIOM", "Tiger", "Cosmic"], ["Tiger"]))
 def test_other_optimizers_keep_it_too(kind):
     params = parameters()
     more = {"state_budget": "1MB"} if kind == "Cosmic" else {}
@@ -199,7 +199,15 @@ def test_other_bits_are_refused(bits):
         driving(parameters(), bits)
 
 
-@pytest.mark.parametrize(("here", "there"), [(8, 8), (8, 32), (32, 8), (16, 16)])
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        pytest.param(8, 8, marks=pytest.mark.slow),
+        (8, 32),
+        pytest.param(32, 8, marks=pytest.mark.slow),
+        (16, 16),
+    ],
+)
 def test_run_moves_between_frameworks_with_its_average(here, there):
     rng = np.random.default_rng(0)
     values = {n: 0.1 * rng.normal(size=s).astype("f") for n, s in (("a", (64, 96)), ("b", (5000,)))}

@@ -18,6 +18,7 @@ from cruxy_torch import (  # noqa: E402
     estimate_memory,
     state_bytes,
 )
+from relatives import crossed, relatives  # noqa: E402
 from torch_models import trained_with_and_without_scaler  # noqa: E402
 
 STILL = Meta3(
@@ -118,8 +119,10 @@ def reading(
     return theta
 
 
-@pytest.mark.parametrize("block", [None, 5000])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "block"),
+    crossed(OPTIONS, [None, 5000], fast=[*((name, None) for name in OPTIONS), ("all", 5000)]),
+)
 def test_ten_steps_are_those_of_the_formulas(name, block, monkeypatch):
     if block:  # tensors of more elements are treated in blocks
         monkeypatch.setattr(_blocks, "BLOCK", block)
@@ -197,8 +200,9 @@ def assert_same(ours, theirs):
         assert torch.equal(ours[name], theirs[name]), name
 
 
-@pytest.mark.parametrize("bits", [None, 4, 8, 16, 32])
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize(
+    ("value", "bits"), crossed([math.nan, math.inf, 1e30], [None, 4, 8, 16, 32])
+)
 def test_a_bad_gradient_leaves_everything_bit_for_bit(value, bits):
     momentum = {"momentum": 0.9, "momentum_bits": bits} if bits else {}
     params = [nn.Parameter(torch.tensor(x)) for x in tensors()]
@@ -296,7 +300,12 @@ def train(model, opt, steps):
     return loss.item()
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "momentum_bits": 32}, {"momentum": 0.9}])
+@pytest.mark.parametrize(
+    "options",
+    relatives(
+        [{}, {"momentum": 0.9, "momentum_bits": 32}, {"momentum": 0.9}], [{}, {"momentum": 0.9}]
+    ),
+)
 def test_released_gradients_give_the_parameters_of_ordinary_steps(options):
     models = [net(), net()]
     for model, release in zip(models, (False, True), strict=True):

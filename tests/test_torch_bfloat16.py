@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch")
 
 from cruxy_control import Meta3  # noqa: E402
 from cruxy_torch import CruxyOptimizer  # noqa: E402
+from relatives import crossed  # noqa: E402
 from torch_low_bit import PATHS, assert_same, gradients, parameters, state_of, train  # noqa: E402
 from torch_released import OFF  # noqa: E402
 
@@ -26,8 +27,10 @@ class TestBfloat16Parameters:
             optimizer.step()
         return p.detach()
 
-    @pytest.mark.parametrize("path", ["single", "foreach"])
-    @pytest.mark.parametrize("options", [{}, {"use_lion": True}, {"state_bits": 8}])
+    @pytest.mark.parametrize(
+        ("options", "path"),
+        crossed([{}, {"use_lion": True}, {"state_bits": 8}], ["single", "foreach"]),
+    )
     def test_they_move_as_float32_does(self, options, path):
         whole = self.moved(torch.float32, **options)
         ours = self.moved(torch.bfloat16, stochastic_rounding=True, **options, **PATHS[path])

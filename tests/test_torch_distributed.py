@@ -5,18 +5,39 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch_workers as workers  # noqa: E402
+from relatives import relatives  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="needs torch.distributed"
 )
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """Every case's result on both ranks; one start of two processes serves all tests."""
+def run(tmp_path_factory, keys):
     folder = str(tmp_path_factory.mktemp("ranks"))
-    torch.multiprocessing.spawn(workers.run, (folder,), nprocs=2)
+    torch.multiprocessing.spawn(workers.run, (folder, keys), nprocs=2)
     return [torch.load(f"{folder}/rank{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def fast_results(tmp_path_factory):
+    return run(tmp_path_factory, workers.FAST)
+
+
+@pytest.fixture(scope="module")
+def slow_results(tmp_path_factory):
+    return run(tmp_path_factory, workers.SLOW)
+
+
+@pytest.fixture
+def results(request):
+    """The cases' results on both ranks; one start of two processes serves all fast tests."""
+    speed = "slow" if request.node.get_closest_marker("slow") else "fast"
+    return request.getfixturevalue(f"{speed}_results")
+
+
+RELEASED = relatives(
+    workers.RELEASED, [name for name in workers.RELEASED if f"released-{name}" in workers.FAST]
+)
 
 
 def difference(ours, theirs):
@@ -55,7 +76,10 @@ def test_a_bad_shard_on_one_rank_skips_the_step_on_all(results, name):
         assert case["after"][1]["step"] == case["before"][1]["step"]
 
 
-@pytest.mark.parametrize("key", [k for k in workers.CASES if k.startswith(("checkpoint", "full"))])
+@pytest.mark.parametrize(
+    "key",
+    relatives([k for k in workers.CASES if k.startswith(("checkpoint", "full"))], workers.FAST),
+)
 def test_resuming_from_a_distributed_checkpoint_is_bit_identical(results, key):
     for rank in results:
         assert difference(rank[key]["ours"][0], rank[key]["theirs"][0]) == 0.0
@@ -100,21 +124,21 @@ def test_averages_in_fewer_bits_are_those_of_each_shard(results, bits, part):
 class TestReleased:
     """Gradients released in the backward pass under `fully_shard`."""
 
-    @pytest.mark.parametrize("name", workers.RELEASED)
+    @pytest.mark.parametrize("name", RELEASED)
     def test_all_ranks_hold_the_same_controller_and_no_gradient(self, results, name):
         ours = [rank[f"released-{name}"] for rank in results]
         assert difference(ours[0]["ours"][1], ours[1]["ours"][1]) == 0.0
         assert difference(ours[0]["ours"][0], ours[1]["ours"][0]) == 0.0
         assert ours[0]["left"] == ours[1]["left"] == 0
 
-    @pytest.mark.parametrize("name", [name for name in workers.OPTIONS if name in workers.RELEASED])
+    @pytest.mark.parametrize("name", [one for one in RELEASED if one.values[0] in workers.OPTIONS])
     def test_two_processes_train_as_one(self, results, name):
         ours, alone = (results[0][f"released-{name}"][key] for key in ("ours", "alone"))
         allowed = workers.STEPS * 32 * 2.0**-24
         assert difference(ours[0], alone[0]) <= allowed
         assert difference(ours[1], alone[1]) <= allowed * 8
 
-    @pytest.mark.parametrize("name", workers.RELEASED)
+    @pytest.mark.parametrize("name", RELEASED)
     def test_a_tensor_that_is_bad_on_one_rank_stays_as_it_was_on_all(self, results, name):
         for rank in results:
             case = rank[f"released-{name}"]

@@ -13,6 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor  # noqa: E402
 
 from cruxy_control.filters import MAX_COUNT  # noqa: E402
 from cruxy_torch import AXIOM, Cosmic, CruxyOptimizer  # noqa: E402
+from relatives import crossed  # noqa: E402
 from torch_low_bit import gradients, parameters, train  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -44,8 +45,9 @@ def descend(p, optimizer, steps, target=1.0):
 class TestDefaults:
     """Of the process: its dtype and its device."""
 
-    @every_optimizer
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(
+        ("name", "dtype"), crossed(MAKE, [torch.float64, torch.bfloat16, torch.float16])
+    )
     def test_the_default_dtype_changes_no_bit(self, name, dtype):
         right, wanted = parameters(*SHAPES), parameters(*SHAPES)
         train(wanted, MAKE[name](wanted, lr=1e-2), 4)

@@ -168,7 +168,15 @@ def controlled(backend, steps=4, resume=False, law=None):
 GUARDED = PlateauGuard(SelfDriving(), patience=1, loss_decay=0.0)
 
 
-@pytest.mark.parametrize("law", [None, StabilityV2(), SelfDriving(total_steps=5), GUARDED])
+@pytest.mark.parametrize(
+    "law",
+    [
+        None,
+        pytest.param(StabilityV2(), marks=pytest.mark.slow),
+        pytest.param(SelfDriving(total_steps=5), marks=pytest.mark.slow),
+        GUARDED,
+    ],
+)
 def test_a_law_has_the_same_bits_with_and_without_c_kernels_and_after_a_stop(law):
     found = {controlled("auto", law=law), controlled("reference", law=law)}
     found.add(controlled("auto", resume=True, law=law))
@@ -207,7 +215,9 @@ def test_an_exact_self_driving_run_follows_a_plain_one(steps):
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]])
+@pytest.mark.parametrize(
+    "order", [pytest.param([0, 1, 2, 3], marks=pytest.mark.slow), [2, 0, 3, 1]]
+)
 def test_a_self_driving_run_by_grains_has_the_bits_of_numpy(order):
     reference = dataclasses.replace(SMALL, driver=check.self_driving())
     net = model(reference)

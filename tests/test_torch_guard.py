@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 import torch_models as models  # noqa: E402
 from cruxy_torch import CruxyOptimizer  # noqa: E402
 from cruxy_torch._native import library  # noqa: E402
+from relatives import crossed  # noqa: E402
 from torch_models import OPTIONS  # noqa: E402
 
 COUNTERS = ("controller.skipped_total", "controller.skipped_in_a_row")
@@ -22,9 +23,10 @@ def spoil(value):
     return lambda step, net: models.spoil(net, value)
 
 
-@pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", ["meta3", "meta3_l2", "meta_lion", "stability_v1"])
+@pytest.mark.parametrize(
+    ("name", "bad"), crossed(["meta3", "meta3_l2", "meta_lion", "stability_v1"], BAD)
+)
 def test_a_bad_gradient_changes_nothing(name, path, bad):
     net = models.model()
     optimizer = models.optimizer(net, **OPTIONS[name], **PATHS[path])

@@ -10,6 +10,7 @@ import hf_models as models  # noqa: E402
 from cruxy_torch import AXIOM, Cosmic, CruxyOptimizer  # noqa: E402
 from cruxy_torch.integrations.huggingface import CruxyTrainer  # noqa: E402
 from hf_models import train, training_arguments  # noqa: E402
+from relatives import relatives  # noqa: E402
 
 DRIVING = "mode=self_driving"
 
@@ -32,7 +33,7 @@ def averages(trainer):
         return weights(trainer.model)
 
 
-@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("released", relatives([False, True], [True]))
 @pytest.mark.parametrize(
     ("kind", "options"),
     [

@@ -1,6 +1,7 @@
 """Moments in fewer bits, in PyTorch."""
 
 import copy
+import functools
 import io
 import math
 import warnings
@@ -16,6 +17,7 @@ from cruxy_exact.random_bits import random_bits, stream_key  # noqa: E402
 from cruxy_torch import CruxyOptimizer, _blocks  # noqa: E402
 from cruxy_torch._memory.state import value_of  # noqa: E402
 from cruxy_torch._native import library  # noqa: E402
+from relatives import crossed  # noqa: E402
 from torch_low_bit import PATHS, assert_same, gradients, parameters, state_of, train  # noqa: E402
 
 FAST = [path for path in PATHS if path != "single"]
@@ -109,9 +111,15 @@ def test_codes_are_those_of_the_shared_definition(path, bits, lion):
             first += 2 * -(-p.numel() // 256) * 256
 
 
-@pytest.mark.parametrize("path", FAST)
-@pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("lion", [False, True])
+@pytest.mark.parametrize(
+    ("path", "bits", "lion"),
+    crossed(
+        FAST,
+        [16, 8, 4],
+        [True, False],
+        fast=[*((path, 8, False) for path in FAST), ("foreach", 16, True), ("native", 4, True)],
+    ),
+)
 def test_fast_paths_follow_the_reference(path, bits, lion):
     def run(path):
         params = parameters(*SHAPES)
@@ -168,10 +176,10 @@ def test_native_codes_do_not_depend_on_the_number_of_threads(bits):
 
 
 class TestGuard:
-    @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
     @pytest.mark.parametrize("path", PATHS)
-    @pytest.mark.parametrize("bits", [16, 8, 4])
-    @pytest.mark.parametrize("lion", [False, True])
+    @pytest.mark.parametrize(
+        ("bits", "lion", "bad"), crossed([16, 8, 4], [False, True], [math.nan, math.inf, 1e30])
+    )
     def test_a_skipped_step_keeps_every_code(self, lion, bits, path, bad):
         params = parameters(*SHAPES)
         optimizer = CruxyOptimizer(params, use_lion=lion, state_bits=bits, **PATHS[path])
@@ -187,8 +195,7 @@ class TestGuard:
         assert all(p.isfinite().all() for p in params)
 
     @pytest.mark.parametrize("path", PATHS)
-    @pytest.mark.parametrize("bits", [8, 4])
-    @pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-30, 1e8])
+    @pytest.mark.parametrize(("scale", "bits"), crossed([0.0, 1e-42, 1e-30, 1e8], [8, 4]))
     def test_gradients_of_any_magnitude_train(self, scale, bits, path):
         params = parameters((64, 100))
         optimizer = CruxyOptimizer(params, state_bits=bits, **PATHS[path])
@@ -201,8 +208,7 @@ class TestGuard:
 
 
 class TestRounding:
-    @pytest.mark.parametrize("path", PATHS)
-    @pytest.mark.parametrize("bits", [16, 8, 4])
+    @pytest.mark.parametrize(("path", "bits"), crossed(PATHS, [16, 8, 4]))
     def test_what_is_less_than_a_step_of_the_code_counts_on_average(self, path, bits):
         """A slow average of a constant: to the nearest it would stay where it is for ever."""
         p = torch.nn.Parameter(torch.zeros(1 << 16))
@@ -327,29 +333,31 @@ def test_a_compiled_step_computes_the_same_codes(options):
                 torch.testing.assert_close(value, theirs[key], rtol=2.0**-7, atol=1e-6)
 
 
-def test_a_model_trains_as_well_as_with_float32():
+@functools.cache
+def losses(**options):
+    """The first loss of a small model, and the mean of the last five."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(16, 300), torch.nn.Tanh(), torch.nn.Linear(300, 64))
+    optimizer = CruxyOptimizer(net.parameters(), lr=3e-3, **options)
+    series = []
+    for step in range(80):
+        x = torch.randn(64, 16, generator=torch.Generator().manual_seed(step))
+        loss = (net(x) - x.repeat(1, 4).sin()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(loss=loss)
+        series.append(loss.item())
+    return series[0], sum(series[-5:]) / 5
+
+
+@pytest.mark.parametrize(
+    ("bits", "share"), [pytest.param(16, 0.01, marks=pytest.mark.slow), (8, 0.01), (4, 0.05)]
+)
+def test_a_model_trains_as_well_as_with_float32(bits, share):
     """To within a hundredth of the loss it began at, and a twentieth with 4 bits."""
-
-    def losses(**options):
-        torch.manual_seed(0)
-        net = torch.nn.Sequential(
-            torch.nn.Linear(16, 300), torch.nn.Tanh(), torch.nn.Linear(300, 64)
-        )
-        optimizer = CruxyOptimizer(net.parameters(), lr=3e-3, **options)
-        series = []
-        for step in range(80):
-            x = torch.randn(64, 16, generator=torch.Generator().manual_seed(step))
-            loss = (net(x) - x.repeat(1, 4).sin()).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step(loss=loss)
-            series.append(loss.item())
-        return series[0], sum(series[-5:]) / 5
-
     first, float32 = losses()
     assert float32 < 0.6 * first
-    for bits, share in ((16, 0.01), (8, 0.01), (4, 0.05)):
-        assert abs(losses(state_bits=bits)[1] - float32) < share * first
+    assert abs(losses(state_bits=bits)[1] - float32) < share * first
 
 
 class TestSmall:

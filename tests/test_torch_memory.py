@@ -8,6 +8,7 @@ from torch import nn  # noqa: E402
 
 import cruxy_torch  # noqa: E402
 from cruxy_torch import AXIOM, Cosmic, CruxyOptimizer, estimate_memory, state_bytes  # noqa: E402
+from relatives import crossed  # noqa: E402
 
 
 def mlp():
@@ -98,8 +99,7 @@ FACTORIES = {
 }
 
 
-@pytest.mark.parametrize("factory", FACTORIES)
-@pytest.mark.parametrize("build", MODELS)
+@pytest.mark.parametrize(("factory", "build"), crossed(FACTORIES, MODELS))
 def test_state_and_gradients_are_those_of_a_real_step(build, factory):
     with torch.device("meta"):
         estimate = estimate_memory(build(), FACTORIES[factory])

@@ -12,6 +12,7 @@ from cruxy_control import SelfDriving  # noqa: E402
 from cruxy_torch import CruxyOptimizer, _blocks  # noqa: E402
 from cruxy_torch._native import library, passes  # noqa: E402
 from cruxy_torch._sensors.sizes import sizes  # noqa: E402
+from relatives import crossed, relatives  # noqa: E402
 from torch_low_bit import parameters  # noqa: E402
 from torch_models import OPTIONS  # noqa: E402
 
@@ -31,8 +32,12 @@ def run(options, path, dtype=torch.float32):
     return models.everything(net, optimizer)
 
 
+LIKE_OTHERS = ("meta3_plain", "meta3_gamma_1.7", "meta_lion_centralized", "self_driving_lion")
+"""They have a near relative among the options."""
+
+
 @pytest.mark.parametrize("path", ["foreach", pytest.param("native", marks=needs_compiler)])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", relatives(OPTIONS, OPTIONS.keys() - LIKE_OTHERS))
 def test_fast_paths_follow_the_reference(name, path):
     ours, theirs = run(OPTIONS[name], path), run(OPTIONS[name], "single")
     # Each step adds a few roundings of float32 to values of order one, and Adam's quotient passes a
@@ -50,8 +55,10 @@ def test_fast_paths_follow_the_reference(name, path):
         torch.testing.assert_close(ours[key], value, rtol=roundings, atol=roundings * scale)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["meta3", "meta_lion"])
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    crossed([torch.float64, torch.bfloat16, torch.float16], ["meta3", "meta_lion"]),
+)
 def test_foreach_follows_the_reference_in_other_dtypes(name, dtype):
     ours, theirs = run(OPTIONS[name], "foreach", dtype), run(OPTIONS[name], "single", dtype)
     allowed = {torch.float64: STEPS * 64 * 2.0**-24}.get(dtype, STEPS * torch.finfo(dtype).eps)

@@ -12,6 +12,7 @@ import torch_models as models  # noqa: E402
 from cruxy_control import Meta3, Signals, StabilityV2, betas  # noqa: E402
 from cruxy_control.controls import clip_scale, neutral  # noqa: E402
 from cruxy_torch import CruxyOptimizer  # noqa: E402
+from relatives import crossed  # noqa: E402
 from torch_models import OPTIONS  # noqa: E402
 from torch_released import COUNTERS, OFF, PATHS, released, train  # noqa: E402
 
@@ -20,13 +21,7 @@ CHANGES = [
 ]
 """The options of the update; those of the law make no difference while it is off."""
 
-EVERY = [
-    pytest.param(
-        name, path, marks=[pytest.mark.slow] if path == "single" and name != "meta3" else []
-    )
-    for name in CHANGES
-    for path in PATHS
-]
+EVERY = crossed(CHANGES, PATHS)
 
 
 class TestControllerOff:

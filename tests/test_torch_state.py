@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 import torch_models as models  # noqa: E402
 from cruxy_control import Meta3  # noqa: E402
 from cruxy_torch import CruxyOptimizer  # noqa: E402
+from relatives import relatives  # noqa: E402
 from torch_models import OPTIONS  # noqa: E402
 
 
@@ -21,7 +22,17 @@ def through_a_file(state):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+DIFFERENT = (
+    "meta3",
+    "meta_lion_bfloat16",
+    "stability_v1",
+    "stability_v2",
+    "self_driving",
+    "limited",
+)
+
+
+@pytest.mark.parametrize("name", relatives(OPTIONS, DIFFERENT))
 def test_resume_is_bit_identical(name):
     net = models.model()
     optimizer = models.optimizer(net, **OPTIONS[name])

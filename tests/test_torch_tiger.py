@@ -27,6 +27,7 @@ from cruxy_torch._actuators.trust import (  # noqa: E402
     ClipRms,
     TrustRatio,
 )
+from relatives import crossed  # noqa: E402
 from torch_low_bit import assert_same, gradients, parameters, state_of, train  # noqa: E402
 from torch_released import OFF  # noqa: E402
 
@@ -326,8 +327,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("bits", [32, 8, 4])
+@pytest.mark.parametrize(("name", "bits"), crossed(OPTIONS, [32, 8, 4]))
 def test_it_resumes_to_the_bit(name, bits):
     def made(seed=0):
         model, groups = groups_of(seed)

@@ -26,6 +26,7 @@ from cruxy_torch import (  # noqa: E402
 )
 from cruxy_torch._actuators.axiom import FactoredDirection  # noqa: E402
 from cruxy_torch._actuators.moments import Adam, Lion  # noqa: E402
+from relatives import crossed, relatives  # noqa: E402
 from torch_low_bit import assert_same, gradients, parameters, state_of, train  # noqa: E402
 from torch_released import OFF  # noqa: E402
 
@@ -62,7 +63,10 @@ SLICED = {
     "trust of slices": TrustRatio(SignBlend(), decay=0.9, per="slice", slices=QKV),
 }
 SHAPES = ((96, 64), (33,), (), (5, 3, 300), (0, 3))
-every_direction = pytest.mark.parametrize("name", [*DIRECTIONS, *SLICED])
+NAMES = [*DIRECTIONS, *SLICED]
+DIFFERENT = ("factored", "trust of rows", "everything", "balance")
+every_direction = pytest.mark.parametrize("name", NAMES)
+different_directions = pytest.mark.parametrize("name", relatives(NAMES, DIFFERENT))
 
 
 def made(name, law=OFF, seed=0, **options):
@@ -102,7 +106,11 @@ def test_temperature_zero_without_a_weight_is_lion_to_the_bit():
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in (*DIRECTIONS, *SLICED) if "agc" not in n and n != "everything"]
+    "name",
+    relatives(
+        [name for name in NAMES if "agc" not in name and name != "everything"],
+        ["blend", "factored", "trust of rows", "rms of blocks", "balance"],
+    ),
 )
 def test_gradients_a_thousand_times_as_large_change_nothing(name):
     def run(scale):
@@ -116,8 +124,7 @@ def test_gradients_a_thousand_times_as_large_change_nothing(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * 1e-2 * 8)
 
 
-@every_direction
-@pytest.mark.parametrize("bits", [32, 8, 4])
+@pytest.mark.parametrize(("name", "bits"), crossed(NAMES, [32, 8, 4]))
 def test_it_resumes_to_the_bit(name, bits):
     whole, optimizer = made(name, state_bits=bits)
     train(whole, optimizer, 6)
@@ -155,7 +162,7 @@ def test_a_bad_gradient_changes_nothing_first_or_later(name):
     assert all(torch.isfinite(p).all() for p in params)
 
 
-@every_direction
+@different_directions
 def test_zeros_stay_finite(name):
     params, optimizer = made(name)
     with torch.no_grad():
@@ -171,7 +178,7 @@ def test_zeros_stay_finite(name):
     assert (params[0] != 0).any()
 
 
-@every_direction
+@different_directions
 def test_released_gradients_give_what_ordinary_steps_do(name):
     ordinary, optimizer = made(name)
     released, other = made(name)
@@ -187,7 +194,7 @@ def test_released_gradients_give_what_ordinary_steps_do(name):
         torch.testing.assert_close(ours, theirs)
 
 
-@every_direction
+@different_directions
 def test_blocks_do_not_change_what_it_gives(name, monkeypatch):
     whole, optimizer = made(name)
     train(whole, optimizer, 4)

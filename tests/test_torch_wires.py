@@ -11,6 +11,7 @@ from torch.multiprocessing import spawn  # noqa: E402
 import cruxy_torch  # noqa: E402
 import wire_workers as workers  # noqa: E402
 from cruxy_exact.random_bits import random_bits, stream_key  # noqa: E402
+from relatives import relatives  # noqa: E402
 
 
 def run(tmp_path_factory, slow):
@@ -20,15 +21,20 @@ def run(tmp_path_factory, slow):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What every rank saw, in the fast cases."""
+def fast_results(tmp_path_factory):
     return run(tmp_path_factory, slow=False)
 
 
 @pytest.fixture(scope="module")
-def long_results(tmp_path_factory):
-    """In the slow ones."""
+def slow_results(tmp_path_factory):
     return run(tmp_path_factory, slow=True)
+
+
+@pytest.fixture
+def results(request):
+    """What every rank saw, in the cases that are as fast or slow as the test."""
+    speed = "slow" if request.node.get_closest_marker("slow") else "fast"
+    return request.getfixturevalue(f"{speed}_results")
 
 
 @pytest.mark.parametrize("kind", workers.KINDS)
@@ -71,7 +77,7 @@ def test_a_vote_carries_a_bit_an_element_and_phase(results):
     assert want <= got <= want + workers.STEPS * 2 * 3 * 4
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", relatives([8, 4], [4]))
 @pytest.mark.parametrize("place", ["ddp", "fsdp"])
 def test_the_mean_of_200_averages_is_the_exact_one(results, place, bits):
     cases = [rank[f"averages-{bits}"] for rank in results]
@@ -213,15 +219,15 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(results):
 
 
 @pytest.mark.slow
-def test_the_other_runs_too(long_results):
-    for rank in long_results:
+def test_the_other_runs_too(results):
+    for rank in results:
         assert all(rank[f"resumed-{kind}"]["same"] for kind in ("ddp-4", "fsdp-8", "fsdp-4"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", workers.KINDS)
-def test_all_ranks_have_the_same_bits_after_100_steps_and_have_learnt(long_results, kind):
-    ours = [rank[f"long-{kind}"] for rank in long_results]
+def test_all_ranks_have_the_same_bits_after_100_steps_and_have_learnt(results, kind):
+    ours = [rank[f"long-{kind}"] for rank in results]
     assert all(torch.equal(ours[0]["after"], rank["after"]) for rank in ours)
     assert all(rank["last"] < 0.5 * rank["first"] for rank in ours)
 

@@ -317,13 +317,15 @@ def long(kind):
 KINDS = ["ddp-8", "ddp-4", "fsdp-8", "fsdp-4", "vote"]
 FAST = (
     {f"trained-{kind}": lambda kind=kind: trained(kind) for kind in KINDS}
-    | {f"averages-{bits}": lambda bits=bits: averages(bits) for bits in (8, 4)}
+    | {"averages-4": lambda: averages(4)}
     | {"voted": voted, "refused": refused, "top_k": top_k, "merged": merged}
     | {f"resumed-{kind}": lambda kind=kind: resumed(kind) for kind in ("ddp-8", "vote")}
 )
-SLOW = {f"long-{kind}": lambda kind=kind: long(kind) for kind in KINDS} | {
-    f"resumed-{kind}": lambda kind=kind: resumed(kind) for kind in ("ddp-4", "fsdp-8", "fsdp-4")
-}
+SLOW = (
+    {f"long-{kind}": lambda kind=kind: long(kind) for kind in KINDS}
+    | {f"resumed-{kind}": lambda kind=kind: resumed(kind) for kind in ("ddp-4", "fsdp-8", "fsdp-4")}
+    | {"averages-8": lambda: averages(8)}
+)
 
 
 def run(rank, folder, slow):
