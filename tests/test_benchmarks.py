@@ -141,7 +141,7 @@ WITHOUT_JAX = f"import sys; sys.modules.update(dict.fromkeys({IN_JAX[:-1]!r}))"
 
 COMMANDS = (
     "step-time --framework torch --size 0.1m --repeats 2 --training digits-conv --optimizer meta3",
-    "memory --framework torch --training digits-conv --optimizer meta3-8bit",
+    "memory --framework torch --training digits-conv --optimizer meta3-8bit axiom",
     "resume --workload digits-conv --optimizer meta3 --steps 4 --stop 2",
     "rate-sensitivity --workload digits-conv --optimizer self_driving --seeds 1 --steps 4 "
     "--workers 0",
