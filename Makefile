@@ -6,7 +6,7 @@ ARGS ?=
 
 demo_EXTRAS := jax,examples
 dev_EXTRAS := jax,torch,hf,examples,bench,test
-# Triton is a download of 290 MB, so it has an environment of its own.
+# Triton is a download of 200 MB, so it has an environment of its own.
 triton_EXTRAS := torch,test,triton
 docs_EXTRAS := docs
 browser_EXTRAS := docs-check
