@@ -1,5 +1,6 @@
 """What every test runs under: eight CPU devices, and pages whose Python blocks are run."""
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
+LIBC = ctypes.CDLL(None) if os.name == "posix" else None
+
 # What compiles Triton's kernels cannot be imported without it.
 collect_ignore = [] if find_spec("triton") else ["tests/triton_builds.py"]
 
@@ -46,6 +49,8 @@ def without_compiled_programs() -> Iterator[None]:
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
+    if hasattr(LIBC, "malloc_trim"):  # glibc keeps what was freed, half of all memory in the end
+        LIBC.malloc_trim(0)
 
 
 @pytest.fixture

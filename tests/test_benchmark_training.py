@@ -61,9 +61,10 @@ def test_runs_of_different_optimizers_are_not_trained_together():
         training.train([task("sgd"), task("adamw")])
 
 
-VARIANTS = set().union(
-    ABLATION, VARIED, PUBLISHED, COMPACT, COMPONENTS, ROLES, ENDED, YIELDING, AVERAGED
-)
+VARIANTS = {
+    *("self_driving-interpolated", "self_driving-muon-plain", "self_driving-muon-set-0"),
+    *("scheduled-muon", "scheduled-muon-linear", "muon-cosine"),
+}.union(ABLATION, VARIED, PUBLISHED, COMPACT, COMPONENTS, ROLES, ENDED, YIELDING, AVERAGED)
 
 
 UNGUARDED = PEERS.keys() | RIVALS.keys() | SCHEDULED.keys() | {"adamw-clipped"}

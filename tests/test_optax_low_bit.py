@@ -45,8 +45,7 @@ def test_array_comes_back_within_the_bound_of_its_code(shape, code, random):
         assert np.all(leaf.decode() > 0)
 
 
-@every_shape
-@every_code
+@pytest.mark.parametrize(("shape", "code"), crossed(SHAPES, CODES), ids=str)
 def test_each_block_is_what_the_code_makes_of_its_elements_alone(shape, code):
     x = heavy_tailed(shape, code.signed)
     leaf = low_bit(jnp.asarray(x), code)
