@@ -18,7 +18,6 @@ from optimizers import assert_same
 from relatives import crossed
 
 SHAPES = [(64, 64), (96, 384), (65, 384), (7, 4099), (5000,), (4096,), (3, 3, 64, 64), (6, 6, 130)]
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 CODES = [BlockCode(bits, signed) for bits in (8, 4) for signed in (True, False)]
 every_code = pytest.mark.parametrize("code", CODES, ids=str)
 
