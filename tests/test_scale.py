@@ -342,6 +342,19 @@ def test_more_layers_of_a_shape_are_no_more_to_compile(name):
     assert len(many) == len(few)
 
 
+def test_on_one_device_a_program_grows_as_the_number_of_tensors():
+    """What is made of all of them is worked out once, and not in the loop of each."""
+
+    def lines(number):
+        params = {f"layer_{i}": jnp.ones((4, 8)) for i in range(number)}
+        tx = ours.self_driving()
+        step = jax.jit(step_of(tx)).lower(params, tx.init(params), params)
+        return len(step.compile().as_text().splitlines())
+
+    few, more, many = map(lines, (6, 12, 24))
+    assert many - more < 2.2 * (more - few)
+
+
 @pytest.mark.parametrize("name", [*ALIKE, "self_driving"])
 def test_a_layer_takes_few_equations_more_than_under_adamw(name):
     def a_layer(tx):
