@@ -149,6 +149,8 @@ def scale_by_meta_learning_rate(
         leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
         squares = [mean_square(p, axis_names) for p in leaves]
         whole = whole_mean_square(squares, leaves, axis_names)
+        if whole.dtype == jnp.float32:
+            (whole,) = materialize(whole)  # or XLA adds up all of them again in the loop of each
 
         def one(square: jax.typing.ArrayLike) -> jax.Array:
             square = jnp.asarray(square, jnp.float32)

@@ -175,10 +175,8 @@ def sum_of_numbers(numbers: Sequence[jax.Array], leaves: Sequence[jax.Array]) ->
     total = sum(groups.pop(frozenset(), []), jnp.zeros((), jnp.float32))
     for parts in groups.values():
         total = total + _whole(functools.reduce(operator.add, parts))
-    if total.dtype == jnp.float32:
-        # Or XLA adds them up again in every loop that reads the sum: as many numbers as there are
-        # tensors, for each of them.
-        return materialize(total)[0]
+    if total.dtype == jnp.float32 and any(map(is_spread, leaves)):
+        return materialize(total)[0]  # or XLA adds them up again for everything that reads the sum
     return total
 
 
