@@ -136,6 +136,7 @@ def test_runs_in_both_frameworks_learn_alike(name, optimizer, steps):
     assert theirs.skipped == ours.skipped
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_a_model_that_reads_upright_digits_alone():
     workload = load("finetuning-vit")
     params = workload.init(0)

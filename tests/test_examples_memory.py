@@ -23,6 +23,7 @@ def text_file(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_released_gradients_train_alike_and_take_less(text_file):
     layers = 8
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

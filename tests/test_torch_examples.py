@@ -184,9 +184,8 @@ def test_tinyllama_has_the_shape_of_its_name(module):
     assert sum(p.numel() for p in model.parameters()) == 1_100_048_384
 
 
-@pytest.mark.parametrize(
-    "options", [(), pytest.param(("--lora", 2, "--lion"), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--lora", 2, "--lion")])
 def test_hf_finetune_learns_resumes_and_writes(text_file, tmp_path, options):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
