@@ -133,7 +133,8 @@ def test_averages_are_found_in_an_nnx_optimizer(bits):
     jax.tree.map(lambda a, p: np.testing.assert_allclose(a, p, atol=2e-3), average, now)
 
 
-@pytest.mark.parametrize("bits", relatives([16, 8], [8]))
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [16, 8])
 def test_averages_of_released_gradients_are_those_of_each_layer(bits):
     def embed_fn(embed, batch):
         return batch @ embed

@@ -210,6 +210,7 @@ def test_an_unknown_model_ends_with_a_message(module, text_file, tmp_path, capsy
     assert str(tmp_path) in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_tinyllama_runs_in_its_small_shape_without_a_gpu(module, text_file, tmp_path, capsys):
     pytest.importorskip("transformers")

@@ -87,6 +87,7 @@ def test_a_stack_is_spread_over_ranks(tmp_path):
         assert sum(map(sum, got)) == (0 if name == "whole" else math.prod(shape))
 
 
+@pytest.mark.slow
 def test_512_ranks_get_as_many_messages_as_8():
     tasks = [Task(name, "llama-1b", True) for name in ("self_driving", "axiom", "cosmic")]
 
