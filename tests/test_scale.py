@@ -351,8 +351,8 @@ def test_on_one_device_a_program_grows_as_the_number_of_tensors():
         step = jax.jit(step_of(tx)).lower(params, tx.init(params), params)
         return len(step.compile().as_text().splitlines())
 
-    few, more, many = map(lines, (6, 12, 24))
-    assert many - more < 2.2 * (more - few)
+    few, more, many = map(lines, (17, 34, 51))
+    assert many - more < 1.1 * (more - few)
 
 
 @pytest.mark.parametrize("name", [*ALIKE, "self_driving"])

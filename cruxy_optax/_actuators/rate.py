@@ -16,6 +16,10 @@ from cruxy_optax._controls import materialize, require_controls
 from cruxy_optax._distributed.axes import as_axes, is_spread, mean_square, whole_mean_square
 from cruxy_optax._tree import root
 
+MANY = 16
+"""Tensors above which their sum is kept: XLA adds it up again in the loop of each, which is no work
+for a few, and for many makes the program grow with the square of their number."""
+
 
 class ThrottleByPhaseState(NamedTuple):
     """The factor last applied, for telemetry."""
@@ -149,8 +153,8 @@ def scale_by_meta_learning_rate(
         leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
         squares = [mean_square(p, axis_names) for p in leaves]
         whole = whole_mean_square(squares, leaves, axis_names)
-        if whole.dtype == jnp.float32:
-            (whole,) = materialize(whole)  # or XLA adds up all of them again in the loop of each
+        if len(leaves) > MANY and whole.dtype == jnp.float32:
+            (whole,) = materialize(whole)
 
         def one(square: jax.typing.ArrayLike) -> jax.Array:
             square = jnp.asarray(square, jnp.float32)
