@@ -26,6 +26,7 @@ from benchmarks._jax.our_optimizers import (
 )
 from benchmarks._jax.rivals import RIVALS
 from benchmarks.faults import FAULTS
+from relatives import relatives
 
 
 def test_gradient_descent_on_a_quadratic_gives_the_closed_form():
@@ -71,14 +72,14 @@ UNGUARDED = PEERS.keys() | RIVALS.keys() | SCHEDULED.keys() | {"adamw-clipped"}
 
 
 EVERY = [
-    pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else [])
+    name
     for name in sorted(OPTIMIZERS)
     if not name.endswith("slices")  # of fused q, k and v, which the digits have none of
     and name not in WIRED
 ]
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", relatives(EVERY, set(EVERY) - VARIANTS))
 def test_every_optimizer_runs_with_a_traced_rate(name):
     rates = OPTIMIZERS[name].rates()
     record = training.train([task(name, rates[len(rates) // 2])])[0]

@@ -15,6 +15,7 @@ from benchmarks._jax.scale import measured
 from benchmarks._wire import Message, sent_bytes
 from cruxy_control.slices import blocks
 from optimizers import assert_close
+from relatives import crossed
 
 SHAPES = {
     "embed": {"embedding": (64, 32)},
@@ -136,16 +137,10 @@ def run(tx, kind, layout):
     return collectives(done.as_text()), jax.device_get(updates), state, params
 
 
-def cases(names):
-    for name in names:
-        for kind in KINDS:
-            for layout in MESHES:
-                fast = (name, kind) in FAST and layout == "two axes"
-                marks = [] if fast else [pytest.mark.slow]
-                yield pytest.param(name, kind, layout, marks=marks, id=f"{name}-{kind}-{layout}")
-
-
-@pytest.mark.parametrize(("name", "kind", "layout"), list(cases(STAGES)))
+@pytest.mark.parametrize(
+    ("name", "kind", "layout"),
+    crossed(STAGES, KINDS, MESHES, fast=[(*one, "two axes") for one in FAST]),
+)
 def test_nothing_is_gathered_and_sums_are_packed(name, kind, layout):
     make, stages = STAGES[name]
     found, updates, _, _ = run(make(), kind, layout)
@@ -161,16 +156,16 @@ def test_nothing_is_gathered_and_sums_are_packed(name, kind, layout):
     assert_close(updates, jax.device_get(want), ulps=512)
 
 
-def of_matrices():
-    for name in ("orthogonalize_updates", "self_driving_muon"):
-        for kind in KINDS:
-            for layout in MESHES | TWICE | ({"backwards": BACKWARDS} if kind == "explicit" else {}):
-                fast = (name, kind, layout) == ("orthogonalize_updates", "auto", "rows twice")
-                marks = [] if fast else [pytest.mark.slow]
-                yield pytest.param(name, kind, layout, marks=marks, id=f"{name}-{kind}-{layout}")
+MUONS = ("orthogonalize_updates", "self_driving_muon")
 
 
-@pytest.mark.parametrize(("name", "kind", "layout"), list(of_matrices()))
+@pytest.mark.parametrize(
+    ("name", "kind", "layout"),
+    [
+        *crossed(MUONS, KINDS, MESHES | TWICE, fast=[(MUONS[0], "auto", "rows twice")]),
+        *crossed(MUONS, ["explicit"], ["backwards"], fast=[]),
+    ],
+)
 def test_no_device_gathers_more_than_one_matrix_at_a_time(name, kind, layout):
     tx = getattr(ours, name)()
     found, updates, _, _ = run(tx, kind, layout)

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cruxy_optax as ours
+from relatives import crossed
 from test_scale import placed, step_of, tree
 
 ocp = pytest.importorskip("orbax.checkpoint")
@@ -30,14 +31,6 @@ MAKERS = {
     "cosmic": lambda bits: ours.cosmic(1e-3, state_budget="40KB", state_bits=bits),
     "tiger": lambda bits: ours.tiger(1e-3, state_bits=bits),
 }
-FAST = (("self_driving", 4),)
-CASES = [
-    pytest.param(
-        name, bits, marks=[] if (name, bits) in FAST else pytest.mark.slow, id=f"{name}-{bits}"
-    )
-    for name in MAKERS
-    for bits in BITS
-]
 
 
 def on(shape):
@@ -54,7 +47,7 @@ def on_the_mesh_of(params, state):
     )
 
 
-@pytest.mark.parametrize(("name", "bits"), CASES)
+@pytest.mark.parametrize(("name", "bits"), crossed(MAKERS, BITS, fast=[("self_driving", 4)]))
 def test_a_run_on_one_mesh_goes_on_another(name, bits, tmp_path):
     tx = MAKERS[name](bits)
     step = jax.jit(step_of(tx))

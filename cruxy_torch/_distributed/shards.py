@@ -191,7 +191,7 @@ def shard_elements(param: Tensor) -> int:
     shape = list(param.shape)
     if is_sharded(param):
         for axis, placement in enumerate(param.placements):
-            if not placement.is_replicate():
+            if is_split(placement):
                 dim: int = placement.dim  # pyright: ignore[reportAttributeAccessIssue]
                 shape[dim] = math.ceil(shape[dim] / param.device_mesh.size(axis))
     return math.prod(shape)

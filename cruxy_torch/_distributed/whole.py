@@ -44,6 +44,7 @@ class _Matrix(NamedTuple):
         part: this rank's, without elements where it has none.
         result: what becomes of it, to be written.
         whole: the tensor.
+        orders: of each of its axes, see `splits`.
         function: of its matrices.
         at: the matrix's place along the axes that count.
     """
@@ -51,12 +52,13 @@ class _Matrix(NamedTuple):
     part: Tensor
     result: Tensor
     whole: Any
+    orders: list[list[int]]
     function: OfMatrices
     at: tuple[int, ...]
 
     def cut(self, place: tuple[int, ...]) -> Cut | None:
         """The part of it that is at a place of its mesh; `None` for none."""
-        cut = _cut(self.whole, place)
+        cut = _cut(self.whole, self.orders, place)
         return cut[len(self.at) :] if _holds(cut, self.at) else None
 
     def computed(self, matrix: Tensor) -> Tensor:
@@ -82,13 +84,14 @@ def each_on_one_rank(
     together: dict[tuple[Any, torch.dtype], list[_Matrix]] = {}
     for index, (part, whole, f) in enumerate(zip(parts, wholes, functions, strict=True)):
         mesh = whole.device_mesh if is_sharded(whole) else None
+        orders = None if mesh is None else _orders(whole)
         if mesh is not None and _stay(whole, f.axes):
             results[index] = f(part)
-        elif mesh is None or not _divides(whole) or _group(mesh) is None:
+        elif orders is None or _group(mesh) is None:
             results[index] = own_part(f(gathered(part, whole)), whole)
         else:
             results[index] = part.new_empty(part.shape)
-            matrices = _matrices(part, results[index], whole, f)
+            matrices = _matrices(part, results[index], whole, orders, f)
             together.setdefault((mesh, part.dtype), []).extend(matrices)
     for (mesh, _), matrices in together.items():
         for begin in range(0, len(matrices), mesh.size()):
@@ -96,14 +99,16 @@ def each_on_one_rank(
     return results
 
 
-def _matrices(part: Tensor, result: Tensor, whole: Any, f: OfMatrices) -> Iterator[_Matrix]:
-    cut = _cut(whole, tuple(whole.device_mesh.get_coordinate()))
+def _matrices(
+    part: Tensor, result: Tensor, whole: Any, orders: list[list[int]], f: OfMatrices
+) -> Iterator[_Matrix]:
+    cut = _cut(whole, orders, tuple(whole.device_mesh.get_coordinate()))
     for at in itertools.product(*map(range, whole.shape[: f.axes])):
         if _holds(cut, at):
             own = tuple(i - piece.start for i, piece in zip(at, cut, strict=False))
-            yield _Matrix(part[own], result[own], whole, f, at)
+            yield _Matrix(part[own], result[own], whole, orders, f, at)
         else:
-            yield _Matrix(part.new_empty(0), part.new_empty(0), whole, f, at)
+            yield _Matrix(part.new_empty(0), part.new_empty(0), whole, orders, f, at)
 
 
 def _in_one_round(mesh: Any, matrices: list[_Matrix]) -> None:
@@ -158,11 +163,9 @@ def _holds(cut: Cut, at: tuple[int, ...]) -> bool:
     return all(piece.start <= i < piece.stop for i, piece in zip(at, cut, strict=False))
 
 
-def _cut(whole: Any, place: tuple[int, ...]) -> Cut:
+def _cut(whole: Any, orders: list[list[int]], place: tuple[int, ...]) -> Cut:
     """The part of a tensor that is at a place of its mesh."""
-    spans = (
-        shard_span(whole, axis, place, splits(whole, axis) or ()) for axis in range(whole.ndim)
-    )
+    spans = (shard_span(whole, axis, place, order) for axis, order in enumerate(orders))
     return tuple(slice(*span) for span in spans)
 
 
@@ -171,11 +174,11 @@ def _stay(whole: Any, axes: int) -> bool:
     return all(is_split(placement) and placement.dim < axes for placement in whole.placements)
 
 
-def _divides(whole: Any) -> bool:
-    """Whether its parts are even blocks, and there are several."""
-    return any(map(is_split, whole.placements)) and all(
-        splits(whole, axis) is not None for axis in range(whole.ndim)
-    )
+def _orders(whole: Any) -> list[list[int]] | None:
+    """In which order each axis was split; `None` where nothing is, or not into even blocks."""
+    found = [splits(whole, axis) for axis in range(whole.ndim)]
+    orders = [order for order in found if order is not None]
+    return orders if any(orders) and len(orders) == len(found) else None
 
 
 def _group(mesh: Any) -> Any:

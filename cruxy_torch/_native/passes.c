@@ -104,56 +104,42 @@ static void average(int64_t n, const float *restrict p, float *restrict a, float
     }
 }
 
-/* Adds sum (scale g)^2 and sum |scale g|^gamma to the first two sums. */
-static void add_powers(int64_t n, const float *g, float scale, double gamma, double *sums) {
-    float squares = 0, powers = 0;
-    if (gamma == 1.5) {
-#pragma omp simd reduction(+ : squares, powers)
-        for (int64_t j = 0; j < n; j++) {
-            float a = fabsf(g[j] * scale);
-            squares += a * a;
-            powers += a * sqrtf(a);
-        }
-    } else {
-#pragma omp simd reduction(+ : squares)
-        for (int64_t j = 0; j < n; j++) squares += (g[j] * scale) * (g[j] * scale);
-        powers = squares;
-        if (gamma != 2.0) {
-            powers = 0;
-            for (int64_t j = 0; j < n; j++) powers += powf(fabsf(g[j] * scale), (float)gamma);
-        }
-    }
-    sums[0] += squares;
-    sums[1] += powers;
-}
-
-/* Adds sum scale g m and sum m^2 to the last two sums. */
-static void add_products(int64_t n, const float *g, const float *m, float scale, double *sums) {
-    float along = 0, squares = 0;
-#pragma omp simd reduction(+ : along, squares)
-    for (int64_t j = 0; j < n; j++) {
-        along += g[j] * scale * m[j];
-        squares += m[j] * m[j];
-    }
-    sums[2] += along;
-    sums[3] += squares;
-}
-
-/* All four in one loop, for the usual gamma of 1.5: alone, each waits for its own last addition. */
-static void add_usual(int64_t n, const float *g, const float *m, float scale, double *sums) {
+/* Adds sum x^2, sum |x|^1.5 if `usual`, and with moments m sum x m and sum m^2, of x = scale g.
+ * Returns the first. In one loop: alone, each sum waits for its own last addition. */
+static inline float add_as(int usual, int64_t n, const float *g, const float *m, float scale,
+                           double *sums) {
     float squares = 0, powers = 0, along = 0, moments = 0;
 #pragma omp simd reduction(+ : squares, powers, along, moments)
     for (int64_t j = 0; j < n; j++) {
         float x = g[j] * scale, a = fabsf(x);
         squares += a * a;
-        powers += a * sqrtf(a);
-        along += x * m[j];
-        moments += m[j] * m[j];
+        if (usual) powers += a * sqrtf(a);
+        if (m) {
+            along += x * m[j];
+            moments += m[j] * m[j];
+        }
     }
     sums[0] += squares;
     sums[1] += powers;
     sums[2] += along;
     sums[3] += moments;
+    return squares;
+}
+
+/* Adds all four sums; m is NULL without first moments. */
+static void add(int64_t n, const float *g, const float *m, float scale, double gamma,
+                double *sums) {
+    if (gamma == 1.5) {
+        if (m) add_as(1, n, g, m, scale, sums);
+        else add_as(1, n, g, NULL, scale, sums);
+        return;
+    }
+    float powers = m ? add_as(0, n, g, m, scale, sums) : add_as(0, n, g, NULL, scale, sums);
+    if (gamma != 2.0) {
+        powers = 0;
+        for (int64_t j = 0; j < n; j++) powers += powf(fabsf(g[j] * scale), (float)gamma);
+    }
+    sums[1] += powers;
 }
 
 /* What `cruxy_sums` takes. `first` is NULL without first moments; `signs` belong to them. */
@@ -194,12 +180,7 @@ int cruxy_sums(const Sums *s) {
             const int64_t n = end - at < BLOCK ? end - at : BLOCK;
             const float *g = s->grads[k.index] + at;
             const float *m = first ? load(first, k.index, at, n, wide) : NULL;
-            if (m && gamma == 1.5) {
-                add_usual(n, g, m, factor, sums);
-                continue;
-            }
-            add_powers(n, g, factor, gamma, sums);
-            if (m) add_products(n, g, m, factor, sums);
+            add(n, g, m, factor, gamma, sums);
         }
         if (first) sums[2] *= s->signs[k.index];
     }
