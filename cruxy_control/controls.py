@@ -42,6 +42,7 @@ class Controls(NamedTuple):
         limit_scale: the share of the rate that the relative limit left any tensor; telemetry.
         limited_steps: for how many steps in a row that has been below 1; telemetry.
         momentum_ratio: `|m| / |g|`, large where gradients agree; telemetry.
+        set_point: the alignment that is steered to; telemetry.
     """
 
     meta_scale: Any
@@ -69,6 +70,7 @@ class Controls(NamedTuple):
     limit_scale: Any = 1.0
     limited_steps: Any = 0.0
     momentum_ratio: Any = 0.0
+    set_point: Any = 0.0
 
 
 RUN_PHASES = ("search", "trunk", "cooldown", "end")
@@ -86,6 +88,7 @@ STEERED = ("sign_weight", "decay_scale")
 
 DRIVEN = (
     "limit_factor", "run_phase", "schedule_scale", "limit_scale", "limited_steps", "momentum_ratio",
+    "set_point",
 )  # fmt: skip
 """What only a law with a true `needs_alignment` says."""
 
@@ -130,6 +133,7 @@ def neutral(ok: Any, *, xp: Any) -> Controls:
         limit_scale=one,
         limited_steps=zero,
         momentum_ratio=zero,
+        set_point=zero,
     )
 
 

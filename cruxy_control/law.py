@@ -12,7 +12,8 @@ class Law(Protocol):
 
     `cruxy_control` has `StabilityV1`, `StabilityV2`, `Meta3`, `SelfDriving` and, around any of
     them, `PlateauGuard`; any object with these three members serves. One that also has a true
-    `needs_alignment` is given `Signals.alignment` and `Signals.limit_scale`; one that moves
+    `needs_alignment` is given `Signals.alignment` and `Signals.limit_scale`, and with a true
+    `needs_excess` also `Signals.excess`; one that moves
     `Controls.sign_weight` or `Controls.decay_scale` has a true `steers_decay`, without which both
     are left alone.
     """
@@ -48,6 +49,11 @@ def needs_alignment(law: Law) -> bool:
     return bool(getattr(law, "needs_alignment", False))
 
 
+def needs_excess(law: Law) -> bool:
+    """Whether the law reads `Signals.excess` as well."""
+    return needs_alignment(law) and bool(getattr(law, "needs_excess", False))
+
+
 def steers_decay(law: Law) -> bool:
     """Whether the law moves `Controls.sign_weight` and `Controls.decay_scale`."""
     return bool(getattr(law, "steers_decay", False))
@@ -63,4 +69,17 @@ def check_law(law: Any) -> None:
         raise TypeError(
             "law must be an instance with `gamma`, `init` and `step`, such as "
             f"cruxy_control.Meta3(), got {law!r}; give Meta3(), StabilityV1() or StabilityV2()."
+        )
+
+
+def check_excess(law: Law, *, remedy: str) -> None:
+    """Raises `ValueError` where a law reads the excess over an average, which is not measured.
+
+    Raises:
+        ValueError: with the rule, the value received and the remedy.
+    """
+    if needs_excess(law):
+        raise ValueError(
+            "law must have excess_share=None where the excess over an average is not measured, got "
+            f"{law!r}; {remedy}."
         )

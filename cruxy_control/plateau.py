@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from cruxy_control import filters
 from cruxy_control.checks import check_count, check_range, make_plain
 from cruxy_control.controls import Controls
-from cruxy_control.law import Law, check_law, needs_alignment
+from cruxy_control.law import Law, check_law, needs_alignment, needs_excess
 from cruxy_control.sensing import SENSED
 from cruxy_control.signals import NOT_KNOWN, Signals, known
 
@@ -120,6 +120,11 @@ class PlateauGuard:
     def needs_alignment(self) -> bool:
         """Whether the wrapped law reads `Signals.alignment` and `Signals.limit_scale`."""
         return needs_alignment(self.law)
+
+    @property
+    def needs_excess(self) -> bool:
+        """Whether it reads `Signals.excess`."""
+        return needs_excess(self.law)
 
     @property
     def steers_decay(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from cruxy_control import filters
 from cruxy_control.checks import check_bounds, check_count, check_range
 from cruxy_control.controls import DRIVEN, RUN_PHASES, SCHEDULE_SHARE, Controls
+from cruxy_control.progress import NoProgress, Progress, adapted, advance, measured, no_steps
 from cruxy_control.sensing import SENSED, SensorState, V2Sensors
 from cruxy_control.signals import NOT_KNOWN, Signals, known
 
@@ -55,6 +56,7 @@ class SelfDrivingState(NamedTuple):
         scale: the factor on the learning rate that was found; float32, `()`.
         cooldown: a fall of the rate that was begun on the way.
         hold: what has kept the rate from where the law alone would have it.
+        progress: what moves the set point; nothing where it is fixed.
     """
 
     sensors: SensorState
@@ -63,6 +65,7 @@ class SelfDrivingState(NamedTuple):
     scale: Any
     cooldown: Cooldown
     hold: Hold
+    progress: Progress | NoProgress = NoProgress()
 
     telemetry = (*SENSED, "alignment", *DRIVEN)
 
@@ -111,6 +114,12 @@ class SelfDriving(V2Sensors):
 
         n <- n + 1 there,  0.95 n elsewhere;    (1 + n / limit_yield)^(-1/2).
 
+    With an `excess_share` the set point is moved by how high the iterate lies above its average, in
+    units of how fast the loss falls (`cruxy_control.progress.adapted` has the formula): from
+    `-excess_span`, where steps are small, through 0 at that share, to `excess_span`. It is
+    `set_point` in the first 20 steps, in every step without a loss or an average, and the nearer
+    to it the better the data are fitted.
+
     Clipping, guard and telemetry are those of `Meta3`; the decay rates stay as they are set.
 
     Attributes:
@@ -127,6 +136,10 @@ class SelfDriving(V2Sensors):
             nothing, in `[0, 1]`; 0 lets the law work against every schedule.
         limit_yield: number of such steps after which the limit is down to 0.71 of itself, above 0;
             `None` for a limit that does not give way.
+        excess_share: the excess over the average that is steered to, as a share of what the loss
+            falls by with every factor of e in the number of steps, above 0; `None` for a set point
+            that is fixed.
+        excess_span: how far from 0 that may move the set point, in `(0, 1)`.
 
     Examples:
         >>> import numpy as np
@@ -153,6 +166,8 @@ class SelfDriving(V2Sensors):
     cooldown_peak: float = 2.0
     schedule_share: float = SCHEDULE_SHARE
     limit_yield: float | None = 50.0
+    excess_share: float | None = None
+    excess_span: float = 0.3
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,11 +189,20 @@ class SelfDriving(V2Sensors):
         if self.limit_yield is not None:
             remedy = "use 50, or None for a limit that holds"
             check_range("limit_yield", self.limit_yield, 0.0, lower_open=True, remedy=remedy)
+        if self.excess_share is not None:
+            remedy = "use 0.5, or None for a set point that is fixed"
+            check_range("excess_share", self.excess_share, 0.0, lower_open=True, remedy=remedy)
+        check_range("excess_span", self.excess_span, 0.0, 1.0, **ends, remedy="use 0.3")
 
     @property
     def needs_alignment(self) -> bool:
         """Whether `Signals.alignment` and `Signals.limit_scale` have to be measured."""
         return True
+
+    @property
+    def needs_excess(self) -> bool:
+        """Whether `Signals.excess` has to be measured as well."""
+        return self.excess_share is not None
 
     def init(self, like: Any, *, xp: Any) -> SelfDrivingState:
         """The state before the first step, on the device of the 0-d array `like`."""
@@ -195,6 +219,7 @@ class SelfDriving(V2Sensors):
                 falling=zero + 0.0,
             ),
             hold=Hold(zero + 0.0, filters.zero_count(like, xp=xp), zero + 0.0),
+            progress=no_steps(like, xp=xp) if self.needs_excess else NoProgress(),
         )
 
     def _fall(self, state: SelfDrivingState, xp: Any) -> tuple[Any, Any]:
@@ -234,6 +259,7 @@ class SelfDriving(V2Sensors):
             limit_scale=_of(signals.limit_scale, 1.0, state),
             limited_steps=state.hold.limited_steps * xp.ones_like(scale),
             momentum_ratio=_of(signals.momentum_ratio, NOT_KNOWN, state),
+            set_point=self._set_point(state.progress, signals, xp) * xp.ones_like(scale),
         )
 
     def _limit_factor(self, state: SelfDrivingState, falls: Any, xp: Any) -> Any:
@@ -268,8 +294,10 @@ class SelfDriving(V2Sensors):
         sensed = xp.where(sure, signals.alignment, 0.0)
         alignment = filters.ema(state.alignment, sensed, self.alignment_decay, debias=True)
         alignment = filters.select(sure, alignment, state.alignment, xp=xp)
+        ahead = self._progress(state.progress, signals, moved, xp)
         gain = self._gain(state.step)
-        error = xp.clip(alignment.value - self.set_point, -1.0, 1.0)
+        set_point = self._set_point(ahead, signals, xp)
+        error = xp.clip(alignment.value - set_point, -1.0, 1.0)
         scale = state.scale * xp.where(free, signals.limit_scale, 1.0)
         scale = scale * xp.where(sure, xp.exp(gain * error), 1.0)
         return SelfDrivingState(
@@ -279,7 +307,23 @@ class SelfDriving(V2Sensors):
             scale=xp.clip(scale, *self.scale_bounds),
             cooldown=state.cooldown._replace(falling=xp.where(held, multiple, 0.0)),
             hold=self._hold(state, signals.limit_scale, alignment.value, held, peak, xp),
+            progress=ahead,
         )
+
+    def _progress(self, state: Any, signals: Signals, moved: Any, xp: Any) -> Any:
+        if self.excess_share is None or signals.excess is None:
+            return state
+        new = advance(state, signals.excess, signals.loss, xp=xp)
+        return filters.select(moved, new, state, xp=xp)
+
+    def _set_point(self, state: Any, signals: Signals, xp: Any) -> Any:
+        """The alignment that is steered to in this step."""
+        if self.excess_share is None or signals.excess is None:
+            return self.set_point
+        share, span = self.excess_share, self.excess_span
+        asked = adapted(state, self.set_point, share, span, xp=xp)
+        sure = measured(signals.excess, signals.loss)
+        return xp.where(sure, asked, self.set_point)
 
     def _hold(
         self,

@@ -39,6 +39,9 @@ class Signals(NamedTuple):
             law; the largest there was; float32, shape `()`; 0 before the first step.
         momentum_ratio: `|m| / |g|` of the two that the alignment is taken of; float32, shape `()`;
             `NOT_KNOWN` or NaN where it is not known.
+        excess: `sum g (p - average)` over all parameters and their averages: to first order, how
+            much higher the loss is than at the average; float32, shape `()`; `NOT_KNOWN` or NaN
+            where there is no average. `None` unless the law has a true `needs_excess`.
     """
 
     grad_norm: Any
@@ -48,6 +51,7 @@ class Signals(NamedTuple):
     limit_scale: Any = None
     base_rate: Any = None
     momentum_ratio: Any = None
+    excess: Any = None
 
 
 def momentum_ratio(moment_square: Any, grad_norm: Any, *, xp: Any) -> Any:

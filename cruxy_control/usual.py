@@ -22,6 +22,7 @@ class Usual(NamedTuple):
         limit_yield: how the limit gives way, see `SelfDriving`; `None` for one that holds.
         interpolation: how far the average pulls in a run without an end, see `averaging_orders`.
         power_pulled: of an average that pulls.
+        excess_share: see `SelfDriving`, of an average that pulls; `None` for a fixed set point.
     """
 
     relative_limit: float
@@ -31,13 +32,18 @@ class Usual(NamedTuple):
     limit_yield: float | None = 50.0
     interpolation: float = 0.0
     power_pulled: float = 3.0
+    excess_share: float | None = None
 
 
 USUAL = {
     "adam": Usual(0.1),
     "lion": Usual(0.01, limit_yield=None),
     "muon": Usual(
-        *(0.2, -0.15, -0.2, -0.07), limit_yield=None, interpolation=0.7, power_pulled=2.0
+        *(0.2, -0.15, -0.2, -0.07),
+        limit_yield=None,
+        interpolation=0.7,
+        power_pulled=2.0,
+        excess_share=0.5,
     ),
 }
 """By the kind of a direction: `"adam"` where its elements are of size 1 or less and shrink,
@@ -46,7 +52,8 @@ USUAL = {
 An orthogonal step bears a larger rate than the sensor takes Adam's for: it is steered to an
 alignment nearer to 0, as is a step of which an average that pulls soon undoes a share. Only Adam's
 limit gives way: the others gained nothing by it. Only Muon's average pulls: with Adam's direction
-language models gain by it, and small tasks lose."""
+language models gain by it, and small tasks lose. There the set point is moved by the excess over
+that average; -0.07 is where it begins, and where it stays without a loss."""
 
 Given = float | Literal["usual"]
 """A number, or that which goes with the kind of the direction."""
@@ -96,9 +103,10 @@ def usual_law(kind: str, *, ends: bool, interpolation: Any = 0.0) -> SelfDriving
     """
     own = USUAL[kind]
     set_point = own.set_point_ended if ends else own.set_point
+    share = None
     if pulls(interpolation):
-        set_point = own.set_point_pulled
-    return SelfDriving(set_point=set_point, limit_yield=own.limit_yield)
+        set_point, share = own.set_point_pulled, own.excess_share
+    return SelfDriving(set_point=set_point, limit_yield=own.limit_yield, excess_share=share)
 
 
 def told_the_end(law: Law, total_steps: int | None) -> Law:

@@ -155,3 +155,8 @@ def _spread(x: jax.Array, layout: BlockLayout, cut: Cut) -> jax.Array:
     if not layout.folded:
         x = jnp.pad(x.reshape(-1), (0, layout.grid[0] - x.size))
     return cut.spread(x)
+
+
+def decoded_near(kept: Any, near: Any) -> jax.Array:
+    """An array that may be a `NearArray`, which is read beside `near`."""
+    return kept.decode(near) if isinstance(kept, NearArray) else jnp.asarray(kept)

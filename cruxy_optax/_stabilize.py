@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from cruxy_control.controls import Controls
-from cruxy_control.law import Law, check_law, needs_alignment
+from cruxy_control.law import Law, check_law, needs_alignment, needs_excess
 from cruxy_control.meta3 import Meta3
 from cruxy_control.signals import NOT_KNOWN, Signals
 from cruxy_optax._controls import materialize_controls, storable
@@ -17,11 +17,12 @@ from cruxy_optax._distributed.axes import as_axes
 from cruxy_optax._low_bit import as_built as decodable
 from cruxy_optax._low_bit import is_low_bit
 from cruxy_optax._low_bit import where as where_low_bit
-from cruxy_optax._sensors.measure import alignment, measure
+from cruxy_optax._sensors.measure import alignment, excess, measure
 from cruxy_optax._states import (
     as_built,
     base_rate,
     first_moments,
+    iterate_averages,
     limit_scale,
     says,
     states_that_say,
@@ -156,6 +157,9 @@ class Loop(NamedTuple):
                 base_rate=zero,
                 momentum_ratio=not_known,
             )
+        if needs_excess(self.law):
+            iterate_averages(params, inner_state)
+            signals = signals._replace(excess=not_known)
         _, controls = self.law.step(law_state, signals, xp=jnp)
         controls = storable(controls, self.law)
         state = StabilizeState(law_state, signals, controls, count, count, count, inner_state)
@@ -191,6 +195,13 @@ class Loop(NamedTuple):
                 limit_scale=limit_scale(state.inner_state),
                 base_rate=base_rate(state.inner_state),
                 momentum_ratio=ratio,
+            )
+        if needs_excess(self.law):
+            averages = iterate_averages(updates, state.inner_state)
+            signals = signals._replace(
+                excess=jnp.full_like(signals.grad_norm, NOT_KNOWN)
+                if params is None
+                else excess(updates, params, averages, *axes)
             )
         law_state, controls = self.law.step(state.law_state, signals, xp=jnp)
         controls = materialize_controls(controls)

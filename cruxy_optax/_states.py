@@ -6,6 +6,8 @@ a property; what it does not have is not said.
 - `first_moment`: an average of past gradients, a tree like the parameters, `None` in place of a
   tensor that has none. A law that steers by the alignment, `SelfDriving`, compares the gradient
   with it.
+- `iterate_average`: an average of the parameters, a tree like them. A law that moves its set point
+  by the excess over it reads it.
 - `no_first_moment`: a text, why such a law cannot be served although there may be some.
 - `held_by_controls = True`: on a skipped step, where the gradient is 0, both betas are 1 and the
   rate is 0, the state comes out as it went in. Without it `stabilize` keeps the old leaves beside
@@ -101,6 +103,26 @@ def first_moments(updates: optax.Updates, state: optax.OptState) -> list[Moment 
             "the law needs the alignment of gradients with a first moment, but inner keeps none; "
             "put scale_by_controlled_adam(), scale_by_controlled_lion() or optax's Adam, Lion, "
             "trace or ema into it, or a state that says which is its first_moment."
+        )
+    return found
+
+
+def iterate_averages(updates: optax.Updates, state: optax.OptState) -> list[Any]:
+    """The average of every leaf of the parameters, `None` where none is kept.
+
+    Raises:
+        ValueError: where there is none at all.
+    """
+    structure = jax.tree.structure(updates)
+    found: list[Any] = [None] * structure.num_leaves
+    for _, node in states_that_say(state, "iterate_average"):
+        for i, average in enumerate(structure.flatten_up_to(node.iterate_average)):
+            if jax.tree.leaves(average):  # not what `optax.masked` leaves in its place
+                found[i] = average
+    if all(average is None for average in found) and found:
+        raise ValueError(
+            "the law needs the excess of the parameters over an average of them, but inner keeps "
+            "none; put average_iterates() last in it, or give the law excess_share=None."
         )
     return found
 

@@ -1,6 +1,7 @@
 """What our optimizers share: one controller over all groups, its step, its telemetry, its state."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from cruxy_control import Law
-from cruxy_control.law import check_law, needs_alignment
+from cruxy_control.law import check_excess, check_law, needs_alignment
 from cruxy_torch import _checks, _law_state, _step, _telemetry
 from cruxy_torch._averaged import averaged_block
 from cruxy_torch._diagnose import Diagnosed
@@ -58,9 +59,9 @@ class ControlledOptimizer(Diagnosed, Optimizer):
     ) -> None:
         check_law(law)
         _checks.check_lr_bounds(lr_bounds)
-        like = torch.zeros((), dtype=torch.float32, device="cpu")
-        names = _law_state.names_of(law.init(like, xp=torch))
-        self._settings = _step.Settings(law, names, lr_bounds)
+        if defaults.get("averaging") is None:
+            check_excess(law, remedy="keep an average with averaging=16")
+        self._settings = _step.Settings(law, _law_state.names_under(law), lr_bounds)
         self._process_group = process_group
         self._forget()
         super().__init__(params, defaults)
@@ -71,6 +72,16 @@ class ControlledOptimizer(Diagnosed, Optimizer):
             )
         self._log = None if log_path is None else TelemetryLog(log_path, self._shown())
         self._step_supports_amp_scaling = True
+
+    def _take_law(self, law: Law) -> None:
+        """Goes on under another law; before the first step one with another state may come."""
+        names = _law_state.names_under(law)
+        if names != self._settings.names:
+            own = self.param_groups[0][KEY]
+            fresh = _law_state.start(law, own["step"].device)
+            own.clear()
+            own.update(fresh)
+        self._settings = dataclasses.replace(self._settings, law=law, names=names)
 
     def _forget(self) -> None:
         """Sets what belongs to this process and this moment, and is never saved."""

@@ -69,6 +69,10 @@ class Group(abc.ABC):
     def momenta(self) -> Sequence[Kept]:
         """The first moment that belongs to each gradient, this rank's shards of them."""
 
+    def averaged(self) -> Sequence[tuple[Kept, Kept]] | None:
+        """This rank's part of the parameter of each gradient, with its average; `None` of none."""
+        return None
+
     @abc.abstractmethod
     def limited(self) -> Sequence[Tensor]:
         """Every tensor that a relative limit bounds; none for no limit."""

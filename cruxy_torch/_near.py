@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from cruxy_exact.random_bits import random_bits
-from cruxy_torch._kept import Coded, compute_dtype, in_blocks, numbers
+from cruxy_torch._kept import Coded, Kept, compute_dtype, in_blocks, numbers, raw, read
 from cruxy_torch._orders import Orders
 
 
@@ -37,6 +37,14 @@ def value(param: Tensor, mean: Coded) -> Tensor:
     grid = mean.scales.to(near.dtype)[:, None]
     values = near + mean.code.offset(mean.codes, near, grid, xp=torch)
     return values.view(-1)[: param.numel()].view(param.shape)
+
+
+def distance(param: Kept, mean: Kept) -> Tensor:
+    """How far a parameter is from its average; float32, or float64 of float64."""
+    wide = compute_dtype(param)
+    (near,) = read([param], [wide])
+    average = value(raw(param), mean) if isinstance(mean, Coded) else raw(mean)
+    return near - average.to(wide)
 
 
 def move(param: Tensor, mean: Coded, orders: Orders) -> None:

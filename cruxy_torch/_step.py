@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cruxy_control.law import needs_alignment
+from cruxy_control.law import needs_alignment, needs_excess
 from cruxy_torch._decide import (
     Measured,
     decide,
@@ -60,8 +60,8 @@ def run(
     drives = needs_alignment(settings.law)
     measured = _measured(
         [group for group in groups if group.grads], loss, settings.law.gamma, drives=drives,
-        scale=scale, found_inf=found_inf, process_group=process_group, native=native,
-        foreach=foreach,
+        exceeds=needs_excess(settings.law), scale=scale, found_inf=found_inf,
+        process_group=process_group, native=native, foreach=foreach,
     )  # fmt: skip
     measured = measured._replace(idle=all(is_zero(group.lr) for group in groups))
     ordered = None if native is None else native.decide(settings, law_state, groups, measured)
@@ -77,6 +77,7 @@ def _measured(
     gamma: float,
     *,
     drives: bool,
+    exceeds: bool,
     scale: Tensor,
     native: Passes | None,
     **how: Any,
@@ -84,14 +85,16 @@ def _measured(
     """Sums over the gradients of all groups, and the sizes of what is under a limit."""
     grads = [grad for group in groups for grad in group.grads]
     momenta = [one for group in groups for one in _steering(group)] if drives else None
+    averaged = [pair for group in groups for pair in _averaged(group)] if exceeds else None
     limited = [group.limited() for group in groups]
     together = None
     if native is not None:
         sized = [tensor for group in limited for tensor in group] if all(limited) else []
         together = native.together(grads, sized)
     total, loss = measure_sums(
-        grads, loss, gamma, momenta=momenta, scale=scale, native=native, sized=together, **how
-    )
+        grads, loss, gamma, momenta=momenta, averaged=averaged, scale=scale, native=native,
+        sized=together, **how,
+    )  # fmt: skip
     if together is not None and together.complete:
         lengths = [len(group) for group in limited]
         sizes = [Sizes(*one) for one in together.split(lengths)]
@@ -121,3 +124,9 @@ def _steering(group: Group) -> list[tuple[Kept, float] | None]:
     """The first moment of each gradient with its sign; `None` where nothing has moved."""
     sign = -1.0 if group.maximize else 1.0
     return [None if group.still else (moment, sign) for moment in group.momenta()]
+
+
+def _averaged(group: Group) -> Sequence[tuple[Kept, Kept] | None]:
+    """The parameter of each gradient with its average; `None` where there is none."""
+    pairs = group.averaged()
+    return [None for _ in group.grads] if pairs is None else pairs

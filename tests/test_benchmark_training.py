@@ -63,7 +63,8 @@ def test_runs_of_different_optimizers_are_not_trained_together():
 
 
 VARIANTS = {
-    *("self_driving-interpolated", "self_driving-muon-plain", "self_driving-muon-set-0"),
+    *("self_driving-interpolated", "self_driving-muon-plain", "self_driving-muon-fixed"),
+    "self_driving-muon-set-0",
     *("scheduled-muon", "scheduled-muon-linear", "muon-cosine"),
 }.union(ABLATION, VARIED, PUBLISHED, COMPACT, COMPONENTS, ROLES, ENDED, YIELDING, AVERAGED)
 

@@ -130,6 +130,15 @@ ABLATION = {
 FEW_STARTS = (1e-5, 1e-3, 1e-1)
 """Where those start that are compared with tuned optimizers alone."""
 
+
+def _muon_at(set_point: float) -> Optimizer:
+    """Self-driving Muon that is steered to one alignment all along."""
+    law = usual_law("muon", ends=False, interpolation=0.7)
+    law = dataclasses.replace(law, set_point=set_point, excess_share=None)
+    label = f"Self-driving Muon, set point {set_point:g}"
+    return _driving(self_driving_muon, label, interpolation=0.7, law=law)._replace(grid=FEW_STARTS)
+
+
 SELF_DRIVING = {
     "self_driving": _driving(self_driving, "Self-driving"),
     "self_driving-lion": _driving(self_driving_lion, "Self-driving Lion")._replace(default=1e-4),
@@ -143,12 +152,8 @@ SELF_DRIVING = {
     "self_driving-muon-plain": _driving(
         self_driving_muon, "Self-driving Muon, no interpolation", interpolation=0.0
     )._replace(grid=FEW_STARTS),
-    "self_driving-muon-set-0": _driving(
-        self_driving_muon,
-        "Self-driving Muon, set point 0",
-        interpolation=0.7,
-        law=dataclasses.replace(usual_law("muon", ends=False, interpolation=0.7), set_point=0.0),
-    )._replace(grid=FEW_STARTS),
+    "self_driving-muon-fixed": _muon_at(-0.07),
+    "self_driving-muon-set-0": _muon_at(0.0),
 }
 """Ours without a rate; the grid is where they start."""
 

@@ -12,7 +12,7 @@ from cruxy_control.formulas.averaging import POWER, averaging_orders
 from cruxy_exact.random_bits import stream_key
 from cruxy_optax._low_bit import as_built, came_apart
 from cruxy_optax._memory.quantize import SMALLEST, check_bits
-from cruxy_optax._near_array import NearArray
+from cruxy_optax._near_array import NearArray, decoded_near
 from cruxy_optax._places import WHOLE, Place
 from cruxy_optax._release import LayerStack
 from cruxy_optax._tree import accumulator_dtype, find, where
@@ -28,6 +28,11 @@ class AverageIteratesState(NamedTuple):
     count: jax.Array  # iterates in it; shape=(), dtype=int32
 
     held_by_controls = True
+
+    @property
+    def iterate_average(self) -> optax.Params:
+        """What a law compares the parameters with that moves its set point."""
+        return self.average
 
 
 def average_iterates(
@@ -125,7 +130,7 @@ def average_iterates(
 
         def pulled(mean: Any, p: Any, u: jax.Array) -> jax.Array:
             old = jnp.asarray(p).astype(accumulator_dtype(p))
-            way = old - (mean.decode(p) if _is_coded(mean) else mean) + u.astype(old.dtype)
+            way = old - decoded_near(mean, p) + u.astype(old.dtype)
             return where(ok, u + (share * way).astype(u.dtype), u)
 
         def moved(mean: Any, p: Any, u: jax.Array, number: int) -> Any:
@@ -199,9 +204,7 @@ def averaged_params(opt_state: Any, params: optax.Params) -> optax.Params:
         average = averages.get(path)  # a mask may be a prefix of the tree
         if average is None or _is_masked(average):
             return p
-        if _is_coded(average):
-            average = average.decode(p)
-        return jnp.asarray(average).astype(jnp.result_type(p))
+        return decoded_near(average, p).astype(jnp.result_type(p))
 
     return jax.tree_util.tree_map_with_path(averaged, params)
 

@@ -49,12 +49,13 @@ def cooldown(opt_state: optax.OptState, steps: chex.Numeric) -> optax.OptState:
             "one without it; give it a schedule in place of learning_rate."
         )
 
-    plain = jax.tree.structure(SelfDriving().init(jnp.zeros(()), xp=jnp))
     steps = jnp.asarray(steps).astype(jnp.int32)
 
     def one(node: Any) -> Any:
         if not isinstance(node, SelfDrivingState):
             return node
+        law = SelfDriving(excess_share=0.5 if node.progress else None)
+        plain = jax.tree.structure(law.init(jnp.zeros(()), xp=jnp))
         leaves, boxed = jax.tree.flatten(node)  # nnx.Optimizer puts each number into a box
         state = begin_cooldown(plain.unflatten(leaves), steps, xp=jnp)
         return boxed.unflatten(jax.tree.leaves(state))

@@ -11,6 +11,7 @@ from cruxy_control.signals import NOT_KNOWN, Signals, momentum_ratio
 from cruxy_control.signals import alignment as cosine_of
 from cruxy_optax._distributed.axes import inner_product, mean_over_axes, sum_over_shards
 from cruxy_optax._low_bit import is_low_bit
+from cruxy_optax._near_array import decoded_near
 from cruxy_optax._sensors.power_sums import power_sums
 from cruxy_optax._states import Moment
 from cruxy_optax._tree import accumulator_dtype, check_real, root
@@ -105,15 +106,43 @@ def alignment(
     if any(m is None or m.moved is not None for m in momenta):
         norm = root(raw_sums(grads, 2.0, axis_names, replica_axes).squares)
 
-    def product(a: jax.Array, b: jax.Array) -> jax.Array:
-        dtype = accumulator_dtype(a)
-        return inner_product(a.astype(dtype), b.astype(dtype))
-
     axes = (axis_names, replica_axes)
-    along = sum_over_shards([product(g, m) for g, m in pairs], grads, *axes)
-    length = sum_over_shards([product(m, m) for _, m in pairs], grads, *axes)
+    along = sum_over_shards([_product(g, m) for g, m in pairs], grads, *axes)
+    length = sum_over_shards([_product(m, m) for _, m in pairs], grads, *axes)
     both = cosine_of(along, norm, length, xp=jnp), momentum_ratio(length, norm, xp=jnp)
     return both[0].astype(jnp.float32), both[1].astype(jnp.float32)
+
+
+def excess(
+    updates: optax.Updates,
+    params: optax.Params,
+    averages: Sequence[Any],
+    axis_names: Sequence[str] = (),
+    replica_axes: Sequence[str] = (),
+) -> jax.Array:
+    """`sum g (p - average)` over all leaves that have an average, see `Signals.excess`.
+
+    Args:
+        updates: the raw gradients.
+        params: where they were taken.
+        averages: one for each leaf, an array or a `NearArray`, `None` where it has none.
+        axis_names: see `measure`.
+        replica_axes: likewise.
+
+    Returns:
+        A float32 scalar.
+    """
+    leaves = zip(jax.tree.leaves(updates), jax.tree.leaves(params), averages, strict=True)
+    rows = [(jnp.asarray(g), jnp.asarray(p), mean) for g, p, mean in leaves if mean is not None]
+    ways = [p.astype(accumulator_dtype(p)) - decoded_near(mean, p) for _, p, mean in rows]
+    grads = [g for g, _, _ in rows]
+    sums = [_product(g, way) for g, way in zip(grads, ways, strict=True)]
+    return sum_over_shards(sums, grads, axis_names, replica_axes).astype(jnp.float32)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    dtype = accumulator_dtype(a)
+    return inner_product(a.astype(dtype), b.astype(dtype))
 
 
 def _gamma_root(powers: jax.Array, gamma: float) -> jax.Array:

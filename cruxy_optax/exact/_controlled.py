@@ -9,7 +9,7 @@ import optax
 
 from cruxy_control import driving
 from cruxy_control.checks import check_range
-from cruxy_control.law import Law, check_law, needs_alignment
+from cruxy_control.law import Law, check_excess, check_law, needs_alignment
 from cruxy_control.meta3 import Meta3
 from cruxy_control.usual import USUAL, told_the_end, usual_law
 from cruxy_exact.driven import Driven, DrivenState, Group, Leaf
@@ -88,6 +88,7 @@ def controlled(
     adamw(learning_rate, b1, b2, eps, weight_decay, mask)  # which checks them
     law = Meta3() if law is None else law
     check_law(law)
+    check_excess(law, remedy="leave it out")
     if needs_alignment(law) and not callable(learning_rate):
         remedy = "leave it out"
         check_range("learning_rate", learning_rate, 0.0, lower_open=True, remedy=remedy)

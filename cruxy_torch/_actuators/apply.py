@@ -53,6 +53,13 @@ class DirectedGroup(Group):
         """The first moment that belongs to each gradient, this rank's shards of them."""
         return self.columns.moments[self.direction.moments[0]]
 
+    def averaged(self) -> Sequence[tuple[Kept, Kept]] | None:
+        """This rank's part of each parameter with its average; see `Group`."""
+        if self.coded:
+            return [(local(param), mean) for param, mean in self.coded]
+        pairs = zip(self.columns.params, self.columns.averages, strict=True)
+        return list(pairs) if self.columns.averages else None
+
     def limited(self) -> Sequence[Tensor]:
         """Every tensor that a relative limit bounds; see `Group`."""
         return () if self.relative_limit is None else self.params

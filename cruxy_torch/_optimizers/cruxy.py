@@ -1,6 +1,5 @@
 """`CruxyOptimizer`: the control law around Adam, Lion and other directions, called like AdamW."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -325,8 +324,7 @@ class CruxyOptimizer(DirectedOptimizer):
             if not self._asked:
                 pull_no_more(self.defaults, self.param_groups)
             pull, law = self.defaults["interpolation"], self._settings.law
-            law = with_usual(law, self._kind, ends=True, interpolation=pull)
-            self._settings = dataclasses.replace(self._settings, law=law)
+            self._take_law(with_usual(law, self._kind, ends=True, interpolation=pull))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads as torch's optimizers do; where ranks vote, this rank's state or the merged one."""

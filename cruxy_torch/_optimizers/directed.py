@@ -1,6 +1,5 @@
 """What optimizers with a direction share: how a group of theirs is put together for a step."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -174,8 +173,7 @@ class DirectedOptimizer(ControlledOptimizer):
             >>> optimizer.total_steps
             500
         """
-        law = told_the_end(self._settings.law, steps)
-        self._settings = dataclasses.replace(self._settings, law=law)
+        self._take_law(told_the_end(self._settings.law, steps))
 
     @property
     def finds_rate(self) -> bool:

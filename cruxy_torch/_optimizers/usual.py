@@ -17,7 +17,8 @@ def with_usual(law: Law, kind: str, *, ends: bool, interpolation: float = 0.0) -
     if not isinstance(law, SelfDriving) or kind not in USUAL:
         return law
     own = usual_law(kind, ends=ends, interpolation=interpolation)
-    return dataclasses.replace(law, set_point=own.set_point, limit_yield=own.limit_yield)
+    names = ("set_point", "limit_yield", "excess_share")
+    return dataclasses.replace(law, **{name: getattr(own, name) for name in names})
 
 
 def pull_no_more(defaults: dict[str, Any], groups: Iterable[dict[str, Any]]) -> None:

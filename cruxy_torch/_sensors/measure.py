@@ -18,6 +18,7 @@ from cruxy_torch._blocks import blocks, buckets
 from cruxy_torch._distributed.shards import by_mesh, local, over_mesh
 from cruxy_torch._kept import Kept, compute_dtype, plain, read
 from cruxy_torch._native.fit import Passes, SetAsideError
+from cruxy_torch._near import distance
 
 
 def sums(
@@ -150,12 +151,35 @@ def products(
     return torch.stack((total[0] * scale, total[1]))
 
 
+def excess(
+    grads: Sequence[Tensor], averaged: Sequence[tuple[Kept, Kept] | None], scale: Tensor
+) -> Tensor:
+    """`sum g (p - average)` over plain tensors, the gradients multiplied by `scale` first.
+
+    Args:
+        grads: raw gradients.
+        averaged: the parameter of each, as it is kept, with its average; `None` for none.
+        scale: factor on every gradient; 0-d.
+
+    Returns:
+        A float32 vector of one on the device of `scale`.
+    """
+    totals = [torch.zeros((), dtype=torch.float32, device=scale.device)]
+    for grad, pair in zip(grads, averaged, strict=True):
+        for g, p, mean in () if pair is None else blocks(grad, *pair):
+            way = distance(p, mean)
+            along = torch.dot(g.to(way.dtype).reshape(-1), way.reshape(-1))
+            totals.append(along.to(scale.device, torch.float32, non_blocking=True))
+    return (torch.stack(totals).sum() * scale).reshape(1)
+
+
 def measure_sums(
     grads: list[Tensor],
     loss: Tensor,
     gamma: float,
     *,
     momenta: Sequence[tuple[Kept, float] | None] | None = None,
+    averaged: Sequence[tuple[Kept, Kept] | None] | None = None,
     scale: Tensor,
     found_inf: Tensor | None,
     process_group: dist.ProcessGroup | None,
@@ -175,6 +199,7 @@ def measure_sums(
         gamma: the law's exponent.
         momenta: see `products`, this rank's shards of them, where the alignment is asked for;
             `None` for a gradient that is left out of it.
+        averaged: see `excess`, this rank's shards, where that is asked for beside the alignment.
         scale: factor on every gradient; 0-d, float32.
         found_inf: what a `GradScaler` found, positive where the step is to be skipped.
         process_group: ranks that hold the same gradients but a loss of their own.
@@ -192,6 +217,14 @@ def measure_sums(
         return sums(chosen, gamma, scale, own, native=native, foreach=foreach, sized=sized)
 
     def sums_of(indices: list[int]) -> Tensor:
+        total = aligned_sums(indices)
+        if averaged is None:
+            return total
+        total = total if len(total) > 4 else torch.cat((total, total[:1]))
+        chosen = [local(grads[i]) for i in indices]
+        return torch.cat((total, excess(chosen, _at(averaged, indices), scale)))
+
+    def aligned_sums(indices: list[int]) -> Tensor:
         if momenta is None:
             return own_sums(indices, steers=False)
         total = own_sums([i for i in indices if momenta[i] is not None], steers=True)
@@ -240,7 +273,8 @@ def signals(total: Any, loss: Any, gamma: float, *, xp: Any = torch) -> Signals:
 
     Args:
         total: a vector, or its numbers: `sum g^2`, `sum |g|^gamma`, `sum g m`, `sum m^2`, and
-            `sum g^2` of those gradients alone that have moments where it is another.
+            `sum g^2` of those gradients alone that have moments where it is another, and the sum
+            of `excess` where a law wants that.
         loss: NaN or not finite where there is none.
         gamma: the exponent.
         xp: the array namespace.
@@ -253,7 +287,8 @@ def signals(total: Any, loss: Any, gamma: float, *, xp: Any = torch) -> Signals:
     norm = total[4].sqrt() if len(total) > 4 else norms["grad_norm"]
     cosine = alignment(total[2], norm, total[3], xp=xp)
     ratio = momentum_ratio(total[3], norm, xp=xp)
-    return Signals(**norms, loss=loss, alignment=cosine, momentum_ratio=ratio)
+    excess = total[5] if len(total) > 5 else None
+    return Signals(**norms, loss=loss, alignment=cosine, momentum_ratio=ratio, excess=excess)
 
 
 def _counted(loss: Tensor) -> Tensor:

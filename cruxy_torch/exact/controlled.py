@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from cruxy_control import Law, Meta3, driving
 from cruxy_control.checks import check_range
-from cruxy_control.law import check_law, needs_alignment
+from cruxy_control.law import check_excess, check_law, needs_alignment
 from cruxy_control.usual import USUAL, told_the_end, usual_law
 from cruxy_exact.arithmetic import settle
 from cruxy_exact.driven import Driven, Group, Leaf
@@ -69,6 +69,7 @@ class Controlled(Optimizer):
     ) -> None:
         law = Meta3() if law is None else law
         check_law(law)
+        check_excess(law, remedy="leave it out")
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0.0:
                 raise ValueError(f"{name} must be at least 0, got {value!r}; use the default.")
