@@ -18,6 +18,7 @@ from cruxy_control import (  # noqa: E402
     StabilityV1,
     StabilityV2,
 )
+from cruxy_control.law import needs_excess  # noqa: E402
 from cruxy_torch import CruxyOptimizer, _law_state, _step  # noqa: E402
 from cruxy_torch._native import (  # noqa: E402
     triton_launch,
@@ -42,6 +43,12 @@ CASES = {
     "8 bits, limited, averaged": {"state_bits": 8, "relative_limit": 0.1, "averaging": 4.0},
     "self-driving": {"mode": "self_driving"},
     "self-driving, interpolated": {"mode": "self_driving", "interpolation": 0.6},
+    "self-driving by the excess": {
+        "law": SelfDriving(excess_share=0.5),
+        "lr": 1e-2,
+        "averaging": 4.0,
+        "relative_limit": 0.1,
+    },
     "self-driving to an end": {"mode": "self_driving", "total_steps": 300},
     "self-driving, yielding": {"law": SelfDriving(limit_yield=5.0), "lr": 1e-2},
     "self-driving Lion under a schedule": {"mode": "self_driving", "use_lion": True, "falls": True},
@@ -62,7 +69,7 @@ class Run:
         options = {**CASES[name]}
         self.falls, self.idle = options.pop("falls", False), options.pop("idle", False)
         largest = options.pop("max_grad_norm", None)
-        self.draw = np.random.default_rng(0)
+        self.draw, self.own_draw = np.random.default_rng(0), np.random.default_rng(1)
         self.both = []
         for _ in range(2):
             params = [torch.nn.Parameter(torch.ones(n, device=DEVICE)) for n in (4096, 3)]
@@ -93,6 +100,9 @@ class Run:
             g, gamma = 1e30, 1e25
         drives = "limit_scale" in self.both[0]._law()
         total = [g, gamma, along, m] if drives else [g, gamma]
+        if needs_excess(self.both[0]._settings.law):  # and a loss that falls, by which it divides
+            loss += 3.0 - 0.5 * math.log(1.0 + step)
+            total += [g, 0.05 * float(self.own_draw.normal()) if kind != 15 else float("inf")]
         sizes, whole = [None, None], None
         if self.both[0].param_groups[0]["relative_limit"] is not None:
             squares = np.exp(draw.normal(-4.0, 2.0, 2))
