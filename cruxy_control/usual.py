@@ -20,9 +20,10 @@ class Usual(NamedTuple):
         set_point_ended: the same where the end is known.
         set_point_pulled: the same where the average pulls the parameters along.
         limit_yield: how the limit gives way, see `SelfDriving`; `None` for one that holds.
-        interpolation: how far the average pulls in a run without an end, see `averaging_orders`.
+        interpolation: how far the average pulls, see `averaging_orders`.
         power_pulled: of an average that pulls.
         excess_share: see `SelfDriving`, of an average that pulls; `None` for a fixed set point.
+        peak_pulled: `SelfDriving.cooldown_peak` of an average that pulls.
     """
 
     relative_limit: float
@@ -33,6 +34,7 @@ class Usual(NamedTuple):
     interpolation: float = 0.0
     power_pulled: float = 3.0
     excess_share: float | None = None
+    peak_pulled: float = 2.0
 
 
 USUAL = {
@@ -44,6 +46,7 @@ USUAL = {
         interpolation=0.7,
         power_pulled=2.0,
         excess_share=0.5,
+        peak_pulled=1.0,
     ),
 }
 """By the kind of a direction: `"adam"` where its elements are of size 1 or less and shrink,
@@ -53,7 +56,8 @@ An orthogonal step bears a larger rate than the sensor takes Adam's for: it is s
 alignment nearer to 0, as is a step of which an average that pulls soon undoes a share. Only Adam's
 limit gives way: the others gained nothing by it. Only Muon's average pulls: with Adam's direction
 language models gain by it, and small tasks lose. There the set point is moved by the excess over
-that average; -0.07 is where it begins, and where it stays without a loss."""
+that average; -0.07 is where it begins, and where it stays without a loss. The rate that is found so
+is where a known end falls from: twice of it is too much where gradients are noise."""
 
 Given = float | Literal["usual"]
 """A number, or that which goes with the kind of the direction."""
@@ -68,8 +72,8 @@ def usual_average(
         kind: a key of `USUAL`.
         averaging: `None` for no average.
         interpolation: see `averaging_orders`.
-        free: whether the run has no known end, no schedule and the usual law; otherwise nothing
-            pulls unless it is asked for.
+        free: whether the run has no schedule and the usual law; otherwise nothing pulls unless it
+            is asked for.
     """
     own = USUAL[kind]
     if averaging is None:
@@ -103,10 +107,15 @@ def usual_law(kind: str, *, ends: bool, interpolation: Any = 0.0) -> SelfDriving
     """
     own = USUAL[kind]
     set_point = own.set_point_ended if ends else own.set_point
-    share = None
-    if pulls(interpolation):
-        set_point, share = own.set_point_pulled, own.excess_share
-    return SelfDriving(set_point=set_point, limit_yield=own.limit_yield, excess_share=share)
+    law = SelfDriving(set_point=set_point, limit_yield=own.limit_yield)
+    if not pulls(interpolation):
+        return law
+    return dataclasses.replace(
+        law,
+        set_point=own.set_point_pulled,
+        excess_share=own.excess_share,
+        cooldown_peak=own.peak_pulled,
+    )
 
 
 def told_the_end(law: Law, total_steps: int | None) -> Law:

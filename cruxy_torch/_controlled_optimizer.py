@@ -1,7 +1,6 @@
 """What our optimizers share: one controller over all groups, its step, its telemetry, its state."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,9 @@ class ControlledOptimizer(Diagnosed, Optimizer):
         _checks.check_lr_bounds(lr_bounds)
         if defaults.get("averaging") is None:
             check_excess(law, remedy="keep an average with averaging=16")
-        self._settings = _step.Settings(law, _law_state.names_under(law), lr_bounds)
+        like = torch.zeros((), dtype=torch.float32, device="cpu")
+        names = _law_state.names_of(law.init(like, xp=torch))
+        self._settings = _step.Settings(law, names, lr_bounds)
         self._process_group = process_group
         self._forget()
         super().__init__(params, defaults)
@@ -72,16 +73,6 @@ class ControlledOptimizer(Diagnosed, Optimizer):
             )
         self._log = None if log_path is None else TelemetryLog(log_path, self._shown())
         self._step_supports_amp_scaling = True
-
-    def _take_law(self, law: Law) -> None:
-        """Goes on under another law; before the first step one with another state may come."""
-        names = _law_state.names_under(law)
-        if names != self._settings.names:
-            own = self.param_groups[0][KEY]
-            fresh = _law_state.start(law, own["step"].device)
-            own.clear()
-            own.update(fresh)
-        self._settings = dataclasses.replace(self._settings, law=law, names=names)
 
     def _forget(self) -> None:
         """Sets what belongs to this process and this moment, and is never saved."""

@@ -235,11 +235,6 @@ def load(law_state: dict[str, Tensor], saved: Mapping[str, Tensor]) -> None:
         tensor.copy_(saved[name])
 
 
-def names_under(law: Any) -> Any:
-    """What `names_of` gives for the state of a law."""
-    return names_of(law.init(torch.zeros((), dtype=torch.float32, device="cpu"), xp=torch))
-
-
 def names_of(state: Any, prefix: str = "law.") -> Any:
     """A state of the law with the name of each value in the dictionary in its place."""
     fields = zip(state._fields, state, strict=True)

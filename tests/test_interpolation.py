@@ -1,5 +1,7 @@
 """An average that pulls the parameters along: schedule-free averaging without a third sequence."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,28 +181,32 @@ class TestUsual:
         assert usual_law("muon", ends=False, interpolation=0.7).set_point == -0.07
         assert usual_law("muon", ends=False).set_point == -0.15
         assert usual_law("adam", ends=False, interpolation=0.6).set_point == -0.2
+        for ends in (False, True):
+            assert usual_law("muon", ends=ends, interpolation=0.7).cooldown_peak == 1.0
+            assert usual_law("muon", ends=ends).cooldown_peak == 2.0
         assert pulls(jnp.float32(0.0))  # who is traced may
 
     def test_muon_of_torch_is_muon_of_jax(self):
         from cruxy_torch import param_groups
 
         net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 6))
-        own, ended = (
+        own, ended, plain = (
             CruxyOptimizer(
-                param_groups(net, lr=1e-3), mode="self_driving", direction="muon", total_steps=end
+                param_groups(net, lr=1e-3), mode="self_driving", direction="muon", **options
             )
-            for end in (None, 100)
+            for options in ({}, {"total_steps": 100}, {"interpolation": 0.0})
         )
         matrices = [g for g in own.param_groups if g["betas"][1] in (0.9, 0.95)]
         assert {(g["betas"], g["averaging"], g["interpolation"]) for g in matrices} == {
             ((0.9 * 0.9, 0.9), 2.0, 0.7)
         }
         assert own._settings.law.set_point == -0.07
-        assert {g["interpolation"] for g in ended.param_groups} == {0.0}
-        assert {g["averaging"] for g in ended.param_groups} == {16.0}
-        assert any(g["betas"] == (0.95 * 0.95, 0.95) for g in ended.param_groups)
+        assert {g["interpolation"] for g in ended.param_groups} == {0.7}
+        assert ended._settings.law == dataclasses.replace(own._settings.law, total_steps=100)
+        assert {g["averaging"] for g in plain.param_groups} == {16.0}
+        assert any(g["betas"] == (0.95 * 0.95, 0.95) for g in plain.param_groups)
 
-    @pytest.mark.parametrize("options", [{}, {"interpolation": 0.5}, {"averaging": 4.0}])
+    @pytest.mark.parametrize("options", [{}, {"interpolation": 0.0}, {"averaging": 4.0}])
     def test_an_end_that_is_told_before_the_first_step_is_as_one_told_at_once(self, options):
         from cruxy_torch import param_groups
 

@@ -89,7 +89,7 @@ def self_driving(
             average and saves its buffer: then the parameters themselves are what there is to
             evaluate, as noisy as the rate.
         interpolation: how far the average pulls the parameters along, see `average_iterates`; 0, or
-            what goes with `direction` where neither an end nor a schedule, `law` or `averaging` is
+            what goes with `direction` where neither a schedule nor `law` or `averaging` is
             given. For language models, 0.6.
         average_bits: bits an element of the average, 32 (`None`), 16 or 8; see `average_iterates`.
         total_steps: steps of the run, where they are known: the rate is found in the first fifth
@@ -257,7 +257,10 @@ def self_driving_muon(
     rate moves them all.
 
     An orthogonal step bears a larger rate than the sensor takes Adam's for: it is steered to an
-    alignment of -0.07, to one of -0.15 where no average pulls, and of -0.2 where the end is known.
+    alignment of -0.07 at first, which then follows the excess over the average
+    (`SelfDriving.excess_share`) and so the noise of the gradients; hand the loss over as `value`.
+    Where the end is known the rate falls from the one that was found. Where no average pulls it is
+    steered to -0.15, to -0.2 where the end is known, and falls from twice of that.
 
     Args:
         learning_rate: where the search starts; see `self_driving`, as all that is not said here.
@@ -275,7 +278,7 @@ def self_driving_muon(
         averaging: the power of `average_iterates`; 2, and 16 where nothing pulls. `None` keeps no
             average.
         interpolation: how far the average pulls the parameters along, see `average_iterates`; 0.7,
-            and 0 where the end is known, or `averaging`, `law` or a schedule is given.
+            and 0 where `averaging`, `law` or a schedule is given.
         average_bits: bits an element of the average, 32 (`None`), 16 or 8.
         total_steps: steps of the run, where they are known.
         rates: factors on the rate by role.
@@ -350,7 +353,7 @@ def _law(
 ) -> tuple[Law, float | None, float]:
     """The law that knows the end, the power of the average, and how far that pulls."""
     ends = total_steps is not None
-    free = law is None and not ends and not scheduled
+    free = law is None and not scheduled
     power, pull = usual_average(kind, averaging, interpolation, free=free)
     law = usual_law(kind, ends=ends, interpolation=pull) if law is None else law
     return told_the_end(law, total_steps), power, pull

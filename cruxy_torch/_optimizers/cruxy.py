@@ -1,5 +1,6 @@
 """`CruxyOptimizer`: the control law around Adam, Lion and other directions, called like AdamW."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from cruxy_torch._native.fit import Passes
 from cruxy_torch._optimizers import muon, voting
 from cruxy_torch._optimizers.directed import DirectedOptimizer
 from cruxy_torch._optimizers.modes import LIONS, Mode, law_of, refuse_of_adamw
-from cruxy_torch._optimizers.usual import average_of, check_direction, pull_no_more, with_usual
+from cruxy_torch._optimizers.usual import average_of, check_direction, with_usual
 from cruxy_torch.backends import fastest
 
 
@@ -147,8 +148,8 @@ class CruxyOptimizer(DirectedOptimizer):
             average with them. Loading brings the bits that were saved.
         interpolation: how far the average pulls the parameters along, in `[0, 1)`, see
             `cruxy_optax.average_iterates`: schedule-free averaging. It is 0, but 0.7 under
-            self-driving with `direction="muon"` where no end is known and neither `law` nor
-            `averaging` is given; under a scheduler that decays, 0 is better. For language models
+            self-driving with `direction="muon"` where neither `law` nor `averaging` is given;
+            under a scheduler that decays, 0 is better. For language models
             with Adam's direction, 0.6.
         process_group: ranks that hold the same gradients, as under `DistributedDataParallel`, but
             pass a loss of their own: one all-reduce a step keeps their controllers alike, and a
@@ -191,7 +192,7 @@ class CruxyOptimizer(DirectedOptimizer):
     _pickled = (
         *DirectedOptimizer._pickled,
         *("_momentum_dtype", "_direction", "_select", "_foreach", "_fused", "_compile"),
-        *("_kind", "_asked"),
+        "_kind",
     )
 
     def __init__(
@@ -240,12 +241,10 @@ class CruxyOptimizer(DirectedOptimizer):
         is_muon = direction == "muon"
         kind = "muon" if is_muon else "lion" if use_lion else getattr(direction, "kind", "adam")
         ends, usually = total_steps is not None, law is None
-        self._kind, self._asked = kind if usually else None, interpolation != "mode"
+        self._kind = kind if usually else None
         if law is None:
             law = law_of(named, gamma_norm, meta_lr_eta, meta_lr_beta2, meta_interval)
-        averaging, interpolation = average_of(
-            law, kind, averaging, interpolation, free=usually and not ends
-        )
+        averaging, interpolation = average_of(law, kind, averaging, interpolation, free=usually)
         if usually:
             law = with_usual(law, kind, ends=ends, interpolation=interpolation)
         law = told_the_end(law, total_steps)
@@ -305,7 +304,6 @@ class CruxyOptimizer(DirectedOptimizer):
             group.setdefault("interpolation", 0.0)
             group.setdefault("decay_vectors", True)
         self.__dict__.setdefault("_kind", None)
-        self.__dict__.setdefault("_asked", True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group with options of its own; the one controller sees its gradients too."""
@@ -318,13 +316,12 @@ class CruxyOptimizer(DirectedOptimizer):
         super().add_param_group(param_group)
 
     def set_total_steps(self, steps: int) -> None:
-        """See `DirectedOptimizer`; before the first step set point and average change too."""
+        """See `DirectedOptimizer`; before the first step the set point may change too."""
         super().set_total_steps(steps)
         if not self.state and self._kind is not None:
-            if not self._asked:
-                pull_no_more(self.defaults, self.param_groups)
             pull, law = self.defaults["interpolation"], self._settings.law
-            self._take_law(with_usual(law, self._kind, ends=True, interpolation=pull))
+            law = with_usual(law, self._kind, ends=True, interpolation=pull)
+            self._settings = dataclasses.replace(self._settings, law=law)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads as torch's optimizers do; where ranks vote, this rank's state or the merged one."""

@@ -1,5 +1,6 @@
 """What optimizers with a direction share: how a group of theirs is put together for a step."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -173,7 +174,8 @@ class DirectedOptimizer(ControlledOptimizer):
             >>> optimizer.total_steps
             500
         """
-        self._take_law(told_the_end(self._settings.law, steps))
+        law = told_the_end(self._settings.law, steps)
+        self._settings = dataclasses.replace(self._settings, law=law)
 
     @property
     def finds_rate(self) -> bool:

@@ -1,15 +1,12 @@
 """What goes with a mode and a direction of `CruxyOptimizer` where it is not given."""
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from cruxy_control import SelfDriving
-from cruxy_control.formulas.averaging import POWER
 from cruxy_control.law import Law, needs_alignment
 from cruxy_control.usual import USUAL, usual_average, usual_law
 from cruxy_torch._actuators.direction import Direction
-from cruxy_torch._optimizers import muon
 
 
 def with_usual(law: Law, kind: str, *, ends: bool, interpolation: float = 0.0) -> Law:
@@ -17,23 +14,8 @@ def with_usual(law: Law, kind: str, *, ends: bool, interpolation: float = 0.0) -
     if not isinstance(law, SelfDriving) or kind not in USUAL:
         return law
     own = usual_law(kind, ends=ends, interpolation=interpolation)
-    names = ("set_point", "limit_yield", "excess_share")
+    names = ("set_point", "limit_yield", "excess_share", "cooldown_peak")
     return dataclasses.replace(law, **{name: getattr(own, name) for name in names})
-
-
-def pull_no_more(defaults: dict[str, Any], groups: Iterable[dict[str, Any]]) -> None:
-    """Groups whose average pulls because nobody said otherwise get one that does not."""
-    if not defaults["interpolation"]:
-        return
-    usual = {name: defaults[name] for name in ("averaging", "interpolation")}
-    still = {"averaging": POWER, "interpolation": 0.0}
-    defaults.update(still)
-    for group in groups:
-        if usual.items() <= group.items():
-            ahead = group["use_nesterov"]
-            if group["betas"] == muon.momentum_betas(usual["interpolation"], nesterov=ahead):
-                group["betas"] = muon.momentum_betas(0.0, nesterov=ahead)
-            group.update(still)
 
 
 def average_of(
