@@ -16,6 +16,10 @@ DECAY = 0.97
 EARLY, LATE = 1.0, 3.0
 """Powers of the two means of the loss; in the logarithm of the steps they lag by 1/2 and 1/4."""
 
+OUTLIER, LOSS_OUTLIER = 10.0, 3.0
+"""Times the usual one that a gradient, and a loss, count for at most: one bad batch cannot steer for
+hundreds of steps."""
+
 SETTLED = 20
 """Measured steps before which there is no share: the means are of the first few losses."""
 
@@ -54,17 +58,25 @@ def measured(excess: Any, loss: Any) -> Any:
     return known(excess) & known(loss)
 
 
-def advance(state: Progress, excess: Any, loss: Any, *, xp: Any) -> Progress:
+def advance(
+    state: Progress, excess: Any, loss: Any, norm: Any, usual_norm: Any, *, xp: Any
+) -> Progress:
     """The averages with one step more; as they were where excess or loss are not known.
 
     Args:
         state: before.
         excess: `Signals.excess`.
         loss: of the same step.
+        norm: of the gradient in it.
+        usual_norm: an average of that over steps before; 0 for none.
         xp: the array namespace.
     """
     sure = measured(excess, loss)
-    excess, loss = xp.where(sure, excess, 0.0), xp.where(sure, loss, 0.0)
+    outlier = (usual_norm > 0.0) & (norm > OUTLIER * usual_norm)
+    share = xp.where(outlier, OUTLIER * usual_norm, 1.0) / xp.where(outlier, norm, 1.0)
+    excess, loss = xp.where(sure, excess, 0.0) * share, xp.where(sure, loss, 0.0)
+    most = LOSS_OUTLIER * abs(state.loss.value)
+    loss = xp.where((most > 0.0) & (loss > most), most, loss)
     early, late = (averaging_weight(state.count, power, xp=xp) for power in (EARLY, LATE))
     new = Progress(
         filters.ema(state.excess, excess, DECAY, debias=True),

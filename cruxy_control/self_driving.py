@@ -294,7 +294,7 @@ class SelfDriving(V2Sensors):
         sensed = xp.where(sure, signals.alignment, 0.0)
         alignment = filters.ema(state.alignment, sensed, self.alignment_decay, debias=True)
         alignment = filters.select(sure, alignment, state.alignment, xp=xp)
-        ahead = self._progress(state.progress, signals, moved, xp)
+        ahead = self._progress(state, signals, moved, xp)
         gain = self._gain(state.step)
         set_point = self._set_point(ahead, signals, xp)
         error = xp.clip(alignment.value - set_point, -1.0, 1.0)
@@ -310,11 +310,13 @@ class SelfDriving(V2Sensors):
             progress=ahead,
         )
 
-    def _progress(self, state: Any, signals: Signals, moved: Any, xp: Any) -> Any:
-        if self.excess_share is None or signals.excess is None:
-            return state
-        new = advance(state, signals.excess, signals.loss, xp=xp)
-        return filters.select(moved, new, state, xp=xp)
+    def _progress(self, state: SelfDrivingState, signals: Signals, moved: Any, xp: Any) -> Any:
+        old = state.progress
+        if not isinstance(old, Progress) or signals.excess is None:
+            return old
+        norms = signals.gamma_norm, state.sensors.windows.slow.value
+        new = advance(old, signals.excess, signals.loss, *norms, xp=xp)
+        return filters.select(moved, new, old, xp=xp)
 
     def _set_point(self, state: Any, signals: Signals, xp: Any) -> Any:
         """The alignment that is steered to in this step."""

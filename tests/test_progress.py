@@ -30,7 +30,8 @@ def after(losses, excess, xp=np):
     state = progress.no_steps(xp.zeros((), dtype=xp.float32), xp=xp)
     for loss in losses:
         loss = xp.asarray(loss, dtype=xp.float32)
-        state = progress.advance(state, xp.asarray(excess, dtype=xp.float32), loss, xp=xp)
+        excess = xp.asarray(excess, dtype=xp.float32)
+        state = progress.advance(state, excess, loss, excess * 0 + 1, excess * 0 + 1, xp=xp)
     return state
 
 
@@ -126,8 +127,30 @@ def test_what_moves_nothing_is_no_progress():
     assert law.step(state, damaged, xp=np)[0].progress == state.progress
 
 
-def test_only_muon_without_an_end_asks_for_it_by_itself():
+@pytest.mark.parametrize(("factor", "loss"), [(1e3, 1.0), (1e30, 1.0), (1.0, 1e4), (1.0, 1e30)])
+def test_one_bad_batch_does_not_steer(factor, loss):
+    law = SelfDriving(excess_share=0.5)
+    losses, points = falling(0.4, steps=600, start=5.0), []
+    for strikes in (False, True):
+        state = law.init(ZERO, xp=np)
+        for step, fine in enumerate(losses):
+            hit = strikes and step == 400
+            size = np.float32(factor) if hit else ONE
+            signals = Signals(
+                size, size, np.float32(loss * 5.0 if hit else fine), ZERO, ONE, ONE,
+                excess=np.float32(0.2) * size,
+            )  # fmt: skip
+            state, controls = law.step(state, signals, xp=np)
+            points.append(controls.set_point)
+    clean, struck = np.split(np.array(points), 2)
+    np.testing.assert_array_equal(clean[:400], struck[:400])
+    np.testing.assert_allclose(clean[440:], struck[440:], atol=0.12)
+    assert abs(clean[-1]) < 0.03
+
+
+def test_only_muon_whose_average_pulls_asks_for_it_by_itself():
     assert usual_law("muon", ends=False, interpolation=0.7).needs_excess
+    assert usual_law("muon", ends=True, interpolation=0.7).needs_excess
     for kind, ends, pull in [("muon", True, 0.0), ("muon", False, 0.0), ("adam", False, 0.6)]:
         assert not usual_law(kind, ends=ends, interpolation=pull).needs_excess
     assert PlateauGuard(SelfDriving(excess_share=0.5)).needs_excess
