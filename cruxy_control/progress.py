@@ -17,8 +17,8 @@ EARLY, LATE = 1.0, 3.0
 """Powers of the two means of the loss; in the logarithm of the steps they lag by 1/2 and 1/4."""
 
 OUTLIER, LOSS_OUTLIER = 10.0, 3.0
-"""Times the usual one that a gradient, and a loss, count for at most: one bad batch cannot steer for
-hundreds of steps."""
+"""Times the usual one that a gradient, and a loss, count for at most: one bad batch cannot steer
+for hundreds of steps."""
 
 SETTLED = 20
 """Measured steps before which there is no share: the means are of the first few losses."""
