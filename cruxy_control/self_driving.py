@@ -117,8 +117,8 @@ class SelfDriving(V2Sensors):
     With an `excess_share` the set point is moved by how high the iterate lies above its average, in
     units of how fast the loss falls (`cruxy_control.progress.adapted` has the formula): from
     `-excess_span`, where steps are small, through 0 at that share, to `excess_span`. It is
-    `set_point` in the first 20 steps, in every step without a loss or an average, and the nearer
-    to it the better the data are fitted.
+    `set_point` in the first 20 steps, in every step without a loss or an average, where an
+    optimizer climbs, and the nearer to it the better the data are fitted.
 
     Clipping, guard and telemetry are those of `Meta3`; the decay rates stay as they are set.
 

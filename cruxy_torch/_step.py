@@ -85,7 +85,7 @@ def _measured(
     """Sums over the gradients of all groups, and the sizes of what is under a limit."""
     grads = [grad for group in groups for grad in group.grads]
     momenta = [one for group in groups for one in _steering(group)] if drives else None
-    averaged = [pair for group in groups for pair in _averaged(group)] if exceeds else None
+    averaged = _averaged(groups) if exceeds else None
     limited = [group.limited() for group in groups]
     together = None
     if native is not None:
@@ -126,7 +126,14 @@ def _steering(group: Group) -> list[tuple[Kept, float] | None]:
     return [None if group.still else (moment, sign) for moment in group.momenta()]
 
 
-def _averaged(group: Group) -> Sequence[tuple[Kept, Kept] | None]:
-    """The parameter of each gradient with its average; `None` where there is none."""
-    pairs = group.averaged()
-    return [None for _ in group.grads] if pairs is None else pairs
+def _averaged(groups: Sequence[Group]) -> list[tuple[Kept, Kept] | None] | None:
+    """The parameter of each gradient with its average, `None` where there is none; `None` of none.
+
+    Neither where a group climbs: the law reads a loss that falls.
+    """
+    pairs: list[tuple[Kept, Kept] | None] = []
+    for group in groups:
+        own = group.averaged()
+        pairs += [None for _ in group.grads] if own is None else own
+    climbs = any(group.maximize for group in groups)
+    return None if climbs or all(pair is None for pair in pairs) else pairs

@@ -255,6 +255,17 @@ def test_torch_asks_the_law_with_it_on_every_path(path):
     assert max(map(abs, shown)) <= 0.3001
 
 
+@pytest.mark.parametrize("options", [{"maximize": True}, {"averaging": None}])
+def test_torch_fixes_the_set_point_where_there_is_no_excess_or_it_climbs(options):
+    x = torch.nn.Parameter(torch.ones(3))
+    law = SelfDriving(set_point=-0.1, excess_share=0.5)
+    optimizer = CruxyOptimizer([{"params": [x], **options}], law=law, averaging=4.0, lr=1e-3)
+    for _ in range(40):
+        x.grad = torch.randn(3)
+        optimizer.step(loss=1.0)
+    assert optimizer.telemetry()["set_point"] == pytest.approx(-0.1)
+
+
 def test_torch_says_at_the_door_that_there_is_no_average():
     x = torch.nn.Parameter(torch.ones(3))
     law = SelfDriving(excess_share=0.5)
