@@ -320,7 +320,11 @@ class SelfDriving(V2Sensors):
 
     def _set_point(self, state: Any, signals: Signals, xp: Any) -> Any:
         """The alignment that is steered to in this step."""
-        if self.excess_share is None or signals.excess is None:
+        if (
+            self.excess_share is None
+            or signals.excess is None
+            or not isinstance(state, Progress)  # of a run that began without it
+        ):
             return self.set_point
         share, span = self.excess_share, self.excess_span
         asked = adapted(state, self.set_point, share, span, xp=xp)

@@ -39,6 +39,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cruxy_optax._near_array import NearArray
 from cruxy_optax._tree import find, nodes_with_paths
 
 _MOMENTS_OF_OPTAX: dict[type, str] = {
@@ -113,18 +114,26 @@ def iterate_averages(updates: optax.Updates, state: optax.OptState) -> list[Any]
     Raises:
         ValueError: where there is none at all.
     """
-    structure = jax.tree.structure(updates)
-    found: list[Any] = [None] * structure.num_leaves
+    found: list[Any] = [None] * len(jax.tree.leaves(updates))
     for _, node in states_that_say(state, "iterate_average"):
-        for i, average in enumerate(structure.flatten_up_to(node.iterate_average)):
-            if jax.tree.leaves(average):  # not what `optax.masked` leaves in its place
-                found[i] = average
+        own: list[Any] = []
+
+        def add(average: Any, part: Any, own: list[Any] = own) -> None:
+            masked = isinstance(average, optax.MaskedNode)  # it may stand for a whole branch
+            own.extend([None] * len(jax.tree.leaves(part)) if masked else [average])
+
+        jax.tree.map(add, node.iterate_average, updates, is_leaf=_is_one_average)
+        found = [old if new is None else new for old, new in zip(found, own, strict=True)]
     if all(average is None for average in found) and found:
         raise ValueError(
             "the law needs the excess of the parameters over an average of them, but inner keeps "
             "none; put average_iterates() last in it, or give the law excess_share=None."
         )
     return found
+
+
+def _is_one_average(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode | NearArray)
 
 
 def as_built(state: optax.OptState, updates: optax.Updates) -> optax.OptState:

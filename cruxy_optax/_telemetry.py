@@ -40,7 +40,8 @@ def telemetry(opt_state: Any) -> dict[str, Any]:
           `limit_scale`: the share of the rate that the relative limit leaves any tensor, and
           `limited_steps`: for how many steps in a row below 1; `limit_factor` on that limit;
           `schedule_scale`: the share of its highest rate that a schedule has left;
-          `momentum_ratio`: `|m| / |g|`. All of `SelfDriving`; `explain` says them in words
+          `momentum_ratio`: `|m| / |g|`; `set_point`: the alignment that is steered to. All of
+          `SelfDriving`; `explain` says them in words
         - `sign_weight`, `decay_scale`: what `PlateauGuard` moves
         - `learning_rate`: what the update was multiplied by; 0 on a skipped step. A throttle is
           counted in where it stands in the same chain or in one around it

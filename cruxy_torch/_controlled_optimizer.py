@@ -58,14 +58,14 @@ class ControlledOptimizer(Diagnosed, Optimizer):
     ) -> None:
         check_law(law)
         _checks.check_lr_bounds(lr_bounds)
-        if defaults.get("averaging") is None:
-            check_excess(law, remedy="keep an average with averaging=16")
         like = torch.zeros((), dtype=torch.float32, device="cpu")
         names = _law_state.names_of(law.init(like, xp=torch))
         self._settings = _step.Settings(law, names, lr_bounds)
         self._process_group = process_group
         self._forget()
         super().__init__(params, defaults)
+        if all(group.get("averaging") is None for group in self.param_groups):
+            check_excess(law, remedy="keep an average with averaging=16")
         if needs_alignment(law) and _step.is_zero(defaults["lr"]):
             raise ValueError(
                 "lr must be above 0 under a law that finds the rate, got 0: it multiplies what it "
@@ -113,8 +113,10 @@ class ControlledOptimizer(Diagnosed, Optimizer):
             closure: clears gradients, computes the loss, calls `backward` and returns the loss; or
                 the loss itself.
             loss: this step's loss: a tensor of one element, which is not waited for, or a number.
-                Without it what `observe` was given counts, else what the closure returned, else
-                the curvature is held. A loss that is not finite counts as none.
+                It is the one of which these are the gradients: where they are accumulated the mean
+                over micro-batches. Without it what `observe` was given counts, else what the
+                closure returned, else the curvature is held. A loss that is not finite counts as
+                none.
 
         Returns:
             What the closure returned; without one, `loss`.

@@ -207,6 +207,32 @@ def test_jax_leaves_out_what_has_no_average():
     assert state.signals.excess == pytest.approx(excess, rel=1e-5)
 
 
+def test_jax_takes_a_mask_of_a_whole_branch():
+    params = {"a": {"w": jnp.ones(3)}, "b": {"v": jnp.ones(2), "w": jnp.ones(4)}}
+    average = optax.masked(cruxy_optax.average_iterates(0.0), {"a": True, "b": False})
+    tx = stabilize(optax.chain(optax.trace(0.5), average), law=SelfDriving(excess_share=0.5))
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = tx.update(params, state, params, value=1.0)
+    excess = float(jnp.sum(params["a"]["w"] - cruxy_optax.averaged_params(state, params)["a"]["w"]))
+    assert abs(excess) > 0.1
+    _, state = tx.update(params, state, params, value=1.0)
+    assert state.signals.excess == pytest.approx(excess, rel=1e-5)
+
+
+def test_a_state_of_a_law_without_it_goes_on_with_the_fixed_set_point():
+    state = SelfDriving().init(ZERO, xp=np)
+    law = SelfDriving(set_point=-0.1, excess_share=0.5)
+    signals = Signals(ONE, ONE, ONE, ZERO, ONE, ONE, excess=ONE)
+    state, controls = law.step(state, signals, xp=np)
+    assert controls.set_point == pytest.approx(-0.1)
+
+
+def test_a_guard_around_the_law_hands_the_excess_on():
+    law = PlateauGuard(SelfDriving(excess_share=0.5), patience=500)
+    assert set_points(law, np.full(60, 0.1), np.full(60, 5.0))[-1] > 0.2
+
+
 def test_jax_says_at_the_door_that_there_is_no_average():
     tx = stabilize(optax.chain(optax.trace(0.9)), law=SelfDriving(excess_share=0.5))
     with pytest.raises(ValueError, match="inner keeps none; put average_iterates"):
@@ -255,11 +281,12 @@ def test_torch_asks_the_law_with_it_on_every_path(path):
     assert max(map(abs, shown)) <= 0.3001
 
 
-@pytest.mark.parametrize("options", [{"maximize": True}, {"averaging": None}])
-def test_torch_fixes_the_set_point_where_there_is_no_excess_or_it_climbs(options):
-    x = torch.nn.Parameter(torch.ones(3))
+@pytest.mark.parametrize("climbs", [True, False])
+def test_torch_fixes_the_set_point_where_nothing_that_moves_is_averaged_or_it_climbs(climbs):
+    x, y = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
     law = SelfDriving(set_point=-0.1, excess_share=0.5)
-    optimizer = CruxyOptimizer([{"params": [x], **options}], law=law, averaging=4.0, lr=1e-3)
+    groups = [{"params": [x], "averaging": 4.0 if climbs else None}, {"params": [y]}]
+    optimizer = CruxyOptimizer(groups, law=law, averaging=4.0, lr=1e-3, maximize=climbs)
     for _ in range(40):
         x.grad = torch.randn(3)
         optimizer.step(loss=1.0)
@@ -283,7 +310,7 @@ def test_exact_training_refuses_it():
         exact.controlled(0.1, law=law)
 
 
-def test_an_end_that_is_told_before_the_first_step_leaves_nothing_of_it():
+def test_an_end_that_is_told_before_the_first_step_is_as_one_told_at_once():
     def net():
         torch.manual_seed(0)
         return torch.nn.Linear(8, 8)
@@ -299,6 +326,7 @@ def test_an_end_that_is_told_before_the_first_step_leaves_nothing_of_it():
     )
     controllers = [o.param_groups[0]["controller"] for o in (late, at_once)]
     assert controllers[0].keys() == controllers[1].keys()
+    assert "law.progress.early" in controllers[0]
     late.load_state_dict(at_once.state_dict())
 
 

@@ -15,9 +15,10 @@ from cruxy_optax._tree import find
 def cooldown(opt_state: optax.OptState, steps: chex.Numeric) -> optax.OptState:
     """Begins to end a run: the rate falls from now to 0 over so many steps.
 
-    It starts from twice the rate that was found (`SelfDriving.cooldown_peak`), or from where it is
-    if it falls already, so that an end can be put off. At 0 everything stands still; a call then
-    begins once more. Works under `jax.jit`, and nothing is compiled anew.
+    It starts from `SelfDriving.cooldown_peak` times the rate that was found, which is twice, and
+    once with Muon inside, or from where it is if it falls already, so that an end can be put off.
+    At 0 everything stands still; a call then begins once more. Works under `jax.jit`, and nothing
+    is compiled anew.
 
     Args:
         opt_state: of an optimizer under `SelfDriving`, of whatever direction.

@@ -82,7 +82,7 @@ def self_driving(
             `mu_dtype` and `state_bits` are Adam's and are left out.
         nesterov: looks one step ahead.
         relative_limit: see `scale_by_meta_learning_rate`; 0.1, or what goes with `direction`. It is
-            doubled where the end of the run is known, and in a cooldown
+            doubled where the end of the run is known, and in a cooldown, but not with Muon inside
             (`SelfDriving.cooldown_peak`). `None` for no limit, and then a start far above the best
             rate is not recovered from.
         averaging: the power of `average_iterates`; 16, or less where it pulls. `None` keeps no
@@ -93,8 +93,8 @@ def self_driving(
             given. For language models, 0.6.
         average_bits: bits an element of the average, 32 (`None`), 16 or 8; see `average_iterates`.
         total_steps: steps of the run, where they are known: the rate is found in the first fifth
-            of them and then falls to 0 from twice of it (`SelfDriving.total_steps`). `None` for a
-            run without an end.
+            of them and then falls to 0 from twice of it (`SelfDriving.total_steps`), with Muon
+            inside from the rate itself. `None` for a run without an end.
         rates: factors on the rate by role, such as `{"embedding": 1 / 3}`; see `scale_by_role`.
         law: the controller with its constants; `None` for `SelfDriving` with those that go with the
             direction.

@@ -127,8 +127,9 @@ class DirectedOptimizer(ControlledOptimizer):
     def cooldown(self, steps: int) -> None:
         """Begins to end a run: the rate falls from now to 0 over so many good steps.
 
-        It starts from twice the rate that was found, or from where it is if it falls already, so
-        that an end can be put off. At 0 everything stands still; a call then begins once more.
+        It starts from twice the rate that was found, with Muon inside from that rate itself, or
+        from where it is if it falls already, so that an end can be put off. At 0 everything stands
+        still; a call then begins once more.
 
         Args:
             steps: until the rate is 0, at least 1.
