@@ -23,7 +23,8 @@ class Usual(NamedTuple):
         interpolation: how far the average pulls, see `averaging_orders`.
         power_pulled: of an average that pulls.
         excess_share: see `SelfDriving`, of an average that pulls; `None` for a fixed set point.
-        peak_pulled: `SelfDriving.cooldown_peak` of an average that pulls.
+        search_pulled: `SelfDriving.search_share` of an average that pulls.
+        peak_pulled: `SelfDriving.cooldown_peak` of such a one.
     """
 
     relative_limit: float
@@ -34,6 +35,7 @@ class Usual(NamedTuple):
     interpolation: float = 0.0
     power_pulled: float = 3.0
     excess_share: float | None = None
+    search_pulled: float = 0.2
     peak_pulled: float = 2.0
 
 
@@ -46,6 +48,7 @@ USUAL = {
         interpolation=0.7,
         power_pulled=2.0,
         excess_share=0.5,
+        search_pulled=0.8,
         peak_pulled=1.0,
     ),
 }
@@ -56,8 +59,9 @@ An orthogonal step bears a larger rate than the sensor takes Adam's for: it is s
 alignment nearer to 0, as is a step of which an average that pulls soon undoes a share. Only Adam's
 limit gives way: the others gained nothing by it. Only Muon's average pulls: with Adam's direction
 language models gain by it, and small tasks lose. There the set point is moved by the excess over
-that average; -0.07 is where it begins, and where it stays without a loss. The rate that is found so
-is where a known end falls from: twice of it is too much where gradients are noise."""
+that average; -0.07 is where it begins, and where it stays without a loss. A known end then begins
+late, in the last fifth: until then the law follows the noise, and the average does what a fall of
+the rate would. Twice the rate would be too much where gradients are noise."""
 
 Given = float | Literal["usual"]
 """A number, or that which goes with the kind of the direction."""
@@ -114,6 +118,7 @@ def usual_law(kind: str, *, ends: bool, interpolation: Any = 0.0) -> SelfDriving
         law,
         set_point=own.set_point_pulled,
         excess_share=own.excess_share,
+        search_share=own.search_pulled,
         cooldown_peak=own.peak_pulled,
     )
 

@@ -94,7 +94,7 @@ def self_driving(
         average_bits: bits an element of the average, 32 (`None`), 16 or 8; see `average_iterates`.
         total_steps: steps of the run, where they are known: the rate is found in the first fifth
             of them and then falls to 0 from twice of it (`SelfDriving.total_steps`), with Muon
-            inside from the rate itself. `None` for a run without an end.
+            inside in the last fifth, from the rate itself. `None` for a run without an end.
         rates: factors on the rate by role, such as `{"embedding": 1 / 3}`; see `scale_by_role`.
         law: the controller with its constants; `None` for `SelfDriving` with those that go with the
             direction.
@@ -259,8 +259,9 @@ def self_driving_muon(
     An orthogonal step bears a larger rate than the sensor takes Adam's for: it is steered to an
     alignment of -0.07 at first, which then follows the excess over the average
     (`SelfDriving.excess_share`) and so the noise of the gradients; hand the loss over as `value`.
-    Where the end is known the rate falls from the one that was found. Where no average pulls it is
-    steered to -0.15, to -0.2 where the end is known, and falls from twice of that.
+    Where the end is known the rate falls in the last fifth from the one that was found. Where no
+    average pulls it is steered to -0.15, to -0.2 where the end is known, and falls from twice of
+    that after the first fifth.
 
     Args:
         learning_rate: where the search starts; see `self_driving`, as all that is not said here.

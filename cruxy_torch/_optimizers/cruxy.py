@@ -111,8 +111,8 @@ class CruxyOptimizer(DirectedOptimizer):
             parameters whose first axis counts layers.
         total_steps: steps of the run, where they are known, under `mode="self_driving"`: the rate
             is found in the first fifth of them and then falls to 0 from twice of it, under twice
-            the relative limit, with Muon inside from the rate itself; `cooldown` begins that at any
-            step. `None` for a run without end.
+            the relative limit, with Muon inside in the last fifth, from the rate itself; `cooldown`
+            begins that at any step. `None` for a run without end.
         maximize: climbs instead of descending.
         foreach: torch's foreach operations for all tensors; by default on every device but the CPU,
             for what no library takes.

@@ -157,7 +157,7 @@ class DirectedOptimizer(ControlledOptimizer):
     def set_total_steps(self, steps: int) -> None:
         """Says how many steps the run has, where that is known only after the optimizer was made.
 
-        The rate is then found in the first fifth of them and falls to 0 in the rest, see
+        The rate is then found in a first part of them and falls to 0 in the rest, see
         `CruxyOptimizer(total_steps=)`.
 
         Args:

@@ -14,7 +14,7 @@ def with_usual(law: Law, kind: str, *, ends: bool, interpolation: float = 0.0) -
     if not isinstance(law, SelfDriving) or kind not in USUAL:
         return law
     own = usual_law(kind, ends=ends, interpolation=interpolation)
-    names = ("set_point", "limit_yield", "excess_share", "cooldown_peak")
+    names = ("set_point", "limit_yield", "excess_share", "search_share", "cooldown_peak")
     return dataclasses.replace(law, **{name: getattr(own, name) for name in names})
 
 
