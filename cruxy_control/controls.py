@@ -215,7 +215,7 @@ def falls(controls: Controls) -> Any:
 
     It is false where the law has nothing to do with either.
     """
-    if isinstance(controls.run_phase, float):
+    if type(controls.run_phase) is float:  # left as it was; a scalar of NumPy is a float as well
         return False
     cooldown = float(RUN_PHASES.index("cooldown"))
     return (controls.run_phase >= cooldown) | (controls.schedule_scale < SCHEDULE_SHARE)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import cruxy_optax
+from cruxy_control.controls import RUN_PHASES, Controls, falls, neutral
 from cruxy_control.formulas.averaging import averaging_orders, averaging_weight
 from cruxy_control.usual import pulls, usual_average, usual_law
 from cruxy_torch import CruxyOptimizer
@@ -45,6 +46,33 @@ def test_nothing_is_pulled_where_it_is_0():
     for tx, moves in ((plain, False), (pulled, True)):
         updates, _ = tx.update(jnp.full(3, 0.25), tx.init(params), params)
         assert bool((updates != 0.25).all()) is moves
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, jnp.float32, torch.tensor])
+def test_a_rate_that_falls_is_known_by_every_kind_of_number(kind):
+    def controls(phase):
+        one = neutral(np.True_, xp=np)
+        return one._replace(run_phase=kind(phase), schedule_scale=kind(1.0))
+
+    phases = [float(RUN_PHASES.index(name)) for name in ("search", "trunk", "cooldown", "end")]
+    assert [bool(falls(controls(phase))) for phase in phases] == [False, False, True, True]
+    assert falls(Controls(*[None] * 17)) is False
+
+
+def test_a_run_of_torch_on_a_cpu_is_pulled_no_more_once_its_rate_falls():
+    x = torch.nn.Parameter(torch.ones(3))
+    optimizer = CruxyOptimizer([x], mode="self_driving", interpolation=0.6, total_steps=10)
+    for _ in range(6):
+        x.grad = torch.ones(3)
+        optimizer.step(loss=1.0)
+    before, mean = x.detach().clone(), optimizer.state[x]["average"].clone()
+    x.grad = torch.ones(3)
+    optimizer.step(loss=1.0)
+    weight = averaging_orders(6, 3.0, 0.6, True, xp=np)[0]
+    torch.testing.assert_close(
+        optimizer.state[x]["average"], mean + float(weight) * (x.detach() - mean)
+    )
+    assert (x.detach() < before).all()
 
 
 def test_while_the_rate_falls_nothing_is_pulled_and_the_average_keeps_close():
