@@ -13,9 +13,8 @@ class Law(Protocol):
     `cruxy_control` has `StabilityV1`, `StabilityV2`, `Meta3`, `SelfDriving` and, around any of
     them, `PlateauGuard`; any object with these three members serves. One that also has a true
     `needs_alignment` is given `Signals.alignment` and `Signals.limit_scale`, and with a true
-    `needs_excess` also `Signals.excess`; one that moves
-    `Controls.sign_weight` or `Controls.decay_scale` has a true `steers_decay`, without which both
-    are left alone.
+    `needs_excess` also `Signals.excess`; one that moves `Controls.sign_weight` or
+    `Controls.decay_scale` has a true `steers_decay`, without which both are left alone.
     """
 
     @property

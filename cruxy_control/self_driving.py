@@ -320,14 +320,11 @@ class SelfDriving(V2Sensors):
 
     def _set_point(self, state: Any, signals: Signals, xp: Any) -> Any:
         """The alignment that is steered to in this step."""
-        if (
-            self.excess_share is None
-            or signals.excess is None
-            or not isinstance(state, Progress)  # of a run that began without it
-        ):
+        share = self.excess_share
+        # A run that began under a law without it has no progress.
+        if share is None or signals.excess is None or not isinstance(state, Progress):
             return self.set_point
-        share, span = self.excess_share, self.excess_span
-        asked = adapted(state, self.set_point, share, span, xp=xp)
+        asked = adapted(state, self.set_point, share, self.excess_span, xp=xp)
         sure = measured(signals.excess, signals.loss)
         return xp.where(sure, asked, self.set_point)
 

@@ -116,13 +116,11 @@ def iterate_averages(updates: optax.Updates, state: optax.OptState) -> list[Any]
     """
     found: list[Any] = [None] * len(jax.tree.leaves(updates))
     for _, node in states_that_say(state, "iterate_average"):
+        averages, structure = jax.tree.flatten(node.iterate_average, is_leaf=_is_one_average)
         own: list[Any] = []
-
-        def add(average: Any, part: Any, own: list[Any] = own) -> None:
+        for average, part in zip(averages, structure.flatten_up_to(updates), strict=True):
             masked = isinstance(average, optax.MaskedNode)  # it may stand for a whole branch
-            own.extend([None] * len(jax.tree.leaves(part)) if masked else [average])
-
-        jax.tree.map(add, node.iterate_average, updates, is_leaf=_is_one_average)
+            own += [None] * len(jax.tree.leaves(part)) if masked else [average]
         found = [old if new is None else new for old, new in zip(found, own, strict=True)]
     if all(average is None for average in found) and found:
         raise ValueError(

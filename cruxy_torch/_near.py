@@ -1,10 +1,12 @@
 """Averages in 16 and 8 bits: their lowest digits, read beside the parameters (`NearCode`)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cruxy_exact.random_bits import random_bits
-from cruxy_torch._kept import Coded, Kept, compute_dtype, in_blocks, numbers, raw, read
+from cruxy_torch._kept import Coded, compute_dtype, in_blocks, numbers
 from cruxy_torch._orders import Orders
 
 
@@ -39,12 +41,9 @@ def value(param: Tensor, mean: Coded) -> Tensor:
     return values.view(-1)[: param.numel()].view(param.shape)
 
 
-def distance(param: Kept, mean: Kept) -> Tensor:
-    """How far a parameter is from its average; float32, or float64 of float64."""
-    wide = compute_dtype(param)
-    (near,) = read([param], [wide])
-    average = value(raw(param), mean) if isinstance(mean, Coded) else raw(mean)
-    return near - average.to(wide)
+def numbers_of(param: Tensor, mean: Any) -> Tensor:
+    """An average that may be coded, and then is read beside its parameter, as numbers."""
+    return value(param, mean) if isinstance(mean, Coded) else mean
 
 
 def move(param: Tensor, mean: Coded, orders: Orders) -> None:

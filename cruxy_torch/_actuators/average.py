@@ -43,7 +43,7 @@ def _pull(param: Kept, mean: Kept, orders: Orders) -> None:
     if isinstance(param, Rounded):
         key = stream_key(torch.as_tensor(key, dtype=torch.int32), 0, 1, xp=torch)
     wide = compute_dtype(param)
-    for _, p, x in blocks(raw(param), param, mean):
+    for values, p, x in blocks(raw(param), param, mean):
         (old,) = read([p], [wide])
-        way = _near.distance(p, x)
+        way = old - _near.numbers_of(values, x).to(wide)
         write([p], [torch.addcmul(old, way, orders.average_pull.to(wide))], key, orders.ok)

@@ -148,8 +148,7 @@ def has_average(state: Mapping[str, Any]) -> bool:
 
 def average_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
     """The value of this rank's part of an average, as a tensor like the parameter."""
-    kept = kept_average(param, state, 0)
-    return _near.value(local(param.detach()), kept) if isinstance(kept, Coded) else kept
+    return _near.numbers_of(local(param.detach()), kept_average(param, state, 0))
 
 
 def _near_average(param: Tensor, state: Mapping[str, Any], number: int) -> Coded:

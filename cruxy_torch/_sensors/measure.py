@@ -16,9 +16,9 @@ from cruxy_control import Signals
 from cruxy_control.signals import alignment, momentum_ratio
 from cruxy_torch._blocks import blocks, buckets
 from cruxy_torch._distributed.shards import by_mesh, local, over_mesh
-from cruxy_torch._kept import Kept, compute_dtype, plain, read
+from cruxy_torch._kept import Kept, compute_dtype, plain, raw, read
 from cruxy_torch._native.fit import Passes, SetAsideError
-from cruxy_torch._near import distance
+from cruxy_torch._near import numbers_of
 
 
 def sums(
@@ -167,8 +167,10 @@ def excess(
     totals = [torch.zeros((), dtype=torch.float32, device=scale.device)]
     for grad, pair in zip(grads, averaged, strict=True):
         for g, p, mean in () if pair is None else blocks(grad, *pair):
-            way = distance(p, mean)
-            along = torch.dot(g.to(way.dtype).reshape(-1), way.reshape(-1))
+            wide = compute_dtype(p)
+            (near,) = read([p], [wide])
+            way = near - numbers_of(raw(p), mean).to(wide)
+            along = torch.dot(g.to(wide).reshape(-1), way.reshape(-1))
             totals.append(along.to(scale.device, torch.float32, non_blocking=True))
     return (torch.stack(totals).sum() * scale).reshape(1)
 
