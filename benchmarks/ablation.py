@@ -13,7 +13,7 @@ from benchmarks._plots import dots, one_panel
 from benchmarks._protocol import Protocol, Rows
 from benchmarks._statistics import mean, paired
 
-VARIANTS = {"meta3": "ABLATION", "self_driving": "VARIED"}
+VARIANTS = {"meta3": "ABLATION", "self_driving": "VARIED", "self_driving-muon": "VARIED_MUON"}
 """What is taken apart, and the name of its variants in JAX's registry."""
 
 START = 1e-3
@@ -78,7 +78,7 @@ def _variants(options: argparse.Namespace) -> list[str]:
             f"--optimizer must name the variants to compare with --framework {options.framework}, "
             "such as meta3-8bit, got none; those of single parts are in JAX alone."
         )
-    return [*getattr(room("jax", "our_optimizers", "ablation"), VARIANTS[options.whole])]
+    return [*getattr(room("jax", "variants", "ablation"), VARIANTS[options.whole])]
 
 
 def _rates_to_compare_at(

@@ -110,8 +110,9 @@ def redraw(results: dict[Path, dict[str, Any]], names: Sequence[str]) -> None:
 def check_alike(results: dict[Path, dict[str, Any]]) -> None:
     """Refuses tables of one benchmark whose commit, or an optimizer's grid, differ.
 
-    A grid may be wider where the best rate was at its edge. What takes different things apart, as
-    ablations do, needs one commit for each.
+    A table with rows of earlier commits says which they are, and is of none alone. A grid may be
+    wider where the best rate was at its edge. What takes different things apart, as ablations do,
+    needs one commit for each.
 
     Raises:
         ValueError: if they do.
@@ -119,8 +120,9 @@ def check_alike(results: dict[Path, dict[str, Any]]) -> None:
     commits: dict[str | None, dict[str, Path]] = {}
     grids: dict[str, tuple[Path, Any]] = {}
     for path, result in results.items():
-        of_whole = commits.setdefault(result.get("whole"), {})
-        of_whole.setdefault(result["environment"]["commit"], path)
+        if not earlier(result):
+            of_whole = commits.setdefault(result.get("whole"), {})
+            of_whole.setdefault(result["environment"]["commit"], path)
         for optimizer, grid in result.get("grid", {}).items():
             first, known = grids.setdefault(optimizer, (path, grid))
             if not (set(known) <= set(grid) or set(known) >= set(grid)):

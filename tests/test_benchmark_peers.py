@@ -9,13 +9,14 @@ import optax
 import pytest
 
 from benchmarks import _rates
+from benchmarks._jax.entries import FEW_STARTS
 from benchmarks._jax.optimizers import (
     GUARDED_PEERS,
     PEERS,
     warm_up_cosine,
     warm_up_stable_decay,
 )
-from benchmarks._jax.our_optimizers import FEW_STARTS, OPTIMIZERS
+from benchmarks._jax.our_optimizers import OPTIMIZERS
 from benchmarks._jax.rivals import RIVALS, scale_by_soap, warm_up_linear
 from benchmarks._rates import RATES, STARTS
 from benchmarks._torch.our_optimizers import OPTIMIZERS as TORCH_OPTIMIZERS

@@ -1,6 +1,7 @@
 """Every benchmark that trains writes its figures, and the report shows them."""
 
 import json
+import shutil
 import math
 
 import pytest
@@ -136,6 +137,20 @@ def test_report_refuses_figures_that_do_not_belong_together(changes, message, tm
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "docs").exists()
+
+
+def test_report_takes_a_table_with_rows_of_earlier_commits_and_says_which(tmp_path, capsys):
+    path, result = figures(tmp_path)
+    other = {**result, "part": "other"}
+    other["environment"] = result["environment"] | {"commit": "b" * 40}
+    rows = result["optimizers"]
+    other["optimizers"] = rows | {"adamw": rows["adamw"] | {"commit": "c" * 40}}
+    beside = path.with_name("rate-sensitivity-other.json")
+    beside.write_text(json.dumps(other))
+    shutil.copy(path.with_suffix(".png"), beside.with_suffix(".png"))
+    report.main(["--input", str(tmp_path), "--docs", str(tmp_path / "docs")])
+    page = (tmp_path / "docs/evidence.md").read_text()
+    assert "AdamW, constant at cccccccccc" in page
 
 
 def test_report_without_figures_says_what_to_run(tmp_path, capsys):

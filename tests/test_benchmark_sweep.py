@@ -11,6 +11,7 @@ from benchmark_quadratic import QUIET, known_workload, task  # noqa: F401
 from benchmarks import _comparison, _finished, _sweep
 from benchmarks._jax import our_optimizers as jax_optimizers
 from benchmarks._jax import training
+from benchmarks._jax.entries import SOURCES
 from benchmarks._jax.our_optimizers import OPTIMIZERS
 from benchmarks._torch import our_optimizers as torch_optimizers
 from benchmarks.workloads import ALONE, NAMES
@@ -70,7 +71,7 @@ def test_over_grid_runs_every_rate_with_every_seed(tmp_path):
 FRAMEWORKS = {"jax": jax_optimizers, "torch": torch_optimizers}
 
 OURS = {
-    "jax": [name for name, entry in OPTIMIZERS.items() if entry.sources == jax_optimizers.SOURCES],
+    "jax": [name for name, entry in OPTIMIZERS.items() if entry.sources == SOURCES],
     "torch": [*torch_optimizers.OURS],
 }
 

@@ -11,7 +11,6 @@ from benchmarks._jax import training
 from benchmarks._jax.faults import CORRUPTIONS
 from benchmarks._jax.optimizers import PEERS
 from benchmarks._jax.our_optimizers import (
-    ABLATION,
     AVERAGED,
     COMPACT,
     COMPONENTS,
@@ -20,11 +19,10 @@ from benchmarks._jax.our_optimizers import (
     PUBLISHED,
     ROLES,
     SCHEDULED,
-    VARIED,
     WIRED,
-    YIELDING,
 )
 from benchmarks._jax.rivals import RIVALS
+from benchmarks._jax.variants import ABLATION, VARIED, VARIED_MUON, YIELDING
 from benchmarks.faults import FAULTS
 from relatives import relatives
 
@@ -63,10 +61,11 @@ def test_runs_of_different_optimizers_are_not_trained_together():
 
 
 VARIANTS = {
-    *("self_driving-interpolated", "self_driving-muon-plain", "self_driving-muon-fixed"),
-    "self_driving-muon-set-0",
+    "self_driving-interpolated",
     *("scheduled-muon", "scheduled-muon-linear", "muon-cosine"),
-}.union(ABLATION, VARIED, PUBLISHED, COMPACT, COMPONENTS, ROLES, ENDED, YIELDING, AVERAGED)
+}.union(ABLATION, VARIED, VARIED_MUON, YIELDING).union(
+    *(PUBLISHED, COMPACT, COMPONENTS, ROLES, ENDED, AVERAGED)
+)
 
 
 UNGUARDED = PEERS.keys() | RIVALS.keys() | SCHEDULED.keys() | {"adamw-clipped"}
