@@ -1,8 +1,8 @@
 """Every benchmark that trains writes its figures, and the report shows them."""
 
 import json
-import shutil
 import math
+import shutil
 
 import pytest
 
