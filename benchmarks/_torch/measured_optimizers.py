@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from benchmarks._measured_optimizers import MeasuredOptimizer
 from benchmarks._rates import RATES
-from benchmarks._torch.optimizers import LOW_BIT, ORIGINAL, PEERS, groups
+from benchmarks._torch.optimizers import LOW_BIT, ORIGINAL, PEERS
 from benchmarks._torch.our_optimizers import OPTIMIZERS as TRAINED
 from benchmarks._torch.our_optimizers import OURS
 from benchmarks.workloads import Workload
@@ -22,7 +22,7 @@ _RATE = RATES[1]
 
 def _make(name: str, model: nn.Module) -> Optimizer:
     entry = TRAINED[name]
-    return entry.make(groups(model), entry.scale * _RATE)
+    return entry.make(entry.grouped(model), entry.scale * _RATE)
 
 
 def _check(name: str) -> None:

@@ -24,6 +24,15 @@ def _as_it_is(model: nn.Module, seed: int, step: int) -> AbstractContextManager[
     return nullcontext()
 
 
+def groups(model: nn.Module) -> Groups:
+    """Weight decay is for matrices; gains and biases are left alone."""
+    params = list(model.parameters())
+    return [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
 class TorchOptimizer(NamedTuple):
     """An optimizer to compare.
 
@@ -37,6 +46,7 @@ class TorchOptimizer(NamedTuple):
         averaged: from the optimizer, a context in which the parameters are those to evaluate at.
         forward: from the model, the run's seed and the number of the step, a context for the
             forward pass.
+        grouped: from a model to its parameter groups.
         grid: the rates to try, before `scale`.
         default: the rate that it comes with, as in JAX.
         sources: patterns, from the repository's root, of the files that define it.
@@ -49,6 +59,7 @@ class TorchOptimizer(NamedTuple):
     takes_loss: bool = False
     averaged: Callable[[Any], AbstractContextManager[Any]] = nullcontext
     forward: Callable[[nn.Module, int, int], AbstractContextManager[Any]] = _as_it_is
+    grouped: Callable[[nn.Module], Groups] = groups
     grid: tuple[float, ...] = RATES
     default: float = 1e-3
     sources: tuple[str, ...] = SOURCES
@@ -56,15 +67,6 @@ class TorchOptimizer(NamedTuple):
     def rates(self) -> tuple[float, ...]:
         """Its grid."""
         return scaled(self.grid, self.scale)
-
-
-def groups(model: nn.Module) -> Groups:
-    """Weight decay is for matrices; gains and biases are left alone."""
-    params = list(model.parameters())
-    return [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 def _adamw(**arguments: Any) -> Callable[[Groups, float], Optimizer]:

@@ -3,12 +3,13 @@
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks._rates import STARTS
+from benchmarks._rates import STARTS, WEIGHT_DECAY
 from benchmarks._torch.activations import compressed
 from benchmarks._torch.optimizers import LOW_BIT, ORIGINAL, PEERS, SOURCES, Groups, TorchOptimizer
-from cruxy_torch import AXIOM, Cosmic, CruxyOptimizer
+from cruxy_torch import AXIOM, Cosmic, CruxyOptimizer, param_groups
 
 OUR_SOURCES = (
     *SOURCES,
@@ -37,6 +38,26 @@ def _driving(label: str, **options: Any) -> TorchOptimizer:
     return entry._replace(averaged=lambda optimizer: optimizer.averaged(), grid=STARTS)
 
 
+def _by_role(model: nn.Module) -> Groups:
+    """The same decay as everybody's; what each parameter is tells Muon which matrices are its."""
+    by_role = param_groups(model, lr=1.0)
+    for group in by_role:
+        group["weight_decay"] = WEIGHT_DECAY if min(p.ndim for p in group["params"]) > 1 else 0.0
+    return by_role
+
+
+def _muon(label: str, **options: Any) -> TorchOptimizer:
+    def make(groups: Groups, rate: float) -> Optimizer:
+        at_rate = [group | {"lr": rate} for group in groups]
+        return CruxyOptimizer(at_rate, mode="self_driving", direction="muon", **options)
+
+    return _driving(label)._replace(make=make, grouped=_by_role)
+
+
+def _to_zero(step: int, steps: int) -> float:
+    return max(0.0, 1.0 - step / steps)
+
+
 CONTROLLED = {
     "meta3": _controlled("Meta3"),
     "meta_lion": _lion("Meta-Lion"),
@@ -51,8 +72,17 @@ SELF_DRIVING = {
     "self_driving-no-average": _controlled(
         "Self-driving without average", mode="self_driving", averaging=None
     )._replace(grid=STARTS),
+    "self_driving-muon": _muon("Self-driving Muon"),
 }
 """Ours without a rate; the grid is where they start."""
+
+SCHEDULED = {
+    "self_driving-muon-linear": _muon("Self-driving Muon, linear to 0")._replace(schedule=_to_zero),
+    "self_driving-muon-plain-linear": _muon(
+        "Self-driving Muon, no interpolation, linear to 0", interpolation=0.0
+    )._replace(schedule=_to_zero),
+}
+"""The same under a scheduler of PyTorch, of which they do not know that it is coming."""
 
 COMPACT = {
     "meta_lion-bfloat16": _lion("Meta-Lion, bfloat16", momentum_dtype=torch.bfloat16),
@@ -75,5 +105,5 @@ ACTIVATIONS = {
 }
 """Ours with activations in fewer bits."""
 
-OPTIMIZERS: dict[str, TorchOptimizer] = OURS | ACTIVATIONS | ORIGINAL | PEERS | LOW_BIT
+OPTIMIZERS: dict[str, TorchOptimizer] = OURS | SCHEDULED | ACTIVATIONS | ORIGINAL | PEERS | LOW_BIT
 """Every optimizer by name."""

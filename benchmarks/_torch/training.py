@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from benchmarks._runs import Record, Task
-from benchmarks._torch.optimizers import TorchOptimizer, groups
+from benchmarks._torch.optimizers import TorchOptimizer
 from benchmarks._torch.our_optimizers import OPTIMIZERS
 from benchmarks.workloads import load
 from cruxy_torch import state_bytes
@@ -42,7 +42,7 @@ def _train(task: Task) -> Record:
     workload = load(task.workload, task.data, "torch")
     torch.manual_seed(task.seed)  # for optimizers that round at random
     model = workload.init(task.seed)
-    optimizer: Any = entry.make(groups(model), task.rate)
+    optimizer: Any = entry.make(entry.grouped(model), task.rate)
     schedule = _schedule(entry, optimizer, task)
 
     def figure() -> float:
