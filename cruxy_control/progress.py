@@ -13,10 +13,11 @@ from cruxy_control.signals import known
 DECAY = 0.97
 """Of the averages of excess and loss."""
 
-EARLY, LATE = 1.0, 3.0
-"""Powers of the two means of the loss; in the logarithm of the steps they lag by 1/2 and 1/4."""
+EARLY, LATE = 2.0, 5.0
+"""Powers of the two means of the loss; in the logarithm of the steps they lag by 1/3 and 1/6: of
+the first hundred steps, in which a loss may fall from anywhere, little is left after as many more."""
 
-OUTLIER, LOSS_OUTLIER = 10.0, 3.0
+OUTLIER, LOSS_OUTLIER = 10.0, 2.0
 """Times the usual one that a gradient, and a loss, count for at most: one bad batch cannot steer
 for hundreds of steps."""
 
@@ -93,7 +94,7 @@ def adapted(state: Progress, fixed: float, share: float, span: float, *, xp: Any
 
     $$
     \begin{aligned}
-    r &= E / (L_1 - L_3) \cdot (1/2 - 1/4), &
+    r &= E / (L_2 - L_5) \cdot (1/3 - 1/6), &
     w &= \mathrm{clip}(1 - E / L, 0, 1), \\
     a^* &= (1 - w)\, a^*_0 - w\, s\, \mathrm{clip}(1 - r / r_0, -1, 1)
     \end{aligned}

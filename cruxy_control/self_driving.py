@@ -167,7 +167,7 @@ class SelfDriving(V2Sensors):
     schedule_share: float = SCHEDULE_SHARE
     limit_yield: float | None = 50.0
     excess_share: float | None = None
-    excess_span: float = 0.3
+    excess_span: float = 0.6
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,7 +192,7 @@ class SelfDriving(V2Sensors):
         if self.excess_share is not None:
             remedy = "use 0.5, or None for a set point that is fixed"
             check_range("excess_share", self.excess_share, 0.0, lower_open=True, remedy=remedy)
-        check_range("excess_span", self.excess_span, 0.0, 1.0, **ends, remedy="use 0.3")
+        check_range("excess_span", self.excess_span, 0.0, 1.0, **ends, remedy="use 0.6")
 
     @property
     def needs_alignment(self) -> bool:

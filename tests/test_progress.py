@@ -105,7 +105,7 @@ def test_set_point_is_fixed_at_first_and_where_something_is_not_known():
     found = set_points(law, excesses, losses)
     fixed = [step for step, point in enumerate(found) if point == np.float32(-0.07)]
     assert fixed == [*range(progress.SETTLED - 1), 40, 50]
-    assert found[30] == pytest.approx(0.98 * 0.3 - 0.02 * 0.07, abs=1e-6)
+    assert found[30] == pytest.approx(0.98 * 0.6 - 0.02 * 0.07, abs=1e-6)
 
 
 def test_law_steers_to_the_set_point_that_it_shows():
@@ -113,7 +113,7 @@ def test_law_steers_to_the_set_point_that_it_shows():
     state = law.init(ZERO, xp=np)
     for loss in falling(0.4, steps=200):
         before = state.scale
-        signals = Signals(ONE, ONE, np.float32(loss), ONE * 0.1, ONE, ONE, excess=ONE * 0.3)
+        signals = Signals(ONE, ONE, np.float32(loss), ONE * 0.1, ONE, ONE, excess=ONE * 0.21)
         state, controls = law.step(state, signals, xp=np)
         assert state.scale == pytest.approx(before * np.exp(0.1 - controls.set_point), rel=1e-5)
 
@@ -278,7 +278,7 @@ def test_torch_asks_the_law_with_it_on_every_path(path):
         shown.append(optimizer.telemetry()["set_point"])
     assert shown[:18] == [pytest.approx(-0.07)] * 18
     assert len(set(shown[20:])) > 30
-    assert max(map(abs, shown)) <= 0.3001
+    assert max(map(abs, shown)) <= 0.6001
 
 
 @pytest.mark.parametrize("climbs", [True, False])
