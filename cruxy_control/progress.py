@@ -14,8 +14,8 @@ DECAY = 0.97
 """Of the averages of excess and loss."""
 
 EARLY, LATE = 2.0, 5.0
-"""Powers of the two means of the loss; in the logarithm of the steps they lag by 1/3 and 1/6: of
-the first hundred steps, in which a loss may fall from anywhere, little is left after as many more."""
+"""Powers of the two means of the loss; in the logarithm of the steps they lag by 1/3 and 1/6.
+Larger ones forget the start sooner, where a loss may fall from anywhere, and are noisier."""
 
 OUTLIER, LOSS_OUTLIER = 10.0, 2.0
 """Times the usual one that a gradient, and a loss, count for at most: one bad batch cannot steer
