@@ -126,7 +126,7 @@ def test_modules_import_one_another_in_no_circle():
 
 def test_rooms_name_their_files_alike():
     jax_alone = {"alignment", "faults", "hlo", "workloads.cartpole", "workloads.finetuning"}
-    jax_alone |= {"exact_losses", "rivals", "wired_optimizers", "wires"}
+    jax_alone |= {"entries", "exact_losses", "rivals", "variants", "wired_optimizers", "wires"}
     jax_alone |= {f"workloads.{name}" for name in ("char", "diffusion", "residual", "table")}
     torch_alone = {"activations", "labelling", "large_models", "large_runs", "launches"}
     of_jax, of_torch = (
