@@ -1,7 +1,8 @@
 """Turns the benchmarks' figures into `docs/evidence.md`: tables, plots, commands, machine.
 
 Figures that do not belong together are refused: those of a working tree with changes that no commit
-holds, and tables of one benchmark that were taken at different commits or on different grids.
+holds, and tables of one benchmark that were taken on different grids, or at different commits that
+their rows do not say.
 """
 
 import argparse

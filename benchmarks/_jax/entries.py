@@ -50,13 +50,3 @@ def driving(make: Callable[..., Any], label: str, **options: Any) -> Optimizer:
     averages = options.get("averaging", 0) is not None
     entry = controlled(make, label, **options)._replace(grid=STARTS)
     return entry._replace(averaged=averaged_params) if averages else entry
-
-
-def ended(make: Callable[..., Any], label: str, **options: Any) -> Optimizer:
-    """Self-driving that is told when the run ends."""
-
-    def build(rate: Any, steps: int) -> optax.GradientTransformation:
-        defaults = {"weight_decay": WEIGHT_DECAY, "mask": matrices, "total_steps": steps}
-        return make(rate, **defaults | options)
-
-    return driving(make, f"{label}, known end")._replace(make=build, grid=FEW_STARTS)

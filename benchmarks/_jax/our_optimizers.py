@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from benchmarks._jax.entries import FEW_STARTS, SOURCES, controlled, driving, ended, skips
+from benchmarks._jax.entries import FEW_STARTS, SOURCES, controlled, driving, skips
 from benchmarks._jax.optimizers import (
     GUARDED_PEERS,
     PEERS,
@@ -82,6 +82,16 @@ SELF_DRIVING = {
 """Ours without a rate; the grid is where they start."""
 
 
+def _ended(make: Callable[..., Any], label: str, **options: Any) -> Optimizer:
+    """Self-driving that is told when the run ends."""
+
+    def build(rate: Any, steps: int) -> optax.GradientTransformation:
+        defaults = {"weight_decay": WEIGHT_DECAY, "mask": matrices, "total_steps": steps}
+        return make(rate, **defaults | options)
+
+    return driving(make, f"{label}, known end")._replace(make=build, grid=FEW_STARTS)
+
+
 def _falling(make: Callable[..., Any], label: str) -> Optimizer:
     """Self-driving under a schedule of the user's, which it obeys once it has found its rate."""
 
@@ -93,9 +103,11 @@ def _falling(make: Callable[..., Any], label: str) -> Optimizer:
 
 
 ENDED = {
-    "self_driving-ended": ended(self_driving, "Self-driving"),
-    "self_driving-lion-ended": ended(self_driving_lion, "Self-driving Lion")._replace(default=1e-4),
-    "self_driving-muon-ended": ended(self_driving_muon, "Self-driving Muon"),
+    "self_driving-ended": _ended(self_driving, "Self-driving"),
+    "self_driving-lion-ended": _ended(self_driving_lion, "Self-driving Lion")._replace(
+        default=1e-4
+    ),
+    "self_driving-muon-ended": _ended(self_driving_muon, "Self-driving Muon"),
     "self_driving-linear": _falling(self_driving, "Self-driving"),
     "self_driving-muon-linear": _falling(self_driving_muon, "Self-driving Muon"),
 }
@@ -115,13 +127,13 @@ ROLES = {
         self_driving, "Self-driving, head / 3", rates={"head": 1 / 3}
     ),
     "self_driving-lora-plus": driving(self_driving, "Self-driving, LoRA+", rates={"lora.b": 16.0}),
-    "self_driving-ended-embedding-third": ended(
+    "self_driving-ended-embedding-third": _ended(
         self_driving, "Self-driving, embedding / 3", rates={"embedding": 1 / 3}
     ),
     "self_driving-muon-embedding-third": driving(
         self_driving_muon, "Self-driving Muon, embedding / 3", rates={"embedding": 1 / 3}
     ),
-    "self_driving-muon-ended-embedding-third": ended(
+    "self_driving-muon-ended-embedding-third": _ended(
         self_driving_muon, "Self-driving Muon, embedding / 3", rates={"embedding": 1 / 3}
     ),
 }

@@ -40,18 +40,14 @@ def _driving(label: str, **options: Any) -> TorchOptimizer:
 
 def _by_role(model: nn.Module) -> Groups:
     """The same decay as everybody's; what each parameter is tells Muon which matrices are its."""
-    by_role = param_groups(model, lr=1.0)
+    by_role = param_groups(model, lr=1.0, weight_decay=WEIGHT_DECAY, decays={"position": 1.0})
     for group in by_role:
-        group["weight_decay"] = WEIGHT_DECAY if min(p.ndim for p in group["params"]) > 1 else 0.0
+        del group["lr"]  # the run's
     return by_role
 
 
 def _muon(label: str, **options: Any) -> TorchOptimizer:
-    def make(groups: Groups, rate: float) -> Optimizer:
-        at_rate = [group | {"lr": rate} for group in groups]
-        return CruxyOptimizer(at_rate, mode="self_driving", direction="muon", **options)
-
-    return _driving(label)._replace(make=make, grouped=_by_role)
+    return _driving(label, direction="muon", **options)._replace(grouped=_by_role)
 
 
 def _to_zero(step: int, steps: int) -> float:
