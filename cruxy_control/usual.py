@@ -76,8 +76,7 @@ def usual_average(
         kind: a key of `USUAL`.
         averaging: `None` for no average.
         interpolation: see `averaging_orders`.
-        free: whether the run has no schedule and the usual law; otherwise nothing pulls unless it
-            is asked for.
+        free: whether the run has the usual law; otherwise nothing pulls unless it is asked for.
     """
     own = USUAL[kind]
     if averaging is None:

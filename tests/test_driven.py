@@ -11,6 +11,7 @@ import torch
 
 import cruxy_optax
 from cruxy_control import RUN_PHASES, Meta3, SelfDriving, Signals, explain
+from cruxy_control.formulas.averaging import averaging_orders
 from cruxy_control.self_driving import begin_cooldown
 from cruxy_control.usual import USUAL, WEIGHT_DECAY, usual_law
 from cruxy_optax._states import direction_kind
@@ -103,6 +104,31 @@ class TestSchedule:
         falls = [later / earlier for earlier, later in itertools.pairwise(rates)]
         wanted = [(steps - s - 1) / (steps - s) for s in range(185, steps - 1)]
         assert falls == pytest.approx(wanted, rel=1e-4)
+
+    def test_under_a_schedule_muon_is_pulled_in_both_frameworks_until_the_rate_falls(self):
+        rates = [1e-3] * 4 + [5e-4] * 4
+        tx = cruxy_optax.self_driving_muon(lambda step: jnp.array(rates)[step], weight_decay=0.0)
+        params = {"mlp": {"up": {"kernel": jnp.eye(4)}}}
+        state, update = tx.init(params), jax.jit(tx.update)
+        kernel = torch.nn.Parameter(torch.eye(4))
+        groups = [{"params": [kernel], "role": "mlp.up", "lr": rates[0], "weight_decay": 0.0}]
+        optimizer = CruxyOptimizer(groups, mode="self_driving", direction="muon")
+        drawn = np.random.default_rng(0)
+        for count, rate in enumerate(rates):
+            grad = drawn.normal(size=(4, 4)).astype(np.float32)
+            grads = {"mlp": {"up": {"kernel": jnp.asarray(grad.T)}}}
+            mean = cruxy_optax.averaged_params(state, params)["mlp"]["up"]["kernel"]
+            updates, state = update(grads, state, params, value=jnp.float32(1.0))
+            params = optax.apply_updates(params, updates)
+            optimizer.param_groups[0]["lr"], kernel.grad = rate, torch.tensor(grad)
+            optimizer.step(loss=1.0)
+            ours = params["mlp"]["up"]["kernel"]
+            np.testing.assert_allclose(kernel.detach().T, ours, atol=1e-5)
+            falls = np.bool_(count > rates.index(5e-4))  # the step after it has fallen
+            weight, _ = averaging_orders(count, 2.0, 0.7, falls, xp=np)
+            wanted = mean + weight * (ours - mean)
+            found = cruxy_optax.averaged_params(state, params)["mlp"]["up"]["kernel"]
+            np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
 class TestLimitThatYields:

@@ -89,8 +89,8 @@ def self_driving(
             average and saves its buffer: then the parameters themselves are what there is to
             evaluate, as noisy as the rate.
         interpolation: how far the average pulls the parameters along, see `average_iterates`; 0, or
-            what goes with `direction` where neither a schedule nor `law` or `averaging` is
-            given. For language models, 0.6.
+            what goes with `direction` where neither `law` nor `averaging` is given. For language
+            models, 0.6.
         average_bits: bits an element of the average, 32 (`None`), 16 or 8; see `average_iterates`.
         total_steps: steps of the run, where they are known: the rate is found in the first fifth
             of them and then falls to 0 from twice of it (`SelfDriving.total_steps`), with Muon
@@ -145,8 +145,7 @@ def self_driving(
     else:
         adams = {"state_bits": state_bits, "mu_dtype": mu_dtype}
         moments, kind = direction, kind_of(direction, adams)
-    scheduled = callable(learning_rate)
-    law, power, pull = _law(kind, law, averaging, interpolation, total_steps, scheduled=scheduled)
+    law, power, pull = _law(kind, law, averaging, interpolation, total_steps)
     limit, roles = _limit(relative_limit, kind), by_role(rates)
     average = averaged(power, average_bits, pull)
     return _steered(
@@ -279,7 +278,8 @@ def self_driving_muon(
         averaging: the power of `average_iterates`; 2, and 16 where nothing pulls. `None` keeps no
             average.
         interpolation: how far the average pulls the parameters along, see `average_iterates`; 0.7,
-            and 0 where `averaging`, `law` or a schedule is given.
+            and 0 where `averaging` or `law` is given. Where a schedule lowers the rate nothing is
+            pulled.
         average_bits: bits an element of the average, 32 (`None`), 16 or 8.
         total_steps: steps of the run, where they are known.
         rates: factors on the rate by role.
@@ -319,8 +319,7 @@ def self_driving_muon(
         `self_driving`.
     """
     rules = tuple(rules)
-    scheduled = callable(learning_rate)
-    law, power, pull = _law("muon", law, averaging, interpolation, total_steps, scheduled=scheduled)
+    law, power, pull = _law("muon", law, averaging, interpolation, total_steps)
     moments = in_bits(
         state_bits,
         mu_dtype,
@@ -349,13 +348,10 @@ def _law(
     averaging: Given | None,
     interpolation: Given,
     total_steps: int | None,
-    *,
-    scheduled: bool = False,
 ) -> tuple[Law, float | None, float]:
     """The law that knows the end, the power of the average, and how far that pulls."""
     ends = total_steps is not None
-    free = law is None and not scheduled
-    power, pull = usual_average(kind, averaging, interpolation, free=free)
+    power, pull = usual_average(kind, averaging, interpolation, free=law is None)
     law = usual_law(kind, ends=ends, interpolation=pull) if law is None else law
     return told_the_end(law, total_steps), power, pull
 
