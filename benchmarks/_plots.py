@@ -9,6 +9,10 @@ from matplotlib.figure import Figure
 # Okabe and Ito (2008), told apart with any colour vision; the marker tells apart what shares one.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+
+CROWD = 15
+"""Curves that a panel of the usual size has a place for in its legend."""
 
 
 def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -17,15 +21,16 @@ def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
         name: {
             "color": COLORS[i % len(COLORS)],
             "marker": MARKERS[i % len(MARKERS)],
-            "linestyle": ("-", (0, (4, 1.5)), (0, (1, 1)))[i // len(COLORS) % 3],
+            "linestyle": DASHES[i // len(COLORS) % len(DASHES)],
         }
         for i, name in enumerate(names)
     }
 
 
-def one_panel(title: str) -> tuple[Figure, Axes]:
-    """A figure with a single panel."""
-    figure = Figure(figsize=(9, 5.2), layout="constrained")
+def one_panel(title: str, curves: int = 1) -> tuple[Figure, Axes]:
+    """A figure with a single panel, larger where its legend has many curves."""
+    size = (9, 5.2) if curves <= CROWD else (13, 0.28 * curves + 1.0)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     finish(axes, title)
     return figure, axes

@@ -91,9 +91,10 @@ def _rows(result: dict[str, Any]) -> Rows:
 
 def _draw(result: dict[str, Any]) -> Figure:
     work = result["workload"]
-    figure, axes = one_panel(f"{work['name']}, {work['steps']:,} steps")
-    look = styles(result["optimizers"])
-    for name, row in result["optimizers"].items():
+    rows = result["optimizers"]
+    figure, axes = one_panel(f"{work['name']}, {work['steps']:,} steps", len(rows))
+    look = styles(rows)
+    for name, row in rows.items():
         grid = np.array(result["grid"][name])
         centre = grid[len(grid) // 2]
         axes.errorbar(
@@ -106,16 +107,21 @@ def _draw(result: dict[str, Any]) -> Figure:
             capsize=2,
             **look[name],
         )
+        if len(grid) == 1:  # it starts where it comes with
+            own = {key: look[name][key] for key in ("color", "linestyle")}
+            axes.axhline(row["losses"][0], linewidth=0.8, **own)
     axes.set_xscale("log")
     axes.set_xlabel("rate, relative to the middle of the optimizer's grid")
     axes.set_ylabel(work["unit"])
-    bests = [row["best"] for row in result["optimizers"].values()]
+    bests = [row["best"] for row in rows.values()]
     # A share that can be missed altogether has no logarithm.
     if result["start"] > 10 * min(bests) > 10 * NOTHING:
         axes.set_yscale("log")
         axes.set_ylim(0.8 * min(bests), result["start"])
     else:
-        axes.set_ylim(min(bests) - 0.05 * (result["start"] - min(bests)), result["start"])
+        top = max(loss for row in rows.values() for loss in row["losses"])
+        margin = 0.05 * (top - min(bests)) or 0.05
+        axes.set_ylim(min(bests) - margin, top + margin)
     legend(axes)
     return figure
 

@@ -149,9 +149,9 @@ class CruxyOptimizer(DirectedOptimizer):
             average with them. Loading brings the bits that were saved.
         interpolation: how far the average pulls the parameters along, in `[0, 1)`, see
             `cruxy_optax.average_iterates`: schedule-free averaging. It is 0, but 0.7 under
-            self-driving with `direction="muon"` where neither `law` nor `averaging` is given;
-            under a scheduler that decays, 0 is better. For language models
-            with Adam's direction, 0.6.
+            self-driving with `direction="muon"` where neither `law` nor `averaging` is given. While
+            a scheduler lowers the rate nothing is pulled. For language models with Adam's
+            direction, 0.6.
         process_group: ranks that hold the same gradients, as under `DistributedDataParallel`, but
             pass a loss of their own: one all-reduce a step keeps their controllers alike, and a
             rank may have no loss. `fully_shard` needs none: its mesh is used. Not pickled.
