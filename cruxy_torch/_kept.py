@@ -5,7 +5,7 @@ follows from the step's key and the number of each element, so that a run can be
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -94,6 +94,14 @@ class Coded(NamedTuple):
 
 Kept = Tensor | Rounded | Coded
 """A tensor as it is kept between steps."""
+
+_BY_CHANCE = (Rounded, Coded)
+
+
+def any_by_chance(column: Iterable[Kept]) -> bool:
+    """Whether anything in a column may be rounded by chance."""
+    # No set: Dynamo 2.13 may miss the type of a named tuple in one, and all bits would be the same.
+    return any(type(kept) in _BY_CHANCE for kept in column)
 
 
 def kind(kept: Kept | None) -> tuple[Any, ...]:

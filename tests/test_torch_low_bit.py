@@ -15,6 +15,7 @@ from cruxy_control import Meta3  # noqa: E402
 from cruxy_exact.codes import BlockCode, pack  # noqa: E402
 from cruxy_exact.random_bits import random_bits, stream_key  # noqa: E402
 from cruxy_torch import CruxyOptimizer, _blocks  # noqa: E402
+from cruxy_torch._kept import Coded, Rounded, any_by_chance  # noqa: E402
 from cruxy_torch._memory.state import value_of  # noqa: E402
 from cruxy_torch._native import library  # noqa: E402
 from relatives import crossed  # noqa: E402
@@ -316,12 +317,34 @@ class TestErrors:
             CruxyOptimizer(parameters((3,)), select=["weight"])
 
 
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_trace_sees_what_is_rounded_by_chance(rounded, order):
+    """Else a compiled step would take the same random bits every time."""
+
+    def traced(x):
+        code = BlockCode(8, signed=True)
+        kept = Rounded(x, 0) if rounded else Coded(x, x, code, x.shape, 0)
+        return x + any_by_chance([kept, x][::order]), x + any_by_chance([kept]), any_by_chance([x])
+
+    torch._dynamo.reset()
+    mixed, alone, plain = torch.compile(traced, backend="eager", fullgraph=True)(torch.zeros(()))
+    assert (mixed.item(), alone.item(), plain) == (1.0, 1.0, False)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not library.available(), reason="torch.compile needs a C compiler too")
-@pytest.mark.parametrize("options", [{"state_bits": 8}, {"state_bits": 4, "use_lion": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"state_bits": 8},
+        {"state_bits": 4, "use_lion": True},
+        {"state_bits": 4, "mode": "self_driving"},
+    ],
+)
 def test_a_compiled_step_computes_the_same_codes(options):
     def run(**more):
-        params = parameters((64, 100))
+        params = parameters((64, 100), (50,))
         return state_of(train(params, CruxyOptimizer(params, lr=1e-3, **options, **more), 4))
 
     torch._dynamo.reset()

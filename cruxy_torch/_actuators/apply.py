@@ -15,7 +15,7 @@ from cruxy_torch._actuators.stepped import Bucket, Frame, SteppedTensor
 from cruxy_torch._blocks import buckets, by_device
 from cruxy_torch._columns import Columns
 from cruxy_torch._distributed.shards import any_sharded, local
-from cruxy_torch._kept import Coded, Kept, Rounded, raw
+from cruxy_torch._kept import Kept, any_by_chance, raw
 from cruxy_torch._memory.state import AVERAGE_CODES, as_stepped, kept_average
 from cruxy_torch._native.fit import Passes, SetAsideError
 from cruxy_torch._orders import Orders
@@ -47,7 +47,7 @@ class DirectedGroup(Group):
         """Whether anything of it may be rounded by chance."""
         averages = [mean for _, mean in (*self.coded, *self.late)]
         columns = (self.columns.params, averages, *self.columns.moments.values())
-        return not all({Rounded, Coded}.isdisjoint(map(type, column)) for column in columns)
+        return any(map(any_by_chance, columns))
 
     def momenta(self) -> Sequence[Kept]:
         """The first moment that belongs to each gradient, this rank's shards of them."""
