@@ -256,7 +256,8 @@ class SelfDriving(V2Sensors):
             limit_factor=self._limit_factor(state, falls, xp),
             run_phase=self._phase(state, falls, multiple, xp),
             schedule_scale=_share(_of(signals.base_rate, 0.0, state), state.hold.peak, xp),
-            limit_scale=_of(signals.limit_scale, 1.0, state),
+            # An array of its own: who keeps the signal writes the next one into it.
+            limit_scale=_of(signals.limit_scale, 1.0, state) * xp.ones_like(scale),
             limited_steps=state.hold.limited_steps * xp.ones_like(scale),
             momentum_ratio=_of(signals.momentum_ratio, NOT_KNOWN, state),
             set_point=self._set_point(state.progress, signals, xp) * xp.ones_like(scale),

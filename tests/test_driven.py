@@ -130,6 +130,14 @@ class TestSchedule:
             found = cruxy_optax.averaged_params(state, params)["mlp"]["up"]["kernel"]
             np.testing.assert_allclose(found, wanted, atol=1e-6)
 
+    def test_what_the_limit_left_before_is_told_though_the_next_is_written_over_it(self):
+        law, one = SelfDriving(), torch.ones(())
+        kept = torch.tensor(0.5)
+        state = law.init(torch.zeros(()), xp=torch)
+        _, controls = law.step(state, Signals(*(one, one, one), one / 2, kept, one), xp=torch)
+        kept.fill_(0.25)
+        assert controls.limit_scale == 0.5
+
 
 class TestLimitThatYields:
     def test_it_gives_way_by_the_count_of_steps_that_nothing_opposed(self):

@@ -205,20 +205,28 @@ class DirectedOptimizer(ControlledOptimizer):
         return compute_dtype(param)
 
     def _group(self, index: int, only: Tensor | None = None) -> DirectedGroup:
-        group, lists = self.param_groups[index], ([], [], [], [])
-        if only is None:
-            self._init_group(group, *lists)
+        group = self.param_groups[index]
+        params, grads, numbers = [], [], []
+        if only is not None:
+            self._add([only], group, params, grads, numbers)
+            states = [self.state[only]]
+        elif torch.compiler.is_compiling():  # whose view of `state` is from before it was made
+            names, tensors = [], []
+            self._init_group(group, params, grads, numbers, names, tensors)
+            left = iter(tensors)
+            states = [{name: next(left) for name in own} for own in names]
         else:
-            self._add([only], group, *lists)
+            self._init_group(group, params, grads, numbers)
+            states = [self.state[param] for param in params]
         return group_of(
             index,
-            self._options(group, lists[0]),
-            lists,
-            self._direction_of(group, lists[0]),
+            self._options(group, params),
+            (params, grads, states, numbers),
+            self._direction_of(group, params),
             self._frame(group),
             bits=self._bits(group),
             stochastic=self._stochastic,
-            late=() if only is not None else self._late(group, lists[0]),
+            late=() if only is not None else self._late(group, params),
         )
 
     def _late(self, group: dict[str, Any], moving: Sequence[Tensor]) -> list[tuple[Tensor, Kept]]:
@@ -246,15 +254,35 @@ class DirectedOptimizer(ControlledOptimizer):
         """The options of a group as a step takes them."""
         return group
 
-    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> None:
-        """Fills lists with parameters that have a gradient, these, states and numbers.
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        numbers: list[int],
+        names: list[tuple[str, ...]] | None = None,
+        tensors: list[Tensor] | None = None,
+    ) -> None:
+        """Makes missing state; fills lists with parameters that have a gradient, these and numbers.
 
-        The name and the form are torch's: `torch.compile` runs a method of this name eagerly.
+        The name and the form are torch's: `torch.compile` runs a method of this name eagerly, and
+        takes from its lists what is no dictionary. So states come apart for it, in the last two.
         """
-        self._add([p for p in group["params"] if p.grad is not None], group, *lists)
+        moving = [p for p in group["params"] if p.grad is not None]
+        self._add(moving, group, params, grads, numbers)
+        if names is not None and tensors is not None:
+            for param in params:
+                names.append(tuple(self.state[param]))
+                tensors.extend(self.state[param].values())
 
-    def _add(self, moving: list[Tensor], group: dict[str, Any], *lists: list[Any]) -> None:
-        params, grads, states, numbers = lists
+    def _add(
+        self,
+        moving: list[Tensor],
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        numbers: list[int],
+    ) -> None:
         direction = self._direction_of(group)
         wanted = {*direction.moments, *direction.clocks}
         for param in moving:
@@ -265,7 +293,6 @@ class DirectedOptimizer(ControlledOptimizer):
             if group["averaging"] is not None and not has_average(state):
                 add_average(state, param, bits_of(param, group["average_bits"]))
             params.append(param)
-            states.append(state)
             numbers.append(self._number(param))
 
     def _adder(
