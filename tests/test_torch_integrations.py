@@ -317,12 +317,22 @@ def test_accelerate_steps_on_the_mean_of_the_observed_losses():
 
 
 @pytest.mark.parametrize(
-    ("precision", "observes"),
-    [("32-true", False), ("32-true", True), ("bf16-mixed", False), ("16-mixed", True)],
+    ("precision", "observes", "accumulated", "callback"),
+    [
+        *[
+            ("32-true", False, 1, False),
+            ("32-true", True, 1, False),
+            ("bf16-mixed", False, 1, False),
+        ],
+        *[("16-mixed", True, 1, False), ("32-true", True, 2, False), ("32-true", False, 2, True)],
+        *[("32-true", True, 2, True), ("16-mixed", False, 2, True)],
+    ],
 )
-def test_lightning_hands_over_the_loss(precision, observes):
+def test_lightning_hands_over_the_loss(precision, observes, accumulated, callback):
     lightning = pytest.importorskip("pytorch_lightning")
     from pytorch_lightning.plugins.precision import MixedPrecision
+
+    from cruxy_torch.integrations.lightning import CruxyCallback
 
     net, x, y = regression()
     losses, seen = [], []
@@ -357,12 +367,16 @@ def test_lightning_hands_over_the_loss(precision, observes):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        accumulate_grad_batches=accumulated,
+        callbacks=[CruxyCallback()] if callback else [],
         **chosen,
     )
     data = torch.utils.data.TensorDataset(x, y)
     trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=8))
-    assert [row["loss"] for row in seen] == losses
-    assert seen[-1]["step"] == 4
+    own = [losses[i : i + accumulated] for i in range(0, 4, accumulated)]
+    shown = [row["loss"] for row in seen[accumulated - 1 :: accumulated]]
+    assert shown == pytest.approx([sum(each) / accumulated for each in own], rel=4 * ULP)
+    assert seen[-1]["step"] == 4 // accumulated
 
 
 def test_lightning_refuses_to_clip_scaled_gradients_before_the_sensors():

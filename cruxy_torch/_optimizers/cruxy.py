@@ -66,8 +66,8 @@ class CruxyOptimizer(DirectedOptimizer):
     On CPU, float32 tensors take a small C library that is built on the first step where there is
     a C compiler (about a second, once per machine); on CUDA devices float32 and bfloat16 tensors
     take Triton, many to a launch; everything else takes torch's own operations.
-    No step waits for the device. Under `torch.compile` give `lr` as a tensor; where a `direction` is
-    given, `compile=True` is the way.
+    No step waits for the device. Under `torch.compile` give `lr` as a tensor; where there is a
+    `direction`, `compile=True` is the way.
 
     Args:
         params: parameters, or parameter groups, as for every `torch.optim` optimizer.

@@ -1,10 +1,13 @@
-"""Lightning: a callback that tells a self-driving optimizer the end, and validates the average."""
+"""Lightning: a callback that hands over losses, tells the end, and validates the average."""
 
 import contextlib
 from typing import Any
 
 import pytorch_lightning as lightning
+import torch
+from torch import Tensor
 
+from cruxy_torch._controlled_optimizer import ControlledOptimizer
 from cruxy_torch._optimizers.directed import DirectedOptimizer
 from cruxy_torch.training.evaluation import averages
 
@@ -12,7 +15,10 @@ from cruxy_torch.training.evaluation import averages
 class CruxyCallback(lightning.Callback):
     """What a `Trainer` of Lightning does for our optimizers where it has this callback.
 
-    Lightning itself hands over the loss. At the beginning of a run a self-driving optimizer that
+    An optimizer gets the loss of every batch, whatever the precision, and under
+    `accumulate_grad_batches` the mean over those of a step; Lightning itself hands over the last of
+    them, divided by their number. Where you call `manual_backward`, hand it over yourself. At the
+    beginning of a run a self-driving optimizer that
     knows no end is told how many steps there are, where Lightning knows it, so that its rate falls
     to 0 at the end. Validation and tests see the averages of the parameters where the optimizer
     keeps some; checkpoints hold the weights, from which a run is resumed bit by bit, and the
@@ -38,6 +44,18 @@ class CruxyCallback(lightning.Callback):
         for own in trainer.optimizers:
             if isinstance(own, DirectedOptimizer) and own.finds_rate and own.total_steps is None:
                 own.set_total_steps(int(steps))
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        """Hands over the loss of a batch, in its own size."""
+        if not pl_module.automatic_optimization:
+            return
+        loss = loss.detach() * trainer.accumulate_grad_batches
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            loss = loss / scaler.scale(torch.ones_like(loss))
+        for own in trainer.optimizers:
+            if isinstance(own, ControlledOptimizer):
+                own.observe(loss)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Puts the averages in the place of the parameters."""
