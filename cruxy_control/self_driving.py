@@ -246,7 +246,7 @@ class SelfDriving(V2Sensors):
         """One step of the law: the new state, and the controls read from it."""
         ok = xp.isfinite(signals.grad_norm) & xp.isfinite(signals.gamma_norm)
         falls, multiple = self._fall(state, xp)
-        new = self._advance(state, signals, falls, multiple, xp)
+        new, set_point = self._advance(state, signals, falls, multiple, xp)
         state = filters.select(ok, new, state, xp=xp)
         controls = self.sensed_controls(state.sensors, signals, ok, xp=xp)
         scale = state.scale * xp.where(falls, multiple, 1.0)
@@ -260,7 +260,7 @@ class SelfDriving(V2Sensors):
             limit_scale=_of(signals.limit_scale, 1.0, state) * xp.ones_like(scale),
             limited_steps=state.hold.limited_steps * xp.ones_like(scale),
             momentum_ratio=_of(signals.momentum_ratio, NOT_KNOWN, state),
-            set_point=self._set_point(state.progress, signals, xp) * xp.ones_like(scale),
+            set_point=set_point * xp.ones_like(scale),
         )
 
     def _limit_factor(self, state: SelfDrivingState, falls: Any, xp: Any) -> Any:
@@ -283,7 +283,8 @@ class SelfDriving(V2Sensors):
 
     def _advance(
         self, state: SelfDrivingState, signals: Signals, held: Any, multiple: Any, xp: Any
-    ) -> SelfDrivingState:
+    ) -> tuple[SelfDrivingState, Any]:
+        """The state after a good step, and the alignment that was steered to in it."""
         # A gradient that nothing has moved since the last one agrees with it, at any rate.
         moved = signals.limit_scale > 0.0
         # A rate that falls tells nothing of the one that was found.
@@ -301,7 +302,7 @@ class SelfDriving(V2Sensors):
         error = xp.clip(alignment.value - set_point, -1.0, 1.0)
         scale = state.scale * xp.where(free, signals.limit_scale, 1.0)
         scale = scale * xp.where(sure, xp.exp(gain * error), 1.0)
-        return SelfDrivingState(
+        new = SelfDrivingState(
             sensors=self.sense(state.sensors, signals, xp=xp),
             alignment=alignment,
             step=xp.where(moved, filters.next_count(state.step, xp=xp), state.step),
@@ -310,6 +311,7 @@ class SelfDriving(V2Sensors):
             hold=self._hold(state, signals.limit_scale, alignment.value, held, peak, xp),
             progress=ahead,
         )
+        return new, set_point
 
     def _progress(self, state: SelfDrivingState, signals: Signals, moved: Any, xp: Any) -> Any:
         old = state.progress
