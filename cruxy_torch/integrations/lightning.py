@@ -17,12 +17,12 @@ class CruxyCallback(lightning.Callback):
 
     An optimizer gets the loss of every batch, whatever the precision, and under
     `accumulate_grad_batches` the mean over those of a step; Lightning itself hands over the last of
-    them, divided by their number. Where you call `manual_backward`, hand it over yourself. At the
-    beginning of a run a self-driving optimizer that
-    knows no end is told how many steps there are, where Lightning knows it, so that its rate falls
-    to 0 at the end. Validation and tests see the averages of the parameters where the optimizer
-    keeps some; checkpoints hold the weights, from which a run is resumed bit by bit, and the
-    averages in the optimizer's state.
+    them, divided by their number. Where you call `manual_backward`, hand it over yourself.
+
+    At the beginning of a run a self-driving optimizer that knows no end is told how many steps
+    there are, where Lightning knows it, so that its rate falls to 0 at the end. Validation and
+    tests see the averages of the parameters where the optimizer keeps some; checkpoints hold the
+    weights, from which a run is resumed bit by bit, and the averages in the optimizer's state.
 
     Args:
         pass_horizon: tells the end; `False` for a run without one.
