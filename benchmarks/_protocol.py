@@ -86,6 +86,10 @@ def run(protocol: Protocol, argv: Sequence[str]) -> None:
         "commit; only where nothing that made them has changed",
     )
     options = parser.parse_args(argv)
+    if options.onto is not None and not options.onto.is_file():
+        parser.error(
+            f"--onto must name figures, got {options.onto}, which is no file; leave it out."
+        )
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     try:
         options.output.mkdir(parents=True, exist_ok=True)

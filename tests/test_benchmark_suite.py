@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from benchmark_quadratic import known_workload  # noqa: F401
-from benchmarks import report
+from benchmarks import _kept_rows, report
 from benchmarks.__main__ import main
 from benchmarks._commands import MODULES, protocol
 from benchmarks._kept_rows import onto
@@ -217,11 +217,34 @@ def test_rows_that_are_not_measured_anew_are_kept_with_their_commit(tmp_path):
     ],
 )
 def test_rows_of_something_else_are_not_kept(changes, message, tmp_path):
-    new = {"seeds": [0], "environment": {"processor": "one", "versions": {}}, "optimizers": {}}
+    new = {
+        "protocol": "resume", "seeds": [0], "optimizers": {},
+        "environment": {"processor": "one", "versions": {}, "changed": False},
+    }  # fmt: skip
     earlier = tmp_path / "earlier.json"
     earlier.write_text(json.dumps(new | changes))
     with pytest.raises(ValueError, match=message):
         onto(new, earlier)
+    with pytest.raises(ValueError, match="a table of optimizers"):
+        onto({"protocol": "alignment", "curves": {}}, earlier)
+
+
+def test_rows_without_names_of_their_own_are_kept_by_framework_and_optimizer(tmp_path):
+    def row(framework, name, size):
+        return {"framework": framework, "name": name, "label": name, "bytes_on_disk": size}
+
+    environment = {"processor": "one", "versions": {}, "changed": False, "commit": "a" * 40}
+    old = {
+        "environment": environment,
+        "optimizers": [row("jax", "adamw", 1), row("torch", "adamw", 2)],
+    }
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps(old))
+    rows = [row("torch", "adamw", 3), row("torch", "meta3", 4)]
+    merged = onto({"environment": environment, "optimizers": rows}, earlier)
+    kept = row("jax", "adamw", 1) | {"commit": "a" * 40}
+    assert merged["optimizers"] == [kept, *rows]
+    assert _kept_rows.earlier(merged) == {"a" * 40: ["adamw"]}
 
 
 def test_a_kept_row_is_not_paired_with_a_reference_of_now():
