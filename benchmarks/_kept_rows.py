@@ -74,10 +74,10 @@ def _others(versions: dict[str, Any]) -> dict[str, Any]:
 
 
 def earlier(result: dict[str, Any]) -> dict[str, list[str]]:
-    """The labels of kept rows, by their commit."""
+    """The labels of kept rows, by their commit; frameworks of one table are measured together."""
     found: dict[str, list[str]] = {}
     rows = result.get("optimizers", ())
     for row in rows.values() if isinstance(rows, dict) else rows:
         if isinstance(row, dict) and "commit" in row:
             found.setdefault(row["commit"], []).append(row["label"])
-    return found
+    return {commit: list(dict.fromkeys(labels)) for commit, labels in found.items()}
