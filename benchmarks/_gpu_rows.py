@@ -25,6 +25,8 @@ SECOND = (
 )  # fmt: skip
 OF_JAX = ("adamw", "meta3", "meta_lion", "self_driving", "self_driving-no-average")
 PARITY_STEPS = 50
+DECAY = 0.01
+"""Of the weights in a comparison of both frameworks, whose defaults differ from mode to mode."""
 TRAJECTORIES = ("meta3", "meta_lion", "self_driving")
 
 TRIED = "tiny"
@@ -115,9 +117,9 @@ def measured(row: Row, repeats: int) -> dict[str, Any]:
 def _parity(row: Row, module: Any, shapes: Shapes) -> dict[str, Any]:
     """How far steps on the device are from as many steps of PyTorch on the CPU."""
     steps = 2 if row.size == TRIED else PARITY_STEPS
-    ours = module.trajectory(row.name, shapes, steps)
+    ours = module.trajectory(row.name, shapes, steps, DECAY)
     torch = room("torch", "gpu", "gpu")
-    theirs = torch.trajectory(row.name, shapes, steps, device="cpu")
+    theirs = torch.trajectory(row.name, shapes, steps, DECAY, device="cpu")
     apart = {key: abs(ours[key] - value) for key, value in theirs.items()}
     return {
         "steps": steps,

@@ -48,14 +48,14 @@ def stepped(name: str, shapes: Shapes, repeats: int) -> dict[str, Any]:
     }
 
 
-def trajectory(name: str, shapes: Shapes, steps: int) -> dict[str, Any]:
+def trajectory(name: str, shapes: Shapes, steps: int, decay: float) -> dict[str, Any]:
     """The parameters after steps on gradients that are the same everywhere."""
     draw = np.random.default_rng(0)
     params = {key: jnp.asarray(_drawn(draw, shape, 0.02)) for key, shape in shapes.items()}
     made = {
-        "meta3": lambda: meta3(1e-3, b2=0.999, weight_decay=0.01),
-        "meta_lion": lambda: meta_lion(1e-4, weight_decay=0.01),
-        "self_driving": lambda: self_driving(weight_decay=0.01),
+        "meta3": lambda: meta3(1e-3, b2=0.999, weight_decay=decay),
+        "meta_lion": lambda: meta_lion(1e-4, b1=0.9, b2=0.99, weight_decay=decay),
+        "self_driving": lambda: self_driving(weight_decay=decay),
     }
     tx = optax.with_extra_args_support(made[name]())
     state = tx.init(params)

@@ -203,13 +203,16 @@ def waits(name: str, shapes: Shapes) -> dict[str, Any]:
     return found
 
 
-def trajectory(name: str, shapes: Shapes, steps: int, device: str = "") -> dict[str, Any]:
+def trajectory(
+    name: str, shapes: Shapes, steps: int, decay: float, device: str = ""
+) -> dict[str, Any]:
     """The parameters after steps on gradients that are the same everywhere.
 
     Args:
         name: of the optimizer.
         shapes: of the parameters.
         steps: how many.
+        decay: of the weights.
         device: where; by default on the GPU where there is one.
     """
     where = torch.device(device) if device else DEVICE
@@ -219,11 +222,11 @@ def trajectory(name: str, shapes: Shapes, steps: int, device: str = "") -> dict[
         for key, shape in shapes.items()
     }
     options = {
-        "meta3": {"lr": 1e-3},
-        "meta_lion": {"lr": 1e-4, "use_lion": True, "betas": (0.9, 0.99)},
+        "meta3": {"lr": 1e-3, "betas": (0.9, 0.999)},
+        "meta_lion": {"lr": 1e-4, "betas": (0.9, 0.99), "use_lion": True},
         "self_driving": {"mode": "self_driving"},
     }
-    optimizer = CruxyOptimizer(params.values(), **options[name])
+    optimizer = CruxyOptimizer(params.values(), weight_decay=decay, **options[name])
     for number in range(steps):
         for key, param in params.items():
             param.grad = torch.from_numpy(_drawn(draw, shapes[key], 0.01)).to(where)
