@@ -8,10 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from benchmarks._frameworks import room
 from benchmarks._runs import Record, Task
 from benchmarks._shapes import SIZES, Shapes, gpt_shapes
-from cruxy_exact import verify
+from cruxy_exact import BlockCode, stream_key, verify
+from cruxy_exact._namespace import largest
+from cruxy_exact.random_bits import random_bits
 from cruxy_exact.reference import Reference
 
 FLOOR = {"adamw": 7, "meta3": 8, "meta_lion": 6, "self_driving": 11, "self_driving-no-average": 9}
@@ -20,9 +24,10 @@ each of its passes: gradients are read to be measured, and again to be used."""
 
 FIRST = ("adamw", "meta3", "meta_lion", "self_driving", "self_driving-no-average")
 SECOND = (
-    "meta3-8bit", "meta3-4bit", "meta_lion-8bit", "axiom", "adamw-foreach", "muon",
-    "torchao-adamw-8bit", "bitsandbytes-adamw-8bit",
+    "meta3-8bit", "meta3-4bit", "meta_lion-8bit", "axiom", "adamw-foreach", "muon", "torch-muon",
+    "self_driving-muon", "torchao-adamw-8bit", "bitsandbytes-adamw-8bit",
 )  # fmt: skip
+WAITS = ("meta3", "self_driving", "axiom", "muon")
 OF_JAX = ("adamw", "meta3", "meta_lion", "self_driving", "self_driving-no-average")
 PARITY_STEPS = 50
 DECAY = 0.01
@@ -69,14 +74,14 @@ def rows(sizes: list[str], frameworks: list[str]) -> list[Row]:
             found.append(Row("copy", "torch", size=size))
             found += [Row("step", "torch", name, size) for name in FIRST]
             if size == sizes[0]:
-                found += [Row("waits", "torch", n, size) for n in ("meta3", "self_driving")]
+                found += [Row("waits", "torch", name, size) for name in WAITS]
                 found += [Row("exact", "torch"), Row("checksum", "torch")]
                 found += [Row("parity", "torch", name, tried) for name in TRAJECTORIES]
         found += [Row("step", "torch", name, sizes[0]) for name in SECOND]
     if "jax" in frameworks:
         found += [Row("parity", "jax", name, tried) for name in TRAJECTORIES]
         found += [Row("step", "jax", name, sizes[0]) for name in OF_JAX]
-        found.append(Row("checksum", "jax"))
+        found += [Row("exact", "jax"), Row("checksum", "jax")]
     if "torch" in frameworks:
         found += [Row("memory", "torch", name, tried) for name in ("axiom", "lion")]
         found += [Row("step", "torch", name, s) for s in sizes[1:] for name in SECOND]
@@ -105,7 +110,7 @@ def measured(row: Row, repeats: int) -> dict[str, Any]:
         "copy": lambda: module.copied(sum(map(math.prod, shapes.values())), repeats),
         "step": lambda: module.stepped(row.name, shapes, repeats),
         "waits": lambda: module.waits(row.name, shapes),
-        "exact": lambda: module.exact(),
+        "exact": lambda: _exact(module),
         "parity": lambda: _parity(row, module, shapes),
     }
     try:
@@ -129,6 +134,31 @@ def _parity(row: Row, module: Any, shapes: Shapes) -> dict[str, Any]:
             / sum(value.size for value in apart.values())
         ),
     }
+
+
+def _exact(module: Any) -> dict[str, Any]:
+    """Whether codes and random bits on the device are those of NumPy, to the bit."""
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((512, 256)) * np.exp(draw.standard_normal((512, 256)))
+    index = np.arange(x.size, dtype=np.int32).reshape(x.shape)
+    arrays = x.astype(np.float32), index, np.int32(7)
+    with np.errstate(over="ignore"):
+        wanted = _codes(*arrays, xp=np)
+    found = module.on_device(_codes, *arrays)
+    return {name: bool(np.array_equal(value, found[name])) for name, value in wanted.items()}
+
+
+def _codes(x: Any, index: Any, count: Any, *, xp: Any) -> dict[str, Any]:
+    """Random bits and the codes that they round, by name."""
+    bits = random_bits(stream_key(count, 0, 0, xp=xp), index)
+    found = {"random bits": bits}
+    for width in (8, 4):
+        for signed in (True, False):
+            code, values = BlockCode(width, signed), x if signed else x * x
+            scale = code.scale(largest(xp.abs(values), -1, xp=xp), xp=xp)
+            kind = f"{width} bits, {'signed' if signed else 'non-negative'}"
+            found[kind] = code.encode(values, scale, code.noise(bits), xp=xp)
+    return found
 
 
 def _checksum(row: Row) -> dict[str, Any]:

@@ -5,8 +5,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from cruxy_exact.codes import cast
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -29,9 +27,19 @@ def original(function: Any) -> Any:
     return function.__wrapped__
 
 
+def cast(x: Any, dtype: Any) -> Any:
+    """`x` in `dtype`, in any of the namespaces."""
+    return x.to(dtype) if hasattr(x, "to") else x.astype(dtype)
+
+
 def is_torch(xp: Any) -> bool:
     """Whether a namespace is PyTorch's."""
     return xp.__name__ == "torch"
+
+
+def is_jax(xp: Any) -> bool:
+    """Whether a namespace is JAX's, whose operations are compiled together."""
+    return xp.__name__ == "jax.numpy"
 
 
 def largest(x: Any, axes: int | tuple[int, ...], *, xp: Any) -> Any:

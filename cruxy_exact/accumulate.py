@@ -13,9 +13,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from cruxy_exact._namespace import largest
+from cruxy_exact._namespace import cast, largest
 from cruxy_exact.arithmetic import down, field, power64, up
-from cruxy_exact.codes import cast
 
 BIN = 30
 """Bits from one bin to the next; the unit of bin `j` is `2^(30 j - 150)`."""

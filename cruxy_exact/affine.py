@@ -9,8 +9,8 @@ import dataclasses
 import math
 from typing import Any
 
-from cruxy_exact.codes import cast
-from cruxy_exact.rounding import RoundedByChance
+from cruxy_exact._namespace import cast
+from cruxy_exact.rounding import RoundedByChance, quotient
 
 GROUP = 256
 """Elements that share an offset and a step: consecutive ones, in row-major order."""
@@ -128,8 +128,7 @@ class AffineCode(RoundedByChance):
             uint8 of the shape of `x`, 0 to `levels`, for 4 bits to be packed. In a group that is
             not finite they carry nothing.
         """
-        # Of two arrays: where a number is divided, PyTorch multiplies by the reciprocal.
-        size = (cast(x, xp.float32) - offset) * (xp.full_like(step, 1.0) / step)
+        size = (cast(x, xp.float32) - offset) * quotient(1.0, step, xp=xp)
         # Also where it is NaN, and where a compiler that computes x twice comes out an ulp above.
         size = xp.where(size < float(self.levels), size, float(self.levels))
         size = xp.where(size > 0.0, size, 0.0) + self._origin

@@ -9,7 +9,8 @@ Three rules make the bits the same:
   added to anything. The select in it keeps a compiler from contracting `a * b + c` to a fused
   multiply-add, and makes it irrelevant whether denormal numbers are kept.
 - Divisions and roots go through float64. A float64 quotient or root that is off by up to 3 units in
-  its last place still rounds to the right float32.
+  its last place still rounds to the right float32. A compiler that sees this rounding divides in
+  float32 in the first place, which on a GPU is 2 units off: `opaque` hides it.
 - Constants are rounded to float32 on the host (`f32`). Nothing is divided by a constant.
 """
 
@@ -17,8 +18,7 @@ import math
 import struct
 from typing import Any
 
-from cruxy_exact._namespace import is_torch
-from cruxy_exact.codes import cast
+from cruxy_exact._namespace import cast, is_jax, is_torch
 
 TINY = 2.0**-125
 """What is not larger than this counts as 0. Twice the smallest normal float32, so that it does not
@@ -55,7 +55,10 @@ def settle(x: Any, *, xp: Any) -> Any:
     """
     if is_torch(xp):
         return xp.nn.functional.hardshrink(x, TINY)  # one kernel
-    return xp.where(xp.abs(x) <= TINY, xp.zeros_like(x), x)
+    size = xp.abs(x)
+    # In JAX a 0 that the compiler does not know: with a known one it moves what is added to the
+    # result into both arms, next to the product that x may be.
+    return xp.where(size <= TINY, size * 0.0 if is_jax(xp) else xp.zeros_like(x), x)
 
 
 def add(a: Any, b: Any, *, xp: Any) -> Any:
@@ -75,7 +78,7 @@ def mul(a: Any, b: Any, *, xp: Any) -> Any:
 
 def div(a: Any, b: Any, *, xp: Any) -> Any:
     """`a / b`, correctly rounded and settled. Both are float32 arrays."""
-    return down(up(a, xp=xp) / up(b, xp=xp), xp=xp)
+    return down(opaque(up(a, xp=xp) / up(b, xp=xp), xp=xp), xp=xp)
 
 
 def reciprocal(x: Any, *, xp: Any) -> Any:
@@ -85,7 +88,7 @@ def reciprocal(x: Any, *, xp: Any) -> Any:
 
 def sqrt(x: Any, *, xp: Any) -> Any:
     """The root, correctly rounded and settled; NaN below 0."""
-    return down(xp.sqrt(up(x, xp=xp)), xp=xp)
+    return down(opaque(xp.sqrt(up(x, xp=xp)), xp=xp), xp=xp)
 
 
 def up(x: Any, *, xp: Any) -> Any:
@@ -96,6 +99,23 @@ def up(x: Any, *, xp: Any) -> Any:
 def down(x: Any, *, xp: Any) -> Any:
     """float64 rounded to float32, settled."""
     return settle(cast(x, xp.float32), xp=xp)
+
+
+_LOST = 29
+"""Bits of a float64's mantissa that a float32 has not."""
+
+
+def opaque(x: Any, *, xp: Any) -> Any:
+    """float64 that a compiler does not see being rounded to float32, which it is next.
+
+    In JAX it is rounded here already, on the whole number of its bits. NumPy and PyTorch round
+    where they are told.
+    """
+    if not is_jax(xp):
+        return x
+    word = x.view(xp.int64)
+    word = word + ((1 << _LOST - 1) - 1) + ((word >> _LOST) & 1)  # to the nearest, ties to even
+    return (word & -(1 << _LOST)).view(xp.float64)
 
 
 def field(x: Any, *, xp: Any) -> Any:

@@ -10,7 +10,8 @@ import math
 import struct
 from typing import Any
 
-from cruxy_exact.rounding import RoundedByChance
+from cruxy_exact._namespace import cast
+from cruxy_exact.rounding import RoundedByChance, quotient
 
 TINY = 2.0**-126
 """The smallest normal float32. Anything below may count as 0, as it does where XLA computes."""
@@ -142,10 +143,9 @@ class BlockCode(RoundedByChance):
             or all zero they carry nothing.
         """
         x = cast(x, xp.float32)
-        # 0 in a block whose scale is not finite: a division per block, not per element. Of two
-        # arrays: where a number is divided, PyTorch multiplies by the reciprocal.
+        # 0 in a block whose scale is not finite: a division per block, not per element.
         usable = xp.where((scale > 0.0) & (scale < math.inf), scale, math.inf)
-        factor = xp.full_like(usable, self.top) / usable
+        factor = quotient(self.top, usable, xp=xp)
         size = (xp.abs(x) if self.signed else x) * factor
         # Also where the size is NaN, and where a compiler that computes x twice, for the scale and
         # here, comes out an ulp above.
@@ -237,8 +237,3 @@ def lifted(codes: Any, half: Any) -> Any:
 def nibble(packed: Any, half: Any) -> Any:
     """The 4-bit codes in one half of each byte; arguments as of `lifted`."""
     return (packed >> (4 * half)) & 15
-
-
-def cast(x: Any, dtype: Any) -> Any:
-    """`x` in `dtype`, in any of the namespaces."""
-    return x.to(dtype) if hasattr(x, "to") else x.astype(dtype)

@@ -14,9 +14,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from cruxy_exact._namespace import count_up, is_torch, join, transposed, zeros
+from cruxy_exact._namespace import cast, count_up, is_torch, join, transposed, zeros
 from cruxy_exact.arithmetic import up
-from cruxy_exact.codes import cast
 
 ENGINES = ("f64", "int8", "int8_direct", "digits")
 """In the order in which one replaces another that fails its test."""

@@ -7,9 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from cruxy_exact._namespace import count_up
+from cruxy_exact._namespace import cast, count_up
 from cruxy_exact.arithmetic import f32, mul
-from cruxy_exact.codes import cast
 from cruxy_exact.random_bits import random_bits
 
 

@@ -14,7 +14,7 @@ call them inside `jax.enable_x64(True)`.
 import math
 from typing import Any
 
-from cruxy_exact._namespace import count_up, largest, pick, replaceable, transposed
+from cruxy_exact._namespace import cast, count_up, largest, pick, replaceable, transposed
 from cruxy_exact.arithmetic import (
     add,
     erf,
@@ -28,7 +28,6 @@ from cruxy_exact.arithmetic import (
     sqrt,
     sub,
 )
-from cruxy_exact.codes import cast
 from cruxy_exact.engines import DEFAULT, Precision
 from cruxy_exact.random_bits import random_bits
 from cruxy_exact.sums import combine, matmul, mean, scatter_add, total

@@ -6,7 +6,7 @@ Written once for `numpy`, `jax.numpy` and `torch`, which come as `xp`.
 import dataclasses
 from typing import Any
 
-from cruxy_exact.codes import cast
+from cruxy_exact._namespace import cast
 
 _FINEST, _COARSEST = 2.0**-60, 2.0**60
 """Between these lies what a grid is chosen for: finer ones would overflow beside a large number."""

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from cruxy_exact._namespace import join, largest, replaceable
+from cruxy_exact._namespace import cast, join, largest, replaceable
 from cruxy_exact.arithmetic import (
     TINY,
     add,
@@ -28,7 +28,6 @@ from cruxy_exact.arithmetic import (
     sub,
     up,
 )
-from cruxy_exact.codes import cast
 from cruxy_exact.sums import total
 
 

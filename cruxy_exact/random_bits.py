@@ -7,7 +7,7 @@ array namespace as `xp` (`numpy`, `jax.numpy` or `torch`).
 
 from typing import Any
 
-from cruxy_exact.codes import cast
+from cruxy_exact._namespace import cast
 
 _GOLDEN = 0x9E3779B9
 """2^32 over the golden ratio: neighbouring integers come to lie far apart."""

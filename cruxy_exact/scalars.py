@@ -9,8 +9,7 @@ import dataclasses
 from typing import Any
 
 from cruxy_exact import arithmetic, sums
-from cruxy_exact._namespace import count_up
-from cruxy_exact.codes import cast
+from cruxy_exact._namespace import cast, count_up
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,8 @@ types: call them inside `jax.enable_x64(True)`.
 import math
 from typing import Any
 
-from cruxy_exact._namespace import add_up, is_torch, largest, normal, replaceable, scatter
+from cruxy_exact._namespace import add_up, cast, is_torch, largest, normal, replaceable, scatter
 from cruxy_exact.arithmetic import down, f32, field, mul, power, power64, up
-from cruxy_exact.codes import cast
 from cruxy_exact.engines import DEFAULT, Precision, multiply
 
 SUM_BITS = 30

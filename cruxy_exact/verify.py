@@ -231,7 +231,7 @@ def describe(where: Framework, reference: Reference) -> dict[str, str]:
     limits = [f"{name}={os.environ[name]}" for name in LIMITS if os.environ.get(name)]
     return {
         "framework": f"{where.name} {version}",
-        "device": str(getattr(where.like, "device", "cpu")).lower(),
+        "device": _device(where),
         "processor": _of_processor("model name") or platform.processor() or platform.machine(),
         "instruction sets": " ".join(x for x in SETS if x in _of_processor("flags").split()),
         "system": f"{platform.system()} {platform.machine()}",
@@ -245,6 +245,15 @@ SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16",
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "XLA_FLAGS", "OPENBLAS_CORETYPE",
           "OMP_NUM_THREADS")  # fmt: skip
 """Variables of the environment that limit them, or the number of threads."""
+
+
+def _device(where: Framework) -> str:
+    """The name of a GPU, else what the framework calls the device."""
+    device = getattr(where.like, "device", "cpu")
+    if where.name == "torch" and device.type == "cuda":
+        return importlib.import_module("torch").cuda.get_device_name(device)
+    is_gpu = getattr(device, "platform", "") == "gpu"
+    return device.device_kind if is_gpu else str(device).lower()
 
 
 def _of_processor(field: str) -> str:

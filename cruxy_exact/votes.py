@@ -5,7 +5,7 @@ Written once for `numpy`, `jax.numpy` and `torch`, which come as `xp`: see `crux
 
 from typing import Any
 
-from cruxy_exact.codes import cast
+from cruxy_exact._namespace import cast
 from cruxy_exact.random_bits import random_bits, stream_key
 
 

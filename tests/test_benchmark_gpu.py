@@ -10,7 +10,8 @@ import pytest
 import benchmarks.gpu as gpu
 import benchmarks.report as report
 from benchmarks._apart import Apart, FailedError, line
-from benchmarks._gpu_rows import FLOOR, Row, rows
+from benchmarks._frameworks import room
+from benchmarks._gpu_rows import DECAY, FLOOR, GPU_SIZES, TRAJECTORIES, TRIED, Row, rows
 from benchmarks._protocol import run
 
 
@@ -108,6 +109,17 @@ def test_bytes_of_a_step_are_those_of_every_tensor_read_and_written_once():
     of_matrix = ("squares_of_matrix", "sizes_of_matrix", "move_of_matrix")
     assert sum(bytes_of(kernel, matrix, 1) for kernel in of_matrix) == 6 * 4096
     assert bytes_of("momentum_of_tensor", matrix | {"M": 3}, 1) == 1024 * (8 + 2 * (0.5 + 2 / 256))
+
+
+@pytest.mark.parametrize("name", TRAJECTORIES)
+def test_parity_compares_the_same_optimizer(name):
+    pytest.importorskip("torch")
+    pytest.importorskip("jax")
+    ours, theirs = (
+        room(framework, "gpu", "gpu").trajectory(name, GPU_SIZES[TRIED], 3, DECAY)
+        for framework in ("jax", "torch")
+    )
+    assert max(abs(ours[key] - theirs[key]).max() for key in theirs) < 1e-7
 
 
 def test_what_crashes_hangs_or_raises_is_told_and_the_next_call_begins_anew():

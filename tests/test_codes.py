@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as st_numpy
 
 from cruxy_exact.codes import TINY, BlockCode, pack, unpack
 from cruxy_exact.random_bits import random_bits, round_to_bfloat16, stream_key
+from cruxy_exact.rounding import quotient
 
 CODES = {
     f"{bits} bits {'signed' if signed else 'non-negative'}": BlockCode(bits, signed)
@@ -21,7 +22,7 @@ CODES = {
 every_code = pytest.mark.parametrize("code", CODES.values(), ids=list(CODES))
 either_rounding = pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "random"])
 
-CODE_WORDS = "where clip abs isfinite full_like float32 int32 int8 uint8".split()
+CODE_WORDS = "__name__ where clip abs isfinite full_like float32 int32 int8 uint8".split()
 HASH_WORDS = "where isfinite float32 int32".split()
 
 
@@ -163,6 +164,39 @@ def test_zeros_are_the_codes_of_zeros(code):
     zero = np.zeros((2, 3), np.float32)
     got = code.decode(np.zeros((2, 3), np.uint8), zero[:, :1], xp=np)
     np.testing.assert_array_equal(got, zero)
+
+
+class Dividing(np.ndarray):
+    """Numbers that are divided some units in the last place too high."""
+
+    high = 0
+
+    def __truediv__(self, other):
+        found = np.asarray(self) / np.asarray(other)
+        return (found.view(np.int32) + self.high).view(np.float32)
+
+
+@pytest.mark.parametrize("high", [-2, -1, 0, 1, 2])
+@pytest.mark.parametrize("number", [29.5, 63488.0, 5.0, 192.0, 1.0])
+def test_a_quotient_is_right_where_division_is_not(number, high):
+    class Words:
+        """NumPy where it divides as XLA does on a GPU, and whose quotients are taken for that."""
+
+        __name__ = "jax.numpy"
+
+        def __getattr__(self, name):
+            return getattr(np, name)
+
+        def full_like(self, x, value):
+            found = np.full_like(x, value).view(Dividing)
+            found.high = high
+            return found
+
+    mantissas = np.arange(128, 256, dtype=np.float32) / 128
+    scale = np.concatenate([mantissas * np.float32(2.0**k) for k in (-100, -3, 0, 7, 100)])
+    found = np.asarray(quotient(number, scale, xp=Words()))
+    assert np.array_equal(found, quotient(number, scale, xp=np))
+    assert np.array_equal(np.asarray(quotient(number, jnp.asarray(scale), xp=jnp)), found)
 
 
 @every_code

@@ -1,6 +1,11 @@
 """Exact elementwise arithmetic: the same bits in NumPy, PyTorch and compiled by JAX."""
 
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +33,7 @@ FUNCTIONS = {
 
 EXPRESSIONS = {
     "a*b+c": lambda a, b, c, d, xp: A.mul(a, b, xp=xp) + c,
+    "a*b+0.7": lambda a, b, c, d, xp: A.mul(a, b, xp=xp) + A.f32(0.7),
     "a*b+c*d": lambda a, b, c, d, xp: A.mul(a, b, xp=xp) + A.mul(c, d, xp=xp),
     "chain": lambda a, b, c, d, xp: A.sub(
         A.mul(A.mul(a, b, xp=xp) + c, d, xp=xp), A.mul(a, c, xp=xp), xp=xp
@@ -59,6 +65,58 @@ def test_without_settle_a_compiler_contracts():
     """The negative control: were it to agree, the tests above would show nothing."""
     plain = lambda a, b, c, d, xp: a * b + c  # noqa: E731
     assert not same(run(plain, *A4, name="jax.numpy"), run(plain, *A4, name="numpy"))
+
+
+COMPILED = """
+import jax, jax.numpy as jnp
+from cruxy_exact import arithmetic as A
+from test_exact_arithmetic import EXPRESSIONS, FUNCTIONS
+with jax.enable_x64(True):
+    for shape in ((), (1000,)):
+        args = [jnp.ones(shape, jnp.float32)] * 4
+        jax.jit(lambda *x: [call(*x, xp=jnp) for call in EXPRESSIONS.values()])(*args)
+        jax.jit(lambda x: [row[0](x, xp=jnp) for row in FUNCTIONS.values()])(args[0])
+"""
+
+
+def test_no_compiled_code_divides_in_float32_or_contracts_a_product_that_is_rounded(tmp_path):
+    """What LLVM makes of it for a CPU, where both would give the same bits, and on a GPU would not.
+
+    A GPU's float32 quotient is 2 units off, and its code contracts whatever product stands in a
+    sum.
+    """
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_dump_to={tmp_path}",
+        "JAX_ENABLE_COMPILATION_CACHE": "0",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+    }
+    subprocess.run([sys.executable, "-c", COMPILED], env=environment, check=True)
+    found = sorted(tmp_path.glob("*ir-with-opt.ll"))
+    quotients = 0
+    for path in found:
+        values: dict[str, str] = {}
+        for line in path.read_text().splitlines():
+            name, _, text = line.strip().partition(" = ")
+            values[name] = text
+            assert not re.match(r"fdiv (<\d+ x )?float", text), (path.name, line)
+            quotients += text.startswith("fdiv")
+            if re.match("f(add|sub) .*float", text):
+                terms = [values.get(term, "") for term in re.findall(r"%[\w.]+", text)]
+                products = [term for term in terms if term.startswith("fmul")]
+                assert all(map(is_exact, products)), (path.name, line, products)
+    assert quotients > 10  # it was read at all
+
+
+def is_exact(product):
+    """Whether a product of LLVM's loses nothing: by 0, a power of two, or the short ln 2."""
+    number = re.search(r"(f0x[0-9A-F]+|-?\d[\d.]*e[+-]\d+)\)?(,|$)", product)
+    if number is None:
+        return False
+    text = number[1]
+    bits = int(text[3:], 16) if text.startswith("f0x") else None
+    value = float(text) if bits is None else float(np.uint32(bits).view(np.float32))
+    return value in (0.0, A.LN2_HI) or abs(math.frexp(value)[0]) == 0.5
 
 
 @pytest.mark.parametrize("function", [name for name, row in FUNCTIONS.items() if row[1]])

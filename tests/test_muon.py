@@ -65,6 +65,42 @@ def test_each_matrix_is_as_it_would_be_alone():
     assert np.all(whole["norm"]["scale"] == 1.0)
 
 
+@pytest.mark.parametrize("stacked", [0, 1])
+def test_torch_computes_matrices_of_one_shape_together(monkeypatch, stacked):
+    torch = pytest.importorskip("torch")
+    from cruxy_torch import CruxyOptimizer, Orthogonal
+    from cruxy_torch._distributed import whole
+
+    shapes = [(6, 9), (4, 4), (6, 9), (3, 6, 9), (6, 9), (9, 6), (2, 6, 9), (6, 9)]
+
+    def stepped(together):
+        seen, f = [], Orthogonal._orthogonal
+        params = [
+            torch.nn.Parameter(torch.tensor(matrix(*s, seed=i))) for i, s in enumerate(shapes)
+        ]
+        optimizer = CruxyOptimizer(
+            params, lr=0.01, betas=(0.9025, 0.95), direction=Orthogonal(stacked=stacked)
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(Orthogonal, "joins", together)
+            patch.setattr(
+                Orthogonal, "_orthogonal", lambda *args: seen.append(args[1].shape) or f(*args)
+            )
+            for step in range(3):
+                for i, p in enumerate(params):
+                    p.grad = torch.tensor(matrix(*p.shape, seed=100 * step + i))
+                optimizer.step()
+        return [p.detach().numpy() for p in params], seen
+
+    monkeypatch.setattr(whole, "STACKED_ON_CPU", 3 * 54)
+    alone, each = stepped(together=False)
+    together, joined = stepped(together=True)
+    assert len(each) == 3 * len(shapes)
+    assert len(joined) == 3 * 6  # of (6, 9) three at once and one alone
+    for ours, theirs in zip(together, alone, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
 def test_heads_and_experts_are_the_matrices_they_are():
     """A query kernel is (inputs, heads, width); each expert is a matrix of its own."""
     tx = cruxy_optax.orthogonalize_updates()

@@ -3,8 +3,9 @@
 The source of the kernel is run here on numbers that carry a bound. Sums, products and quotients of
 two numbers are rounded as IEEE says by both, so that equal arguments give equal results. What
 differs at first is a sum over a vector, which each takes in its own order, and roots, `exp`, `tanh`
-and powers, which the kernel rounds once and the reference has from a library. From there every
-operation hands the difference on, and rounds twice: once in each of the two.
+and powers, which the kernel rounds once and the reference has from a library. On a GPU PyTorch also
+makes a quotient with a number a product with the reciprocal. From there every operation hands the
+difference on, and rounds twice: once in each of the two.
 """
 
 import math
@@ -24,12 +25,18 @@ LIBRARY = {"exp": 2.52, "tanh": 4.0, "power": 1.0 if INTERPRETED else 4.0, "sqrt
 """Units of the last place within which libraries have their functions: NumPy's for the first two,
 C's for powers and CUDA's on a GPU. PyTorch's roots on a CPU are not always the nearest number."""
 
+RECIPROCAL = not INTERPRETED
+"""Whether the reference has quotients of a number as products with the reciprocal."""
+
 
 class Near:
     """A number or a vector as the kernel has it, and how far the reference's may be from it.
 
     Of a truth value the bound says whether it may be the other one.
     """
+
+    plain = False
+    """Whether the reference has a plain number here."""
 
     def __init__(self, value: Any, off: Any = 0.0) -> None:
         self.value = np.asarray(value)
@@ -144,7 +151,9 @@ class Language:
 
     @staticmethod
     def full(shape: tuple[int, ...], value: float, kind: Any) -> Near:
-        return Near(np.full(shape, value, kind))
+        found = Near(np.full(shape, value, kind))
+        found.plain = not shape
+        return found
 
     @staticmethod
     def where(condition: Near, x: Any, y: Any) -> Near:
@@ -168,7 +177,11 @@ class Language:
         left = size(y) - y.off
         with np.errstate(divide="ignore"):
             off = (x.off + np.abs(value.astype(np.float64)) * y.off) / np.where(left > 0, left, 0.0)
-        return rounded(value, np.where(x.off + y.off > 0.0, off, 0.0))
+        off = np.where(x.off + y.off > 0.0, off, 0.0)
+        # Of 2^k it makes no difference.
+        if RECIPROCAL and any(z.plain and abs(np.frexp(z.value)[0]) != 0.5 for z in (x, y)):
+            off = off + UNIT * np.abs(value.astype(np.float64))
+        return rounded(value, off)
 
     @staticmethod
     def debug_barrier() -> None:

@@ -1,7 +1,9 @@
 """What is measured of JAX on a GPU: compiled steps, and trajectories to be compared."""
 
+import functools
 import gc
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -73,6 +75,12 @@ def trajectory(name: str, shapes: Shapes, steps: int, decay: float) -> dict[str,
 
 def _drawn(draw: np.random.Generator, shape: tuple[int, ...], scale: float) -> np.ndarray:
     return (scale * draw.standard_normal(shape)).astype(np.float32)
+
+
+def on_device(function: Callable[..., dict[str, Any]], *arrays: np.ndarray) -> dict[str, Any]:
+    """What a function over an array namespace gives there, compiled, as NumPy's arrays."""
+    found = jax.jit(functools.partial(function, xp=jnp))(*map(jnp.asarray, arrays))
+    return {name: np.asarray(value) for name, value in found.items()}
 
 
 def forget() -> None:

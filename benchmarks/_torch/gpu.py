@@ -19,15 +19,14 @@ from benchmarks._shapes import Shapes
 from benchmarks._torch.device import DEVICE
 from benchmarks._torch.launches import counted
 from benchmarks._torch.measured_optimizers import OPTIMIZERS, step_of
-from cruxy_exact import BlockCode, stream_key
-from cruxy_exact.random_bits import random_bits
 from cruxy_torch import CruxyOptimizer, state_bytes
 
 CYCLES = 2e9
 """Of a GPU's clock in a second, about."""
 
-MUON = "muon"
-"""Timed beside the optimizers of the comparison: the orthogonal direction of every matrix."""
+MUON, TORCH_MUON = "muon", "torch-muon"
+"""Timed beside the optimizers of the comparison: the orthogonal direction of every matrix, and
+PyTorch's own, which leaves all else alone."""
 
 
 def there() -> str:
@@ -105,8 +104,17 @@ def _ready(name: str, shapes: Shapes) -> tuple[list[nn.Parameter], str, Callable
 
 def _made(name: str, params: list[nn.Parameter]) -> tuple[Any, str]:
     if name == MUON:
-        groups = [{"params": [p], "role": "attention.q" if p.ndim == 2 else "norm"} for p in params]
+        of_axes = [[p for p in params if (p.ndim == 2) is matrix] for matrix in (True, False)]
+        groups = [
+            {"params": own, "role": role}
+            for own, role in zip(of_axes, ("attention.q", "norm"), strict=True)
+        ]
         return CruxyOptimizer(groups, direction="muon"), "Muon direction"
+    if name == TORCH_MUON:
+        muon = getattr(torch.optim, "Muon", None)
+        if muon is None:
+            raise ValueError("torch.optim.Muon needs PyTorch 2.9; leave it out.")
+        return muon([p for p in params if p.ndim == 2]), "torch.optim.Muon, matrices alone"
     entry = OPTIMIZERS[name]
     entry.check()
     return entry.make(nn.ParameterList(params)), entry.label
@@ -238,30 +246,10 @@ def _drawn(draw: np.random.Generator, shape: tuple[int, ...], scale: float) -> n
     return (scale * draw.standard_normal(shape)).astype(np.float32)
 
 
-def exact() -> dict[str, Any]:
-    """Whether codes, scales and random bits on this device are those of NumPy, to the bit."""
-    draw = np.random.default_rng(0)
-    x = (draw.standard_normal((512, 256)) * np.exp(draw.standard_normal((512, 256)))).astype("f4")
-    index = np.arange(x.size, dtype=np.int32).reshape(x.shape)
-    there, found = torch.from_numpy(x).to(DEVICE), {}
-    with np.errstate(over="ignore"):
-        bits = random_bits(stream_key(np.int32(7), 0, 0, xp=np), index)
-    same = random_bits(
-        stream_key(torch.full((), 7, dtype=torch.int32, device=DEVICE), 0, 0, xp=torch),
-        torch.from_numpy(index).to(DEVICE),
-    )
-    found["random bits"] = bool(np.array_equal(bits, same.cpu().numpy()))
-    for width in (8, 4):
-        for signed in (True, False):
-            code, values = BlockCode(width, signed), x if signed else x * x
-            scale = code.scale(np.abs(values).max(1), xp=np)[:, None]
-            codes = code.encode(values, scale, code.noise(bits), xp=np)
-            on_device = there if signed else there * there
-            scales = code.scale(on_device.abs().amax(1), xp=torch)[:, None]
-            own = code.encode(on_device, scales, code.noise(same), xp=torch)
-            kind = f"{width} bits, {'signed' if signed else 'non-negative'}"
-            found[kind] = bool(np.array_equal(codes, own.cpu().numpy()))
-    return found
+def on_device(function: Callable[..., dict[str, Any]], *arrays: np.ndarray) -> dict[str, Any]:
+    """What a function over an array namespace gives there, as NumPy's arrays."""
+    there = [torch.from_numpy(np.asarray(array)).to(DEVICE) for array in arrays]
+    return {name: value.cpu().numpy() for name, value in function(*there, xp=torch).items()}
 
 
 def forget() -> None:

@@ -219,8 +219,11 @@ def _single(
 ) -> None:
     """One step, tensor by tensor: the readable version that the others are held to."""
     rates = _rates(columns, orders)
-    if isinstance(direction, Staged) and any_sharded(columns.wholes):
-        tensors = [SteppedTensor(columns, i, frame, orders) for i in range(len(rates))]
+    sharded = any_sharded(columns.wholes)
+    joins = isinstance(direction, Staged) and direction.joins and not torch.compiler.is_compiling()
+    if isinstance(direction, Staged) and (sharded or joins):
+        own = None if sharded else native
+        tensors = [SteppedTensor(columns, i, frame, orders, own) for i in range(len(rates))]
         for index, block in in_step(direction, tensors, factors, orders):
             _move(tensors[index], block, rates[index], direction)
         return

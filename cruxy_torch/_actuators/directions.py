@@ -46,6 +46,11 @@ class Wrapped(Staged):
         """As `inner`."""
         return self.inner.kind
 
+    @property
+    def joins(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As `inner`."""
+        return isinstance(self.inner, Staged) and self.inner.joins
+
     def start(self, state: dict[str, Any], param: Tensor, add: Callable[[str], None]) -> None:
         """Adds what `inner` keeps."""
         self.inner.start(state, param, add)

@@ -14,8 +14,8 @@ from torch import Tensor
 from cruxy_control.signals import root
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.stepped import SteppedTensor
-from cruxy_torch._distributed.shards import add_over_ranks, shard_elements
-from cruxy_torch._distributed.whole import OfMatrices, each_on_one_rank
+from cruxy_torch._distributed.shards import add_over_ranks, any_sharded, shard_elements
+from cruxy_torch._distributed.whole import STACKED, OfMatrices, each_on_one_rank
 from cruxy_torch._orders import Orders
 
 T = TypeVar("T")
@@ -36,9 +36,11 @@ class Staged(Direction):
 
     Attributes:
         holds: whether tensors as large as a parameter are held between stages.
+        joins: whether plain tensors of one shape are quicker together than one by one.
     """
 
     holds: bool = True
+    joins: bool = False
 
     def stages(
         self, tensor: SteppedTensor, factors: Any, orders: Orders
@@ -99,11 +101,11 @@ def root_mean_square(blocks: Iterable[Tensor], tensor: SteppedTensor) -> Stages[
     return root((yield from mean_square(blocks, tensor)), xp=torch)
 
 
-def of_matrices(f: Callable[[Tensor], Tensor], part: Tensor, axes: int) -> Stages[Tensor]:
+def of_matrices(f: Callable[[Tensor, int], Tensor], part: Tensor, axes: int) -> Stages[Tensor]:
     """This rank's part of a function of whole matrices, each of which one rank computes.
 
     Args:
-        f: of all matrices of a tensor, or of some.
+        f: of all matrices of a tensor, or of some, and of how many axes count them.
         part: this rank's part of the tensor.
         axes: how many of the first axes count matrices; 0 where the tensor is one.
     """
@@ -141,9 +143,15 @@ def in_step(
     """The place and the blocks of every tensor, all stages taken together.
 
     Where a direction holds what is as large as a parameter, only so many tensors go together that
-    `HELD` elements are held: the same ones on all ranks.
+    `HELD` elements of shards are held, the same ones on all ranks; or `STACKED` of plain tensors,
+    those of one shape one after the other.
     """
-    for places in _packs(tensors) if direction.holds else [list(range(len(tensors)))]:
+    every = range(len(tensors))
+    if not any_sharded([tensor.whole for tensor in tensors]):
+        packs = _packs(sorted(every, key=lambda i: tuple(tensors[i].shape)), tensors, STACKED)
+    else:
+        packs = _packs(every, tensors, HELD) if direction.holds else [[*every]]
+    for places in packs:
         chosen = [tensors[place] for place in places]
         for tensor in chosen:
             tensor.keeps = False
@@ -188,12 +196,14 @@ def _answered(stages: Generator[Any, list[Tensor], T]) -> T:
         return end.value
 
 
-def _packs(tensors: Sequence[SteppedTensor]) -> Iterator[list[int]]:
+def _packs(
+    order: Iterable[int], tensors: Sequence[SteppedTensor], most: int
+) -> Iterator[list[int]]:
     places: list[int] = []
     size = 0
-    for place, tensor in enumerate(tensors):
-        own = shard_elements(tensor.whole)
-        if places and size + own > HELD:
+    for place in order:
+        own = shard_elements(tensors[place].whole)
+        if places and size + own > most:
             yield places
             places, size = [], 0
         places, size = [*places, place], size + own

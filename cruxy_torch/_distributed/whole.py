@@ -20,21 +20,32 @@ from cruxy_torch._distributed.shards import (
 
 Cut = tuple[slice, ...]
 
+STACKED = 1 << 24
+"""Elements of plain tensors that are computed together, at most."""
+STACKED_ON_CPU = 1 << 18
+"""The same on a CPU, where only the smallest matrices are quicker together."""
+
 
 class OfMatrices(NamedTuple):
     """A function of a tensor that is one of each of its matrices.
 
     Attributes:
-        function: of any number of them, in their shape and dtype.
+        function: of any number of them, in their shape and dtype, and of how many axes count them.
         axes: how many of the first axes count matrices; 0 where the tensor is one.
     """
 
-    function: Callable[[Tensor], Tensor]
+    function: Callable[[Tensor, int], Tensor]
     axes: int
 
     def __call__(self, matrices: Tensor) -> Tensor:
         """What is made of them."""
-        return self.function(matrices)
+        return self.function(matrices, self.axes)
+
+    def of_like(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What is made of several tensors of one shape, at once."""
+        if len(tensors) == 1:
+            return [self(tensors[0])]
+        return self.function(torch.stack(list(tensors)), self.axes + 1).unbind()
 
 
 class _Matrix(NamedTuple):
@@ -73,7 +84,8 @@ def each_on_one_rank(
 
     As many matrices go at a time as the mesh has ranks, those of a stack like separate ones. Each
     rank gets the parts of one of them, computes it and sends every other rank its part: two
-    messages to all. Where every rank has whole matrices that no other has, nothing is sent.
+    messages to all. Where every rank has whole matrices that no other has, nothing is sent. Plain
+    tensors of one shape are computed together.
 
     Args:
         parts: this rank's part of each tensor.
@@ -82,10 +94,13 @@ def each_on_one_rank(
     """
     results = list(parts)
     together: dict[tuple[Any, torch.dtype], list[_Matrix]] = {}
+    plain: dict[tuple[Any, ...], list[int]] = {}
     for index, (part, whole, f) in enumerate(zip(parts, wholes, functions, strict=True)):
         mesh = whole.device_mesh if is_sharded(whole) else None
         orders = None if mesh is None else _orders(whole)
-        if mesh is not None and _stay(whole, f.axes):
+        if mesh is None:
+            plain.setdefault((f, part.shape, part.dtype, part.device), []).append(index)
+        elif _stay(whole, f.axes):
             results[index] = f(part)
         elif orders is None or _group(mesh) is None:
             results[index] = own_part(f(gathered(part, whole)), whole)
@@ -93,6 +108,12 @@ def each_on_one_rank(
             results[index] = part.new_empty(part.shape)
             matrices = _matrices(part, results[index], whole, orders, f)
             together.setdefault((mesh, part.dtype), []).extend(matrices)
+    for (f, shape, _, device), like in plain.items():
+        most = STACKED_ON_CPU if device.type == "cpu" else STACKED
+        count = max(1, most // max(1, shape.numel()))
+        for some in (like[begin : begin + count] for begin in range(0, len(like), count)):
+            for index, found in zip(some, f.of_like([parts[i] for i in some]), strict=True):
+                results[index] = found
     for (mesh, _), matrices in together.items():
         for begin in range(0, len(matrices), mesh.size()):
             _in_one_round(mesh, matrices[begin : begin + mesh.size()])
