@@ -393,6 +393,32 @@ def test_earlier_optimizers_hand_every_argument_on():
     assert_same(got, train(meta3(**arguments), tree(), grads, losses))
 
 
+@every_optimizer
+def test_no_sum_of_products_is_cut_to_fewer_bits(name):
+    """As on a GPU, which has products of float32 in TensorFloat-32 unless told not to.
+
+    The iteration of Muon, which only has to come near, is on matrices.
+    """
+    tx, (grads, losses) = OPTIMIZERS[name](), gradients(1)
+    update = lambda g, s, p: tx.update(g, s, p, value=losses[0])  # noqa: E731
+    jaxpr = jax.make_jaxpr(update)(at(grads, 0), tx.init(tree()), tree())
+    vectors = [e for e in equations(jaxpr.jaxpr) if not any(v.aval.ndim for v in e.outvars)]
+    for equation in vectors:
+        assert equation.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
+
+
+def equations(jaxpr):
+    """Products that are summed, also inside other functions."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for part in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            if hasattr(part, "jaxpr") or hasattr(part, "eqns"):
+                yield from equations(getattr(part, "jaxpr", part))
+
+
 def test_same_run_twice_is_the_same_bits():
     tx, (grads, losses) = meta3(0.01), gradients(STEPS)
     assert_same(train(tx, tree(), grads, losses), train(tx, tree(), grads, losses))
