@@ -71,7 +71,9 @@ def test_every_form_adds_a_launch_of_sums_and_one_of_the_update():
 
 
 def muon(params):
-    groups = [{"params": [p], "role": "attention.q" if p.ndim == 2 else "norm"} for p in params]
+    role = {True: "attention.q", False: "norm"}
+    each = {name: [p for p in params if (p.ndim == 2) is matrix] for matrix, name in role.items()}
+    groups = [{"params": own, "role": name} for name, own in each.items() if own]
     return CruxyOptimizer(groups, direction="muon")
 
 
@@ -81,7 +83,7 @@ ONE_AT_A_TIME = {
     "AXIOM, momentum": (lambda ps: AXIOM(ps, momentum=0.9), ["move_of_tensor"], 55),
     "COSMIC": (Cosmic, ["adam_of_tensor"], 3),
     "COSMIC, signs": (lambda ps: Cosmic(ps, state_budget=480), ["sign_of_tensor"], 3),
-    "Muon": (muon, ["momentum_of_tensor", "move_of_tensor"], 52),
+    "Muon": (muon, ["momentum_of_tensor", "move_of_tensor"], 1),
     "momentum": (
         lambda ps: CruxyOptimizer(ps, direction=Momentum(), betas=(0.9, 0.99)),
         ["momentum_of_tensor", "move_of_tensor"],
@@ -97,7 +99,8 @@ def test_a_direction_of_its_own_starts_its_kernels_for_each_tensor(name):
     one, three = (started(make, [MATRIX] * count) for count in (1, 3))
     for count, found in ((1, one), (3, three)):
         kernels = [launch.kernel for launch in found.ours]
-        assert kernels == ["sums_of_chunks", "sums_of_all", "decide", *of_matrix * count]
+        assert kernels[:3] == ["sums_of_chunks", "sums_of_all", "decide"]
+        assert collections.Counter(kernels[3:]) == collections.Counter(of_matrix * count)
     assert len(three.torch) - len(one.torch) <= 2 * most
 
 
