@@ -114,7 +114,7 @@ def _short(value: Any) -> str:
 
 def _rows(result: dict[str, Any]) -> Rows:
     headers = (
-        "what", "framework", "parameters", "ms", "host ms", "ratio to AdamW", "floor",
+        "what", "framework", "parameters", "ms", "host ms", "graph ms", "ratio to AdamW", "floor",
         "B/param moved", "of copy", "launches", "B/param kept", "said",
     )  # fmt: skip
     found, of = [], {_key(row): row for row in result["rows"]}
@@ -143,6 +143,7 @@ def _rows(result: dict[str, Any]) -> Rows:
                 *cells,
                 _cell(row.get("milliseconds"), ".3f"),
                 _cell(row.get("host_milliseconds"), ".3f"),
+                _cell(_in_graph(row, of), ".3f"),
                 _cell(ratio, ".2f"),
                 _cell(FLOOR[row["name"]] / FLOOR["adamw"] if _floored(row) else None, ".2f"),
                 _cell(moved / count if count and moved and row["kind"] == "step" else None, ".1f"),
@@ -152,7 +153,16 @@ def _rows(result: dict[str, Any]) -> Rows:
                 _said(row),
             )
         )
+    for key in result["left"]:
+        found.append((key, *[""] * (len(headers) - 2), "not measured"))
     return Rows(headers, found)
+
+
+def _in_graph(row: dict[str, Any], of: dict[tuple[str, ...], dict[str, Any]]) -> float | None:
+    """Milliseconds of a step that is replayed from a CUDA graph, where it was captured."""
+    if row["kind"] != "step":
+        return None
+    return of.get(("waits", *_key(row)[1:]), {}).get("graph_milliseconds")
 
 
 def _counted(row: dict[str, Any]) -> int | None:
@@ -180,25 +190,29 @@ def _said(row: dict[str, Any]) -> str:
     if row["kind"] in ("copy", "step"):
         taken = row.get("backend") or {}
         return ", ".join(f"{name} {count}" for name, count in taken.items())
-    shown = {k: v for k, v in row.items() if k not in (*Row._fields, "took")}
+    elsewhere = (*Row._fields, "took", "graph_milliseconds")
+    shown = {k: v for k, v in row.items() if k not in elsewhere and v != ""}
     return ", ".join(f"{name} {_short(value)}" for name, value in shown.items())
 
 
 def _draw(result: dict[str, Any]) -> Figure:
-    steps = [r for r in result["rows"] if r["kind"] == "step" and "failed" not in r]
-    figure = Figure(figsize=(9, 1.5 + 0.28 * max(1, len(steps))), layout="constrained")
+    of = {_key(row): row for row in result["rows"]}
+    drawn = []
+    for row in result["rows"]:
+        if row["kind"] != "step" or "failed" in row:
+            continue
+        where = f"({FRAMEWORKS[row['framework']]}, {row['size']})"
+        times = {f"{row['label']} {where}": row["milliseconds"]}
+        graph = _in_graph(row, of)
+        if graph is not None:
+            times[f"{row['label']}, in a graph {where}"] = graph
+        color = COLORS[row["framework"] == "jax"]
+        drawn += [(label, time, f"{time:.3g}", color) for label, time in times.items()]
+    figure = Figure(figsize=(9, 1.5 + 0.28 * max(1, len(drawn))), layout="constrained")
     axes = figure.add_subplot()
     finish(axes, f"Time of a step ({result['device']})")
-    drawn = [
-        (
-            f"{row['label']} ({FRAMEWORKS[row['framework']]}, {row['size']})",
-            row["milliseconds"],
-            f"{row['milliseconds']:.3g}",
-            COLORS[row["framework"] == "jax"],
-        )
-        for row in steps
-    ]
     if drawn:
+        axes.set_xscale("log")
         bars(axes, drawn, "milliseconds, median")
     return figure
 
@@ -210,13 +224,13 @@ PROTOCOL = Protocol(
         "The most valuable rows come first, each is on disk as soon as it is finished, and the "
         "same command goes on where it stopped. A step is the optimizer's alone. In PyTorch its "
         "time is the device's between two events, with the step queued beforehand, and `host ms` "
-        "that until the call returns, both the median of the repeats; in JAX it is a fifth of five "
-        "steps in a row. Launches are a profiler's, or on a CPU what a step calls. Bytes "
-        "are those that our kernels were handed, counted at their launch, and for AdamW the least "
-        "that a step can move; `of copy` is their share of the speed at which the same run copies "
-        "as many float32 numbers. The floor is what a step must move over what AdamW must. Parity "
-        "is the largest difference from PyTorch on the CPU after 50 steps, and the share of "
-        "parameters above 1e-5."
+        "that until the call returns, `graph ms` that of a step replayed from a CUDA graph, all "
+        "the median of the repeats; in JAX it is a fifth of five steps in a row. Launches are a "
+        "profiler's, or on a CPU what a step calls. Bytes are those that our kernels were handed, "
+        "counted at their launch, and for AdamW the least that a step can move; `of copy` is their "
+        "share of the speed at which the same run copies as many float32 numbers. The floor is "
+        "what a step must move over what AdamW must. Parity is the largest difference from PyTorch "
+        "on the CPU after 50 steps, and the share of parameters above 1e-5."
     ),
     arguments=_arguments,
     measure=_measure,
