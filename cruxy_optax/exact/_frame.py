@@ -80,8 +80,9 @@ def frame() -> Iterator[None]:
 def check_machine(platform: str) -> None:
     """Refuses a platform that lacks float64 or whose compiler changes float arithmetic.
 
-    Compiles a chain of products and sums once and compares it with NumPy: a compiler that contracts
-    or rearranges it is found, by whatever flag it was told to.
+    Compiles a chain of products, sums, quotients and roots once and compares it with NumPy: a
+    compiler that contracts or rearranges it, or divides inexactly, is found, by whatever flag it
+    was told to.
 
     Raises:
         RuntimeError: where it is one.
@@ -101,6 +102,8 @@ def check_machine(platform: str) -> None:
 def _chain(a: Any, b: Any, c: Any, *, xp: Any) -> Any:
     y = arithmetic.add(arithmetic.mul(a, b, xp=xp), c, xp=xp)
     z = arithmetic.sub(arithmetic.mul(y, a, xp=xp), arithmetic.mul(b, c, xp=xp), xp=xp)
+    z = arithmetic.add(arithmetic.mul(z, a, xp=xp), arithmetic.f32(0.7), xp=xp)
+    z = arithmetic.div(z, arithmetic.sqrt(xp.abs(b), xp=xp), xp=xp)
     return arithmetic.add(
         arithmetic.exp(z, xp=xp), arithmetic.sub(arithmetic.add(z, a, xp=xp), z, xp=xp), xp=xp
     )
