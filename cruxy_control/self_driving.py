@@ -357,8 +357,8 @@ def _of(signal: Any, missing: float, state: SelfDrivingState) -> Any:
 
 def _share(base: Any, peak: Any, xp: Any) -> Any:
     """The share that a schedule has left of its highest rate; 1 before there is one."""
-    some = peak > 0.0
-    return xp.where(some, base / xp.where(some, peak, 1.0), 1.0)
+    falls = base < peak  # of equal ones XLA's quotient on a GPU may be below 1
+    return xp.where(falls, base / xp.where(falls, peak, 1.0), 1.0)
 
 
 def begin_cooldown(state: SelfDrivingState, steps: Any, *, xp: Any) -> SelfDrivingState:

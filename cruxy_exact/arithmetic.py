@@ -114,7 +114,8 @@ def opaque(x: Any, *, xp: Any) -> Any:
     if not is_jax(xp):
         return x
     word = x.view(xp.int64)
-    word = word + ((1 << _LOST - 1) - 1) + ((word >> _LOST) & 1)  # to the nearest, ties to even
+    # To the nearest, ties to even. A NaN stays one, as the bits that a float32 lacks are 0 in it.
+    word = word + ((1 << _LOST - 1) - 1) + ((word >> _LOST) & 1)
     return (word & -(1 << _LOST)).view(xp.float64)
 
 

@@ -21,6 +21,7 @@ from cruxy_exact.arithmetic import (
     field,
     log,
     mul,
+    opaque,
     power,
     reciprocal,
     settle,
@@ -216,7 +217,8 @@ def global_norm(leaves: Sequence[Any], *, xp: Any) -> Any:
     """
     flat, e = _scaled(leaves, xp)
     squares = [total(mul(x, x, xp=xp), 0, keepdims=True, xp=xp) for x in flat]
-    root = xp.sqrt(up(total(join(squares, 0, xp=xp), 0, keepdims=True, xp=xp), xp=xp))
+    square = total(join(squares, 0, xp=xp), 0, keepdims=True, xp=xp)
+    root = opaque(xp.sqrt(up(square, xp=xp)), xp=xp)
     return down(root * up(power(e - 127, xp=xp), xp=xp), xp=xp)[0]
 
 

@@ -14,7 +14,8 @@ def quotient(number: float, scale: Any, *, xp: Any) -> Any:
 
     Args:
         number: of at most 8 significant bits, at least 1.
-        scale: positive float32 that bfloat16 holds exactly; any shape.
+        scale: positive normal float32 that bfloat16 holds exactly, or infinity; any shape. The
+            quotient has to be a normal float32 too: in JAX any other means nothing.
         xp: the array namespace.
 
     Returns:

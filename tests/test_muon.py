@@ -1,5 +1,7 @@
 """Orthogonal directions under the law: the formula, both frameworks, a known end."""
 
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +101,44 @@ def test_torch_computes_matrices_of_one_shape_together(monkeypatch, stacked):
     assert len(joined) == 3 * 6  # of (6, 9) three at once and one alone
     for ours, theirs in zip(together, alone, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+def test_torch_lets_go_of_one_large_matrix_before_the_next(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from cruxy_torch import CruxyOptimizer, Orthogonal
+    from cruxy_torch._distributed import whole
+
+    made, alive, f = [], [], Orthogonal._orthogonal
+
+    def watched(*args):
+        alive.append(sum(ref() is not None for ref in made))
+        found = f(*args)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(whole, "STACKED_ON_CPU", 1)
+    monkeypatch.setattr(Orthogonal, "_orthogonal", watched)
+    params = [torch.nn.Parameter(torch.tensor(matrix(6, 9, seed=i))) for i in range(4)]
+    optimizer = CruxyOptimizer(params, lr=0.01, direction=Orthogonal())
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert alive == [0, 0, 0, 0]
+
+
+def test_torch_iterates_in_bfloat16_where_it_is_told_to(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from cruxy_torch import Orthogonal
+    from cruxy_torch._actuators import orthogonal
+
+    x = torch.tensor(matrix(3, 12, 20))
+    exact = Orthogonal(stacked=1)._orthogonal(x, 1)
+    monkeypatch.setattr(orthogonal, "_iterated", lambda whole: torch.bfloat16)
+    found = Orthogonal(stacked=1)._orthogonal(x, 1)
+    assert found.dtype == torch.float32
+    u, _, vt = torch.linalg.svd(x, full_matrices=False)
+    off = (exact - orthogonal_scale(12, 20) * u @ vt).norm()  # of the iteration itself
+    assert 0.0 < float((found - exact).norm()) < 0.5 * off
 
 
 def test_heads_and_experts_are_the_matrices_they_are():

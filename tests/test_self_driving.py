@@ -12,7 +12,7 @@ from flax.training.train_state import TrainState
 
 from cruxy_control import Meta3, SelfDriving, Signals
 from cruxy_control.formulas.averaging import averaging_weight
-from cruxy_control.formulas.limits import relative_limit
+from cruxy_control.formulas.limits import limit_scale, relative_limit
 from cruxy_control.signals import NOT_KNOWN
 from cruxy_optax import (
     LayerStack,
@@ -126,6 +126,36 @@ def test_rate_that_no_tensor_followed_is_taken_back_at_once():
     law = SelfDriving(gain=0.0)
     _, controls = stepped(law, started(law), 0.9, limit=0.01)
     assert controls.meta_scale == pytest.approx(0.01)
+
+
+class Low(np.ndarray):
+    """Numbers whose quotients are a unit in the last place too low, as a GPU's may be."""
+
+    def __truediv__(self, other):
+        found = np.divide(np.asarray(self), np.asarray(other), dtype=np.float32)
+        return np.asarray(found.view(np.int32) - 1, np.int32).view(np.float32).view(Low)
+
+
+def test_a_limit_that_does_not_bind_leaves_one_to_the_bit_wherever_it_is_divided():
+    x = np.float32([0.1, 0.3, 0.5]).view(Low)
+    assert (x / x < 1.0).all()
+    assert np.array_equal(limit_scale(x, x, xp=np), np.ones(3))
+    assert np.array_equal(limit_scale(2 * x, x, xp=np), np.ones(3))
+    np.testing.assert_allclose(limit_scale(x, 2 * x, xp=np), 0.5, rtol=1e-6)
+    nan = np.float32([np.nan]).view(Low)
+    assert np.isnan(limit_scale(nan, x[:1], xp=np))
+    assert limit_scale(x[:1], nan, xp=np) == 1.0
+
+
+def test_a_schedule_that_stands_still_is_none_wherever_it_is_divided():
+    law, low = SelfDriving(), np.float32([0.3]).view(Low)
+    one = np.ones(1, np.float32).view(Low)
+    state = law.init(one, xp=np)
+    for _ in range(3):
+        state, controls = law.step(state, Signals(one, one, one, one, one, low), xp=np)
+    assert controls.schedule_scale == 1.0
+    _, controls = law.step(state, Signals(one, one, one, one, one, low / 2), xp=np)
+    assert 0.4 < controls.schedule_scale < 0.6
 
 
 def test_law_learns_nothing_from_a_step_after_which_nothing_had_moved():

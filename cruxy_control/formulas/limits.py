@@ -45,11 +45,14 @@ def rate_share(largest: Any, rate: Any, *, xp: Any) -> Any:
 def limit_scale(largest: Any, rate: Any, *, xp: Any) -> Any:
     """The share that a limit leaves of a rate, or of the size of an update; 1 of 0.
 
+    It is 1 to the bit where the limit does not bind, also where a number over itself is not, as in
+    float32 by XLA on a GPU.
+
     Args:
         largest: that is allowed, as `relative_limit` gives it.
         rate: what it bounds.
         xp: the array namespace.
     """
-    some = rate > 0.0
+    binds = (rate > 0.0) & ((largest < rate) | (largest != largest))
     # Not 0 / 0 even where that is not chosen: its derivative is.
-    return xp.where(some, xp.minimum(largest, rate) / xp.where(some, rate, 1.0), 1.0)
+    return xp.where(binds, largest / xp.where(binds, rate, 1.0), 1.0)

@@ -226,6 +226,7 @@ def _single(
         tensors = [SteppedTensor(columns, i, frame, orders, own) for i in range(len(rates))]
         for index, block in in_step(direction, tensors, factors, orders):
             _move(tensors[index], block, rates[index], direction)
+            del block  # and what it holds, before the next is computed
         return
     for index, rate in enumerate(rates):
         tensor = SteppedTensor(columns, index, frame, orders, native)

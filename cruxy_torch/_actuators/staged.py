@@ -15,7 +15,7 @@ from cruxy_control.signals import root
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.stepped import SteppedTensor
 from cruxy_torch._distributed.shards import add_over_ranks, any_sharded, shard_elements
-from cruxy_torch._distributed.whole import STACKED, OfMatrices, each_on_one_rank
+from cruxy_torch._distributed.whole import OfMatrices, each_on_one_rank, most_stacked
 from cruxy_torch._orders import Orders
 
 T = TypeVar("T")
@@ -143,24 +143,36 @@ def in_step(
     """The place and the blocks of every tensor, all stages taken together.
 
     Where a direction holds what is as large as a parameter, only so many tensors go together that
-    `HELD` elements of shards are held, the same ones on all ranks; or `STACKED` of plain tensors,
-    those of one shape one after the other.
+    `HELD` elements of shards are held, the same ones on all ranks. Of plain tensors those of one
+    shape go together, as many as are stacked.
     """
-    every = range(len(tensors))
     if not any_sharded([tensor.whole for tensor in tensors]):
-        packs = _packs(sorted(every, key=lambda i: tuple(tensors[i].shape)), tensors, STACKED)
+        packs = _alike(tensors)
     else:
-        packs = _packs(every, tensors, HELD) if direction.holds else [[*every]]
+        packs = _packs(tensors) if direction.holds else [[*range(len(tensors))]]
     for places in packs:
-        chosen = [tensors[place] for place in places]
-        for tensor in chosen:
-            tensor.keeps = False
-        each = [
-            direction.stages(tensor, factors[place], orders)
-            for tensor, place in zip(chosen, places, strict=True)
-        ]
-        blocks = _answered(side_by_side(*map(_labelled, each, chosen)))
-        yield from zip(places, blocks, strict=True)
+        yield from _in_one_pack(direction, tensors, factors, orders, places)
+
+
+def _in_one_pack(
+    direction: Staged,
+    tensors: Sequence[SteppedTensor],
+    factors: Sequence[Any],
+    orders: Orders,
+    places: list[int],
+) -> Iterator[tuple[int, Callable[[int], Tensor]]]:
+    """Those of some tensors; what they hold is let go of with the last."""
+    chosen = [tensors[place] for place in places]
+    for tensor in chosen:
+        tensor.keeps = False
+    each = [
+        direction.stages(tensor, factors[place], orders)
+        for tensor, place in zip(chosen, places, strict=True)
+    ]
+    blocks = _answered(side_by_side(*map(_labelled, each, chosen)))
+    del each
+    for place in places:
+        yield place, blocks.pop(0)
 
 
 def _alone(tensor: SteppedTensor, part: Tensor, how: Any) -> Tensor:
@@ -196,16 +208,26 @@ def _answered(stages: Generator[Any, list[Tensor], T]) -> T:
         return end.value
 
 
-def _packs(
-    order: Iterable[int], tensors: Sequence[SteppedTensor], most: int
-) -> Iterator[list[int]]:
+def _packs(tensors: Sequence[SteppedTensor]) -> Iterator[list[int]]:
     places: list[int] = []
     size = 0
-    for place in order:
-        own = shard_elements(tensors[place].whole)
-        if places and size + own > most:
+    for place, tensor in enumerate(tensors):
+        own = shard_elements(tensor.whole)
+        if places and size + own > HELD:
             yield places
             places, size = [], 0
         places, size = [*places, place], size + own
     if places:
         yield places
+
+
+def _alike(tensors: Sequence[SteppedTensor]) -> Iterator[list[int]]:
+    """Tensors of one shape, as many as may be stacked."""
+    alike: dict[torch.Size, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        alike.setdefault(tensor.shape, []).append(place)
+    for shape, places in alike.items():
+        most = most_stacked(tensors[places[0]].whole.device)
+        count = max(1, most // max(1, shape.numel()))
+        for begin in range(0, len(places), count):
+            yield places[begin : begin + count]

@@ -20,10 +20,9 @@ from cruxy_torch._distributed.shards import (
 
 Cut = tuple[slice, ...]
 
-STACKED = 1 << 24
-"""Elements of plain tensors that are computed together, at most."""
-STACKED_ON_CPU = 1 << 18
-"""The same on a CPU, where only the smallest matrices are quicker together."""
+STACKED, STACKED_ON_CPU = 1 << 24, 1 << 18
+"""Elements of plain tensors that are computed together, at most: on a CPU only the smallest are
+quicker so."""
 
 
 class OfMatrices(NamedTuple):
@@ -109,8 +108,7 @@ def each_on_one_rank(
             matrices = _matrices(part, results[index], whole, orders, f)
             together.setdefault((mesh, part.dtype), []).extend(matrices)
     for (f, shape, _, device), like in plain.items():
-        most = STACKED_ON_CPU if device.type == "cpu" else STACKED
-        count = max(1, most // max(1, shape.numel()))
+        count = max(1, most_stacked(device) // max(1, shape.numel()))
         for some in (like[begin : begin + count] for begin in range(0, len(like), count)):
             for index, found in zip(some, f.of_like([parts[i] for i in some]), strict=True):
                 results[index] = found
@@ -118,6 +116,11 @@ def each_on_one_rank(
         for begin in range(0, len(matrices), mesh.size()):
             _in_one_round(mesh, matrices[begin : begin + mesh.size()])
     return results
+
+
+def most_stacked(device: torch.device) -> int:
+    """Elements of plain tensors that are computed together on a device, at most."""
+    return STACKED_ON_CPU if device.type == "cpu" else STACKED
 
 
 def _matrices(
