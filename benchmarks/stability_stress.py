@@ -11,7 +11,7 @@ from rich.console import Console
 
 from benchmarks._comparison import Comparison, add_arguments, curve, final, label, rates, split
 from benchmarks._frameworks import room
-from benchmarks._plots import finish, styles
+from benchmarks._plots import finish, legend, styles
 from benchmarks._protocol import Protocol, Rows
 from benchmarks._runs import Record
 from benchmarks._statistics import mean, paired
@@ -161,7 +161,7 @@ def _rows(result: dict[str, Any]) -> Rows:
 
 
 def _draw(result: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    figure = Figure(figsize=(11.5, 5.2), layout="constrained")
     axes = figure.add_subplot()
     finish(axes, f"{result['workload']['name']}: what three bad batches cost")
     look = styles(result["optimizers"])
@@ -177,7 +177,7 @@ def _draw(result: dict[str, Any]) -> Figure:
     axes.set_yscale("symlog", linthresh=0.05)
     axes.set_xticks(range(len(faults)), [*result["fault_labels"].values()], rotation=20, ha="right")
     axes.set_ylabel("held-out loss above the clean run's")
-    axes.legend(frameon=False)
+    legend(axes)
     return figure
 
 
