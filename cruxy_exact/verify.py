@@ -249,7 +249,7 @@ LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "XLA_FLAGS", "OPENBLAS_CO
 
 def _device(where: Framework) -> str:
     """The name of a GPU, else what the framework calls the device."""
-    device = getattr(where.like, "device", "cpu")
+    device: Any = getattr(where.like, "device", "cpu")
     if where.name == "torch" and device.type == "cuda":
         return importlib.import_module("torch").cuda.get_device_name(device)
     is_gpu = getattr(device, "platform", "") == "gpu"
