@@ -55,10 +55,10 @@ def settle(x: Any, *, xp: Any) -> Any:
     """
     if is_torch(xp):
         return xp.nn.functional.hardshrink(x, TINY)  # one kernel
-    size = xp.abs(x)
+    size, zero = xp.abs(x), xp.zeros_like(x)
     # In JAX a 0 that the compiler does not know: with a known one it moves what is added to the
     # result into both arms, next to the product that x may be.
-    return xp.where(size <= TINY, size * 0.0 if is_jax(xp) else xp.zeros_like(x), x)
+    return xp.where(size <= TINY, size * zero if is_jax(xp) else zero, x)
 
 
 def add(a: Any, b: Any, *, xp: Any) -> Any:

@@ -119,7 +119,7 @@ class NearCode:
             int8 or int16 of the shape of `near`.
         """
         whole, rest = self._digits(near, grid, xp)
-        number = whole + xp.floor(rest + offset * _reciprocal(grid, near, xp) + noise)
+        number = whole + xp.floor(rest + offset / grid + noise)
         return cast(self._wrapped(number, xp), xp.int8 if self.bits == 8 else xp.int16)
 
     def noise(self, bits: Any, *, xp: Any) -> Any:
@@ -133,15 +133,10 @@ class NearCode:
 
     def _digits(self, near: Any, grid: Any, xp: Any) -> tuple[Any, Any]:
         """The lowest digits of a number in steps: the whole ones, and what is behind the point."""
-        steps = near * _reciprocal(grid, near, xp)
+        steps = near / grid
         whole = xp.floor(steps)
         return whole - self.span * xp.floor(whole / self.span), steps - whole
 
     def _wrapped(self, number: Any, xp: Any) -> Any:
         """The one of the numbers `span` apart that is nearest to 0."""
         return number - self.span * xp.floor(number / self.span + 0.5)
-
-
-def _reciprocal(grid: Any, like: Any, xp: Any) -> Any:
-    """`1 / grid` of powers of two, exactly, which a quotient is not everywhere."""
-    return cast((0x7F000000 - grid.view(xp.int32)).view(xp.float32), like.dtype)

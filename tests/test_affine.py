@@ -9,7 +9,7 @@ from cruxy_exact.affine import LEAST, AffineCode
 from cruxy_exact.random_bits import random_bits, stream_key
 from test_codes import only
 
-WORDS = "where abs isfinite full_like float32 int32 uint8".split()
+WORDS = "__name__ where abs isfinite full_like float32 int32 uint8".split()
 every_code = pytest.mark.parametrize("code", [AffineCode(8), AffineCode(4)], ids=["8", "4"])
 
 

@@ -154,6 +154,16 @@ def test_what_is_tiny_or_a_negative_zero_becomes_zero(name):
     assert settled.view(np.int32).tolist() == [0, 0, 0, 0, np.float32(2.0**-124).view(np.int32)]
 
 
+def test_settle_keeps_the_dtype_of_weakly_typed_arrays():
+    """As `jnp.full` makes them, which a number would make float64 where 64 bits are on."""
+    import jax
+
+    x = jax.numpy.full(2, 0.5)
+    with jax.enable_x64(True):
+        assert A.settle(x, xp=jax.numpy).dtype == np.float32
+        assert A.div(x, x, xp=jax.numpy).dtype == np.float32
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_settle_keeps_nan_and_infinity(name):
     x = np.tile(np.float32([np.nan, np.inf, -np.inf, 1.0]), 16)
