@@ -30,10 +30,12 @@ from cruxy_optax import (
     stabilize,
     telemetry,
 )
+from inexact import dividing
 from optimizers import gradients, train, tree
 from relatives import crossed
 
 ONE = np.float32(1.0)
+Low = dividing(-1)
 
 
 def stepped(law, state, alignment, limit=1.0, norm=1.0):
@@ -126,14 +128,6 @@ def test_rate_that_no_tensor_followed_is_taken_back_at_once():
     law = SelfDriving(gain=0.0)
     _, controls = stepped(law, started(law), 0.9, limit=0.01)
     assert controls.meta_scale == pytest.approx(0.01)
-
-
-class Low(np.ndarray):
-    """Numbers whose quotients are a unit in the last place too low, as a GPU's may be."""
-
-    def __truediv__(self, other):
-        found = np.divide(np.asarray(self), np.asarray(other), dtype=np.float32)
-        return np.asarray(found.view(np.int32) - 1, np.int32).view(np.float32).view(Low)
 
 
 def test_a_limit_that_does_not_bind_leaves_one_to_the_bit_wherever_it_is_divided():

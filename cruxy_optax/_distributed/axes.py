@@ -104,7 +104,7 @@ def _whole(number: jax.Array) -> jax.Array:
 def inner_product(a: jax.Array, b: jax.Array) -> jax.Array:
     """The sum of all products of two arrays of one shape, as `sum_in_parts` has it."""
     # On one device of a CPU a product of vectors is faster than a sum. What is spread is not
-    # flattened. A GPU cuts factors to TensorFloat-32 unless told not to.
+    # flattened. A GPU may cut factors to TensorFloat-32 unless told not to.
     if is_spread(a) or is_spread(b):
         return sum_in_parts(a * b)
     return jnp.vdot(a, b, precision=lax.Precision.HIGHEST)

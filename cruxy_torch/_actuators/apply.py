@@ -220,11 +220,11 @@ def _single(
     """One step, tensor by tensor: the readable version that the others are held to."""
     rates = _rates(columns, orders)
     sharded = any_sharded(columns.wholes)
-    joins = isinstance(direction, Staged) and direction.joins and not torch.compiler.is_compiling()
-    if isinstance(direction, Staged) and (sharded or joins):
+    alone = torch.compiler.is_compiling()
+    if isinstance(direction, Staged) and (sharded or (direction.joins and not alone)):
         own = None if sharded else native
         tensors = [SteppedTensor(columns, i, frame, orders, own) for i in range(len(rates))]
-        for index, block in in_step(direction, tensors, factors, orders):
+        for index, block in in_step(direction, tensors, factors, orders, sharded=sharded):
             _move(tensors[index], block, rates[index], direction)
             del block  # and what it holds, before the next is computed
         return

@@ -14,8 +14,8 @@ from torch import Tensor
 from cruxy_control.signals import root
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.stepped import SteppedTensor
-from cruxy_torch._distributed.shards import add_over_ranks, any_sharded, shard_elements
-from cruxy_torch._distributed.whole import OfMatrices, each_on_one_rank, most_stacked
+from cruxy_torch._distributed.shards import add_over_ranks, shard_elements
+from cruxy_torch._distributed.whole import OfMatrices, each_on_one_rank, stacks
 from cruxy_torch._orders import Orders
 
 T = TypeVar("T")
@@ -139,6 +139,8 @@ def in_step(
     tensors: Sequence[SteppedTensor],
     factors: Sequence[Any],
     orders: Orders,
+    *,
+    sharded: bool,
 ) -> Iterator[tuple[int, Callable[[int], Tensor]]]:
     """The place and the blocks of every tensor, all stages taken together.
 
@@ -146,8 +148,8 @@ def in_step(
     `HELD` elements of shards are held, the same ones on all ranks. Of plain tensors those of one
     shape go together, as many as are stacked.
     """
-    if not any_sharded([tensor.whole for tensor in tensors]):
-        packs = _alike(tensors)
+    if not sharded:
+        packs = stacks({i: (t.shape, t.whole.device) for i, t in enumerate(tensors)})
     else:
         packs = _packs(tensors) if direction.holds else [[*range(len(tensors))]]
     for places in packs:
@@ -219,15 +221,3 @@ def _packs(tensors: Sequence[SteppedTensor]) -> Iterator[list[int]]:
         places, size = [*places, place], size + own
     if places:
         yield places
-
-
-def _alike(tensors: Sequence[SteppedTensor]) -> Iterator[list[int]]:
-    """Tensors of one shape, as many as may be stacked."""
-    alike: dict[torch.Size, list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        alike.setdefault(tensor.shape, []).append(place)
-    for shape, places in alike.items():
-        most = most_stacked(tensors[places[0]].whole.device)
-        count = max(1, most // max(1, shape.numel()))
-        for begin in range(0, len(places), count):
-            yield places[begin : begin + count]

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -93,12 +93,12 @@ def each_on_one_rank(
     """
     results = list(parts)
     together: dict[tuple[Any, torch.dtype], list[_Matrix]] = {}
-    plain: dict[tuple[Any, ...], list[int]] = {}
+    plain: dict[int, tuple[Any, ...]] = {}
     for index, (part, whole, f) in enumerate(zip(parts, wholes, functions, strict=True)):
         mesh = whole.device_mesh if is_sharded(whole) else None
         orders = None if mesh is None else _orders(whole)
         if mesh is None:
-            plain.setdefault((f, part.shape, part.dtype, part.device), []).append(index)
+            plain[index] = part.shape, part.device, part.dtype, f
         elif _stay(whole, f.axes):
             results[index] = f(part)
         elif orders is None or _group(mesh) is None:
@@ -107,20 +107,31 @@ def each_on_one_rank(
             results[index] = part.new_empty(part.shape)
             matrices = _matrices(part, results[index], whole, orders, f)
             together.setdefault((mesh, part.dtype), []).extend(matrices)
-    for (f, shape, _, device), like in plain.items():
-        count = max(1, most_stacked(device) // max(1, shape.numel()))
-        for some in (like[begin : begin + count] for begin in range(0, len(like), count)):
-            for index, found in zip(some, f.of_like([parts[i] for i in some]), strict=True):
-                results[index] = found
+    for some in stacks(plain):
+        for index, found in zip(
+            some, functions[some[0]].of_like([parts[i] for i in some]), strict=True
+        ):
+            results[index] = found
     for (mesh, _), matrices in together.items():
         for begin in range(0, len(matrices), mesh.size()):
             _in_one_round(mesh, matrices[begin : begin + mesh.size()])
     return results
 
 
-def most_stacked(device: torch.device) -> int:
-    """Elements of plain tensors that are computed together on a device, at most."""
-    return STACKED_ON_CPU if device.type == "cpu" else STACKED
+def stacks(kinds: Mapping[int, tuple[Any, ...]]) -> Iterator[list[int]]:
+    """The numbers of tensors of one kind, no more at a time than are computed together.
+
+    Args:
+        kinds: of each tensor by its number: its shape, its device, and what else is to be alike.
+    """
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for number, kind in kinds.items():
+        alike.setdefault(kind, []).append(number)
+    for (shape, device, *_), numbers in alike.items():
+        most = STACKED_ON_CPU if device.type == "cpu" else STACKED
+        count = max(1, most // max(1, shape.numel()))
+        for begin in range(0, len(numbers), count):
+            yield numbers[begin : begin + count]
 
 
 def _matrices(
