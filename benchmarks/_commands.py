@@ -17,6 +17,7 @@ MODULES = {
     "ablation": "ablation",
     "horizon": "horizon",
     "carry-over": "carry_over",
+    "fresh-seeds": "fresh_seeds",
     "roles": "roles",
     "yielding": "yielding",
     "averages": "averages",

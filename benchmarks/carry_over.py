@@ -16,6 +16,9 @@ OPTIMIZERS = (
     "prodigy",
 )
 
+RIVALS = ("sf-normuon", "soap-cosine", "amuse")
+"""Written from their equations; what is asked for by name."""
+
 FEW_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """Around what is best on the small GPT."""
 

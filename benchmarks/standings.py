@@ -20,8 +20,8 @@ from benchmarks._sweep import entry
 Losses = dict[str, list[float]]
 """Final figures of one workload by seed, by what is ranked."""
 
-GRIDS, DEFAULTS = ("rate-sensitivity", "carry-over"), "defaults"
-"""The benchmarks whose figures are read: one of those with grids, and what comes by default."""
+GRIDS, DEFAULTS = ("rate-sensitivity", "carry-over", "fresh-seeds"), "defaults"
+"""The benchmarks whose figures are read: one of those with rates, and what comes by default."""
 
 TUNED, UNTUNED = "tuned", "nothing tuned"
 
@@ -116,7 +116,7 @@ def _read(
             f"--input must hold figures of {', '.join(missing) or grids}, got {folder}; run "
             f"python -m benchmarks {grids}."
         )
-    # Carry-over has other seeds than defaults.
+    # The others have other seeds than defaults.
     names = (grids, DEFAULTS) if grids == GRIDS[0] else (grids,)
     paths = {
         part: {name: folder / f"{name}-{part}.json" for name in names} for part in wanted or there
@@ -235,10 +235,10 @@ PROTOCOL = Protocol(
     name="standings",
     title="Mean ranks over all workloads.",
     reading=(
-        "From the figures of rate-sensitivity and defaults, or of carry-over; nothing is trained. "
-        "Tuned is an "
-        "optimizer at the best rate of its grid, which is chosen on the seeds that rank it, and "
-        "that is to its favour; with nothing tuned it has the rate that it comes with. Both kinds "
+        "From the figures of rate-sensitivity and defaults, of carry-over, or of fresh-seeds; "
+        "nothing is trained. Tuned is an optimizer at the best rate of its grid, which is chosen "
+        "on the seeds that rank it, and that is to its favour, but for fresh-seeds, where others "
+        "choose it; with nothing tuned it has the rate that it comes with. Both kinds "
         "are ranked together on each workload, by the mean over its seeds. The error is the "
         "standard error over workloads; beside it that over seeds, by a jackknife that leaves out "
         "one seed of one workload at a time."

@@ -9,7 +9,9 @@ from benchmarks import report, standings
 from benchmarks.__main__ import main
 
 
-def write(folder, part, losses, defaults=None, by_seed=True, benchmark="rate-sensitivity"):
+def write(
+    folder, part, losses, defaults=None, by_seed=True, benchmark="rate-sensitivity", seeds=(0, 1)
+):
     """Figures as the benchmarks leave them, from final losses by optimizer, rate and seed."""
     environment = {"changed": False, "commit": "a" * 40}
     rows = {
@@ -20,6 +22,7 @@ def write(folder, part, losses, defaults=None, by_seed=True, benchmark="rate-sen
     result = {
         "command": "python -m benchmarks rate-sensitivity",
         "part": part,
+        "seeds": [*seeds],
         "environment": environment,
         "grid": {name: [*by_rate] for name, by_rate in losses.items()},
         "optimizers": rows,
@@ -124,3 +127,44 @@ def test_grid_is_narrowed_to_the_rates_that_are_given(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["carry-over", "--rates", "0", "--output", str(tmp_path)])
     assert "--rates must be above 0 and finite, got 0" in capsys.readouterr().err
+
+
+def test_fresh_seeds_take_the_rates_that_carry_over_chose(tmp_path, capsys):
+    write(
+        tmp_path,
+        "quadratic",
+        {
+            "adamw-cosine": {1e-2: [2.0]},
+            "self_driving": {1e-3: [1.0]},
+            "sgd": {0.1: [3.0], 1: [9.0]},
+        },
+        benchmark="carry-over",
+        seeds=[3],
+    )
+    seeds = ["--workers", "0", "--seeds", "2", "--first-seed", "4"]
+    arguments = [*seeds, "--input", str(tmp_path), "--output", str(tmp_path)]
+    main(["fresh-seeds", *arguments, "--optimizer", "sgd", "self_driving"])
+    result = json.loads((tmp_path / "fresh-seeds-quadratic.json").read_text())
+    assert result["grid"] == {"adamw-cosine": [1e-2], "sgd": [0.1], "self_driving": [1e-3]}
+    assert (result["tuning_seeds"], result["seeds"]) == ([3], [4, 5])
+    # Gradient descent multiplies m, which starts at 1 + seed, by 0.9 in each of the 40 steps.
+    expected = [0.5 * 4 * ((1.0 + seed) * 0.9**40) ** 2 for seed in (4, 5)]
+    assert result["optimizers"]["sgd"]["by_seed"][0] == pytest.approx(expected, rel=1e-4)
+    ranks = standing(tmp_path, "--grids", "fresh-seeds")["optimizers"]
+    assert sorted(ranks) == ["adamw-cosine, tuned", "self_driving, nothing tuned", "sgd, tuned"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--first-seed", "2"], r"leave out the seeds that chose the rates, got [3] again"),
+        (["--optimizer", "lion"], "must hold the best rate of lion"),
+        (["--input", "elsewhere"], "must hold carry-over-quadratic.json"),
+    ],
+)
+def test_fresh_seeds_refuse_what_chose_and_what_was_not_tuned(tmp_path, capsys, changed, said):
+    rows = {"adamw-cosine": {1e-2: [2.0]}}
+    write(tmp_path, "quadratic", rows, benchmark="carry-over", seeds=[3])
+    with pytest.raises(SystemExit):
+        main(["fresh-seeds", "--input", str(tmp_path), "--output", str(tmp_path), *changed])
+    assert said in capsys.readouterr().err
