@@ -112,6 +112,7 @@ def _row(
         "own_rate": own,
         "difference_at_own_rate": at_own.mean,
         "error_at_own_rate": at_own.error,
+        "by_seed": [*losses[best].values()],
     }
 
 
@@ -125,6 +126,10 @@ def _rows(result: dict[str, Any]) -> Rows:
         [row["label"], f"{row['loss_at_same_rate']:.3f}", cell(row, "same")]
         for row in result["optimizers"].values()
     ]
+    if all("by_seed" in row for row in result["optimizers"].values()):
+        headers.insert(2, "worst seed")
+        for cells, row in zip(rows, result["optimizers"].values(), strict=True):
+            cells.insert(2, f"{max(row['by_seed']):.3f}")
     if len(result["rates"]) > 1:
         headers += ["own best rate", "worse by, at its own"]
         for cells, row in zip(rows, result["optimizers"].values(), strict=True):

@@ -26,6 +26,7 @@ OPTIMIZERS = (
     "lion-cosine",
     "schedule-free",
     "prodigy",
+    "prodigy-cosine",
     "muon-cosine",
     "dog",
 )

@@ -17,7 +17,7 @@ from benchmarks._shapes import SIZES
 from benchmarks._timing import cells
 from benchmarks.workloads import load
 
-TRAINED = ("adamw", "meta3", "meta_lion")
+TRAINED = ("adamw", "meta3", "meta_lion", "self_driving", "self_driving-muon", "muon")
 """Whose whole training step is timed, where they are chosen."""
 
 

@@ -78,9 +78,12 @@ def test_self_driving_is_taken_apart_from_one_start(tmp_path, capsys):
     assert result["part"] == "quadratic-self_driving"
     assert result["rates"] == [1e-3]
     rows = protocol("ablation").rows(result)
-    assert len(rows.headers) == 3
+    assert rows.headers[2:] == ["worst seed", "worse by, at the same rate"]
     assert rows.rows[0][0] == "Self-driving"
-    assert rows.rows[0][2] == "+0.000 \u00b1 0.000"
+    # Seed 1 starts at twice the distance of seed 0.
+    losses = result["optimizers"]["self_driving"]["by_seed"]
+    assert losses[1] > losses[0]
+    assert rows.rows[0][2:] == [f"{losses[1]:.3f}", "+0.000 \u00b1 0.000"]
 
 
 def test_parts_are_compared_at_one_rate_where_it_is_given(tmp_path, capsys):
