@@ -32,6 +32,16 @@ def stream_key(counter: Any, seed: int, leaf: Any, *, xp: Any) -> Any:
     return _mix(_mix(_mix(cast(counter, xp.int32)) ^ of_run) ^ of_leaf)
 
 
+def layer_number(place: int) -> int:
+    """The number of a model's dropout, by its place from 0, for a leaf `number + 64 grain`.
+
+    The first sixty-four are their places. Further ones lie beyond 262,144 grains, so that none has
+    the random bits of another in another grain.
+    """
+    block, first = divmod(place, 64)
+    return first + (block << 24)
+
+
 def random_bits(key: Any, index: Any) -> Any:
     """32 random bits for each element.
 

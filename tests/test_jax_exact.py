@@ -195,3 +195,23 @@ def test_patches_are_a_convolution_whose_stride_is_its_kernel():
 def test_bad_input_is_an_error(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_second_derivative_is_refused(compiled):
+    x = jnp.linspace(-1.0, 1.0, 6)
+
+    def penalty(x):
+        return jnp.sum(jax.grad(lambda x: exact.sum(exact.gelu(x)))(x) ** 2)
+
+    derivative = jax.grad(penalty)
+    with pytest.raises(TypeError, match="must not be differentiated twice"):
+        (jax.jit(derivative) if compiled else derivative)(x)
+    assert jnp.isfinite(penalty(x))
+
+
+@pytest.mark.parametrize("label", [-100, -1, 3])
+def test_a_label_out_of_range_makes_its_loss_nan(label):
+    logits = jnp.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    losses = exact.softmax_cross_entropy_with_integer_labels(logits, jnp.array([2, label]))
+    assert jnp.isnan(losses).tolist() == [False, True]

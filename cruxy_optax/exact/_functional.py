@@ -208,7 +208,8 @@ def dropout_key(step: Any, layer: int, *, seed: int = 0, grain: Any = 0) -> jax.
 
     Args:
         step: its number; an int or an int32 array `()`.
-        layer: tells the dropouts of a model apart, from 0.
+        layer: tells the dropouts of a model apart, from 0. A grain takes sixty-four numbers: the
+            65th dropout of a model takes `cruxy_exact.random_bits.layer_number(64)`.
         seed: tells runs apart.
         grain: the number of the grain in the whole batch, where gradients are accumulated; an int
             or an int32 array `()`.
@@ -254,12 +255,15 @@ def softmax_cross_entropy_with_integer_labels(logits: Any, labels: Any) -> jax.A
         labels: whole numbers from 0 to `V - 1`, `[...]`.
 
     Returns:
-        float32, `[...]`.
+        float32, `[...]`; NaN where a label is out of range, such as a -100 of padding.
 
     Raises:
         TypeError: where `logits` are not float32 or `labels` are no whole numbers.
     """
-    return run(layers, "cross_entropy", (logits,), (_whole("labels", labels),))
+    labels = _whole("labels", labels)
+    # What is negative would count from the end.
+    labels = jnp.where(labels < 0, jnp.shape(logits)[-1], labels)
+    return run(layers, "cross_entropy", (logits,), (labels,))
 
 
 def _whole(name: str, x: Any) -> jax.Array:

@@ -105,11 +105,27 @@ def _apply_and_keep(
 def _apply_backward(pair: Pair, kept: tuple[Any, ...], g: Any) -> tuple[Any, Any]:
     arrays, static, given = kept
     with frame():
-        grads = iter(_backward(pair, arrays, static, g))
+        grads = iter(_once(pair, arrays, static, g))
     return tuple(next(grads) if there else None for there in given.parts), None
 
 
 apply.defvjp(_apply_and_keep, _apply_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _once(pair: Pair, arrays: tuple[Any, ...], static: _Static, g: Any) -> tuple[Any, ...]:
+    """The backward pass, whose own derivative would not be that of the function's gradient."""
+    return _backward(pair, arrays, static, g)
+
+
+def _twice(*_: Any) -> Any:
+    raise TypeError(
+        "exact functions must not be differentiated twice, got a derivative of their gradient; "
+        "take the second derivative of jax.nn's and jax.numpy's own functions."
+    )
+
+
+_once.defvjp(_twice, _twice)
 
 
 # Compiled each for itself, so that calls outside of `jax.jit` are not a hundred small programs.

@@ -1,12 +1,12 @@
 """AdamW under a control law on exact scalars, with exact signals and an exact update."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from cruxy_control import Law, Meta3, driving
 from cruxy_control.checks import check_range
@@ -15,10 +15,12 @@ from cruxy_control.usual import USUAL, told_the_end, usual_law
 from cruxy_exact.arithmetic import settle
 from cruxy_exact.driven import Driven, Group, Leaf
 from cruxy_torch._averaged import averaged_block
+from cruxy_torch._sensors.loss import scalar_loss
 from cruxy_torch.exact import _settings
+from cruxy_torch.exact.optimizers import ExactOptimizer
 
 
-class Controlled(Optimizer):
+class Controlled(ExactOptimizer):
     """AdamW under a control law, every bit of which is the same everywhere.
 
     It senses the raw gradient by exact sums, runs the law on exact scalars, and steps with the
@@ -70,31 +72,23 @@ class Controlled(Optimizer):
         law = Meta3() if law is None else law
         check_law(law)
         check_excess(law, remedy="leave it out")
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not value >= 0.0:
-                raise ValueError(f"{name} must be at least 0, got {value!r}; use the default.")
-        if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1), got {betas!r}; use (0.9, 0.999).")
-        if needs_alignment(law) and not lr:
-            raise ValueError(
-                f"lr must be above 0 under a law that finds the rate, got {lr!r}; it multiplies "
-                "what it is given: use the default."
-            )
         if relative_limit is not None:
             remedy = "use 0.1, or None for no limit"
             check_range("relative_limit", relative_limit, 0.0, lower_open=True, remedy=remedy)
         if averaging is not None:
             check_range("averaging", averaging, 0.0, remedy="use 16, or None for no average")
-        rest = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, rest)
         self._driven = Driven(law, driving, nesterov, relative_limit, averaging)
         self._averaged = False
-        for p in self._params():
-            if p.dtype != torch.float32:
-                raise TypeError(
-                    f"exact optimizers take float32 parameters, got {p.dtype}; convert the model "
-                    "with .float()."
-                )
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A module, which `rules` is, has no copy.
+        driven = dataclasses.replace(self._driven, rules=None)
+        return super().__getstate__() | {"_driven": driven, "_averaged": self._averaged}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._driven = dataclasses.replace(self._driven, rules=driving)
 
     @property
     def law(self) -> Law:
@@ -103,6 +97,34 @@ class Controlled(Optimizer):
 
     def _params(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        lr = group["lr"]
+        if needs_alignment(self.law) and not isinstance(lr, Tensor) and not lr:
+            raise ValueError(
+                f"lr must be above 0 under a law that finds the rate, got {lr!r}; it multiplies "
+                "what it is given: use the default."
+            )
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        super()._check_options(group)
+        if "law_state" not in group:
+            return
+        like = torch.zeros((), dtype=torch.float32, device="cpu")
+        template = self._driven.init(like, xp=_settings.namespace(like.device))
+        shapes = [tuple(leaf.shape) for leaf in _leaves(template)]
+        saved = [tuple(leaf.shape) for leaf in group["law_state"]]
+        if saved != shapes:
+            raise ValueError(
+                f"the state must be one of the law {type(self.law).__name__}, which keeps "
+                f"{len(shapes)} numbers, got {len(saved)} of other shapes; load it into an "
+                "optimizer of the law that saved it."
+            )
+
+    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        average = () if self._driven.averaging is None else ("average",)
+        return ("exp_avg", "exp_avg_sq", *average)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, loss: Any = None) -> Any:
@@ -119,6 +141,7 @@ class Controlled(Optimizer):
 
         Raises:
             RuntimeError: inside `averaged`.
+            ValueError: where the loss is not one real number.
             TypeError: where a gradient is sparse.
         """
         if self._averaged:
@@ -126,6 +149,7 @@ class Controlled(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        given = None if loss is None else scalar_loss(loss)
         moved = [
             (number, p)
             for number, group in enumerate(self.param_groups)
@@ -150,8 +174,9 @@ class Controlled(Optimizer):
             )
             for group in self.param_groups
         ]
-        given = None if loss is None else like + loss
-        state, products, out = self._driven.step(self._kept(like, xp), groups, leaves, given, xp=xp)
+        sensed = None if given is None else like + given
+        kept = self._kept(like, xp)
+        state, products, out = self._driven.step(kept, groups, leaves, sensed, xp=xp)
         self.param_groups[0]["law_state"] = list(_leaves(state))
         for group, pair in zip(self.param_groups, products, strict=True):
             group["products"] = pair

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cruxy_exact.random_bits import layer_number
 from cruxy_torch.exact import modules
 
 _SAME = (
@@ -64,11 +65,11 @@ def convert_(
             )
         new[id(module)] = made = make(module)
         if isinstance(made, modules.Dropout):
-            made.layer, made.seed = dropouts, seed
+            made.layer, made.seed = layer_number(dropouts), seed
             dropouts += 1
         made.train(module.training)
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children() leaves repeats out
             if id(child) in new:
                 setattr(parent, name, new[id(child)])
     return new.get(id(model), model)

@@ -29,7 +29,16 @@ class Exact(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> Any:
-        """The gradients of the tensors."""
+        """The gradients of the tensors.
+
+        Raises:
+            RuntimeError: where they are to be differentiated themselves.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "exact functions must not be differentiated twice, got a backward pass with "
+                "create_graph=True; take the second derivative of torch's own functions."
+            )
         kept = list(ctx.static)
         for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
             kept[place] = tensor
@@ -51,6 +60,26 @@ def _check(tensors: Sequence[Tensor | None]) -> None:
 def _run(part: Any, name: str, tensors: Sequence[Tensor | None], *rest: Any, **options: Any) -> Any:
     pair = getattr(part, f"{name}_forward"), getattr(part, f"{name}_backward")
     return Exact.apply(pair, rest, options, *tensors)
+
+
+def _whole(name: str, numbers: Tensor, count: int) -> Tensor:
+    """Whole numbers from 0 to `count - 1`; on a GPU, which would have to be waited for, any.
+
+    Raises:
+        TypeError: where they are no whole numbers.
+        IndexError: where one is out of range.
+    """
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
+        raise TypeError(f"{name} must be whole numbers, got {numbers.dtype}; use .long().")
+    # A traced tensor has no numbers yet.
+    if type(numbers) is Tensor and numbers.is_cpu and not torch.compiler.is_compiling():
+        low, high = numbers.aminmax() if numbers.numel() else (0, 0)
+        if low < 0 or high >= max(count, 1):
+            raise IndexError(
+                f"{name} must be whole numbers from 0 to {count - 1}, got {int(low)} to "
+                f"{int(high)}; leave padded positions out: logits[keep], labels[keep]."
+            )
+    return numbers
 
 
 def _precision(tensor: Tensor) -> Any:
@@ -174,8 +203,17 @@ class _Fork:
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    """Rows of `weight`, `[V, D]`, by whole numbers; the gradient's rows are added exactly."""
-    return _run(layers, "embed", (weight,), ids)
+    """Rows of `weight`, `[V, D]`, by whole numbers; the gradient's rows are added exactly.
+
+    Args:
+        ids: whole numbers from 0 to `V - 1`, any shape.
+        weight: float32.
+
+    Raises:
+        TypeError: where `weight` is not float32, or `ids` are no whole numbers.
+        IndexError: where one of them is out of range, on a CPU; a GPU asserts.
+    """
+    return _run(layers, "embed", (weight,), _whole("ids", ids, weight.shape[0]))
 
 
 def dropout(x: Tensor, key: Tensor, p: float = 0.5) -> Tensor:
@@ -217,12 +255,16 @@ def cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "sum") -> Ten
 
     Raises:
         ValueError: where `reduction` is neither.
+        TypeError: where `logits` are not float32, or `labels` are no whole numbers.
+        IndexError: where a label is out of range, such as a -100 of padding, on a CPU; a GPU
+            asserts.
     """
     if reduction not in ("sum", "none"):
         raise ValueError(
             f"reduction must be 'sum' or 'none', got {reduction!r}; divide the sum by the count of "
             "the whole batch."
         )
+    labels = _whole("labels", labels, logits.shape[-1])
     losses = _run(layers, "cross_entropy", (logits,), labels)
     return sum(losses) if reduction == "sum" else losses
 

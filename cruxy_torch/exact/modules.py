@@ -95,7 +95,8 @@ class Dropout(nn.Module):
 
     Args:
         p: the share that is dropped, rounded to 256ths; in `[0, 1)`.
-        layer: tells the dropouts of a model apart; `convert_` numbers them.
+        layer: tells the dropouts of a model apart; `convert_` numbers them. A grain takes
+            sixty-four numbers: the 65th takes `cruxy_exact.random_bits.layer_number(64)`.
         seed: tells runs apart.
 
     Raises:

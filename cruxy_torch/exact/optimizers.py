@@ -13,25 +13,97 @@ from cruxy_exact.arithmetic import mul, settle
 from cruxy_torch.exact import _settings
 
 
-class _Optimizer(Optimizer):
-    """What exact optimizers share: checks, and the frame of a step."""
+class ExactOptimizer(Optimizer):
+    """What exact optimizers share: checks of their groups, and of what they load."""
 
     def __init__(self, params: Any, **defaults: Any) -> None:
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters, as in `torch.optim`; those of `__init__` come here too.
+
+        Raises:
+            ValueError: where an option is out of its range; no group is added then.
+            TypeError: where a parameter is not float32; likewise.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave.
+
+        Args:
+            state_dict: of an optimizer of this class with the same groups and law.
+
+        Raises:
+            ValueError: where it is another optimizer's or law's, or of parameters of other shapes.
+                The optimizer is then as it was.
+        """
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(
+                f"state_dict must be what {type(self).__name__}.state_dict() gave, got "
+                f"{sorted(state_dict) if isinstance(state_dict, dict) else state_dict!r}."
+            )
+        groups = state_dict["param_groups"]
+        for group in groups:
+            self._check_options(group)
+        saved = [(group, i) for group in groups for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        if len(saved) == len(params):  # else torch says so
+            for p, (group, i) in zip(params, saved, strict=True):
+                self._check_kept(p, group, state_dict["state"].get(i, {}))
+        super().load_state_dict(state_dict)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
         for name in ("lr", "eps", "weight_decay", "momentum"):
-            value = defaults.get(name, 0.0)
+            value = group.get(name, 0.0)
             if not isinstance(value, Tensor) and not value >= 0.0:
                 raise ValueError(f"{name} must be at least 0, got {value!r}; use the default.")
-        for beta in defaults.get("betas", ()):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"betas must be in [0, 1), got {defaults['betas']!r}.")
-        super().__init__(params, defaults)
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.dtype != torch.float32:
-                    raise TypeError(
-                        f"exact optimizers take float32 parameters, got {p.dtype}; convert the "
-                        "model with .float()."
-                    )
+        if not all(0.0 <= beta < 1.0 for beta in group.get("betas", ())):
+            raise ValueError(f"betas must be in [0, 1), got {group['betas']!r}; use (0.9, 0.999).")
+        for p in group["params"]:
+            if p.dtype != torch.float32:
+                raise TypeError(
+                    f"exact optimizers take float32 parameters, got {p.dtype}; convert the model "
+                    "with .float()."
+                )
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        """Raises unless a saved group has the options of this class."""
+        missing = sorted(self.defaults.keys() - group.keys())
+        if missing:
+            raise ValueError(
+                f"the state must be one of {type(self).__name__}, got one whose groups lack "
+                f"{missing}; load it into the class that saved it."
+            )
+
+    def _check_kept(self, p: Tensor, group: dict[str, Any], kept: dict[str, Any]) -> None:
+        """Raises unless what was saved of a parameter is what this class keeps of it."""
+        expected = set(self._names(group))
+        if kept and set(kept) != expected:
+            raise ValueError(
+                f"the state must be one of {type(self).__name__}, which keeps {sorted(expected)} "
+                f"of a parameter, got {sorted(kept)}; load it into an optimizer of the class and "
+                "options that saved it."
+            )
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.shape != p.shape:
+                raise ValueError(
+                    f"{name} must have shape {tuple(p.shape)} like its parameter, got "
+                    f"{tuple(value.shape)}; load it into the model that it was saved with."
+                )
+
+    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """What is kept of each parameter of a group."""
+        raise TypeError(f"{type(self).__name__} must say what it keeps of a parameter.")
+
+
+class _Optimizer(ExactOptimizer):
+    """The frame of a step that takes each parameter by itself."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -87,6 +159,9 @@ class AdamW(_Optimizer):
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
+    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", "products")
+
     def _update(self, group: dict, p: Tensor, g: Tensor, state: dict, xp: Any) -> None:
         if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
@@ -130,6 +205,9 @@ class Lion(_Optimizer):
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay)
 
+    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg",)
+
     def _update(self, group: dict, p: Tensor, g: Tensor, state: dict, xp: Any) -> None:
         if not state:
             state["exp_avg"] = torch.zeros_like(p)
@@ -166,6 +244,9 @@ class SGD(_Optimizer):
             raise ValueError("nesterov needs a momentum above 0, got 0; use momentum=0.9.")
         rest = {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, lr=lr, **rest)
+
+    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
 
     def _update(self, group: dict, p: Tensor, g: Tensor, state: dict, xp: Any) -> None:
         if group["momentum"] and not state:
