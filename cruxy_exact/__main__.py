@@ -10,7 +10,11 @@ from cruxy_exact.reference import Reference
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 1 where bits differ."""
+    """Runs a command and returns its exit status: 1 where bits differ.
+
+    Raises:
+        SystemExit: with 2, where the options do not go together or what they name is not there.
+    """
     parser = argparse.ArgumentParser(prog="python -m cruxy_exact", description=__doc__)
     parser.add_argument("command", choices=("verify", "publish"))
     parser.add_argument("--framework", choices=("numpy", "torch", "jax"), default="numpy")
@@ -23,10 +27,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--replace", action="store_true", help="publish other bits than before")
     parser.add_argument("--bench", action="store_true", help="print the slowdown as well")
     options = parser.parse_args(arguments)
-    where = check.framework(options.framework, options.device, native=not options.plain_kernels)
+    if options.replace and options.command != "publish":
+        parser.error("--replace must go with publish; verify writes nothing.")
+    if options.bench and (options.command != "verify" or options.framework not in check.SIDES):
+        parser.error("--bench must go with verify and --framework torch or jax.")
+    if options.grain is not None and options.grain < 1:
+        parser.error(
+            f"--grain must be at least 1, got {options.grain}; leave it out for no grains."
+        )
     driver = check.self_driving() if options.optimizer == "self-driving" else None
-    precision = Precision(options.bits, options.engine)
-    reference = Reference(grain=options.grain, precision=precision, driver=driver)
+    try:
+        where = check.framework(options.framework, options.device, native=not options.plain_kernels)
+        precision = Precision(options.bits, options.engine)
+        reference = Reference(grain=options.grain, precision=precision, driver=driver)
+        if options.command == "verify":
+            check.published_of(reference)
+    except (ImportError, ValueError) as error:
+        parser.error(str(error))
     if options.command == "publish":
         return _publish(where, reference, options.replace)
     print(", ".join(x for x in check.describe(where, reference).values() if x))

@@ -28,6 +28,8 @@ SIDES = {"torch": "cruxy_torch.exact", "jax": "cruxy_optax.exact"}
 LAWS = ("driving", "usual")
 """Modules of `cruxy_control` that say what a law's orders mean, and what is usual."""
 
+_MISSING = "device must be one that {} has here, got 'cuda' where it sees none; use 'cpu'."
+
 Records = list[tuple[str, str]]
 
 
@@ -62,6 +64,7 @@ def framework(name: str, device: str = "cpu", *, native: bool = True) -> Framewo
 
     Raises:
         ValueError: where there is no such framework or device.
+        ImportError: where the framework is not installed.
     """
     if name == "numpy" and device == "cpu":
         numpy = importlib.import_module("numpy")
@@ -69,12 +72,17 @@ def framework(name: str, device: str = "cpu", *, native: bool = True) -> Framewo
         return Framework(name, numpy, numpy.zeros(1, numpy.float32), quiet)
     if name == "torch":
         torch = importlib.import_module("torch")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(_MISSING.format(name))
         xp = importlib.import_module(SIDES[name]).namespace(device) if native else torch
         like = torch.zeros(1, dtype=torch.float32, device=device)
         return Framework(name, xp, like, torch.no_grad)
     if name == "jax":
         jax = importlib.import_module("jax")
-        place = jax.devices("gpu" if device == "cuda" else device)[0]
+        try:
+            place = jax.devices("gpu" if device == "cuda" else device)[0]
+        except RuntimeError as error:
+            raise ValueError(_MISSING.format(name)) from error
         xp = importlib.import_module("jax.numpy")
 
         @contextlib.contextmanager
@@ -153,6 +161,21 @@ def key(reference: Reference) -> str:
 def published() -> dict[str, Any]:
     """What is published, by `key`."""
     return json.loads(PUBLISHED.read_text("utf-8"))
+
+
+def published_of(reference: Reference) -> dict[str, Any]:
+    """What is published of a reference.
+
+    Raises:
+        ValueError: where nothing is.
+    """
+    rows = published()
+    if key(reference) not in rows:
+        raise ValueError(
+            f"a published reference must be verified, got {key(reference)!r}; there are "
+            f"{', '.join(map(repr, rows))}."
+        )
+    return rows[key(reference)]
 
 
 def of(where: Framework, reference: Reference, state: State) -> str:

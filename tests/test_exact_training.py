@@ -14,6 +14,7 @@ from cruxy_control import Meta3, PlateauGuard, SelfDriving, Signals, StabilityV2
 from cruxy_exact import checksum as checksums  # noqa: E402
 from cruxy_exact import optimizers  # noqa: E402
 from cruxy_exact import verify as check  # noqa: E402
+from cruxy_exact.__main__ import main  # noqa: E402
 from cruxy_exact.engines import Precision  # noqa: E402
 from cruxy_exact.reference import Reference  # noqa: E402
 from cruxy_exact.scalars import Exact  # noqa: E402
@@ -297,3 +298,35 @@ def test_nothing_is_divided_outside_div_and_no_fused_call_is_made(path):
     fused = {"addcmul", "addcdiv", "lerp", "addmm", "baddbmm", "pow", "rsqrt", "einsum"}
     assert not called & fused
     assert not {keyword.arg for n in calls for keyword in n.keywords} & {"alpha", "beta"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("verify --bits 0", "bits must be"),
+        ("verify --bits 19", "a published reference must be verified, got 'exact-1 bits=19"),
+        ("verify --device cuda", "use --framework torch"),
+        ("verify --grain 0", "--grain must be at least 1, got 0"),
+        ("verify --grain -1", "--grain must be at least 1, got -1"),
+        ("verify --replace", "--replace must go with publish"),
+        ("verify --bench", "--bench must go with verify and --framework torch or jax"),
+        ("publish --bench --framework jax", "--bench must go with verify"),
+    ],
+)
+def test_options_that_do_not_go_together_are_no_difference_of_bits(options, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(options.split())
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_a_gpu_that_is_not_there_is_said(name, capsys):
+    module = pytest.importorskip(name)
+    has = module.cuda.is_available() if name == "torch" else module.default_backend() == "gpu"
+    if has:
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify", "--framework", name, "--device", "cuda"])
+    assert stopped.value.code == 2
+    assert f"device must be one that {name} has here" in capsys.readouterr().err

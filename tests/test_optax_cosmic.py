@@ -74,6 +74,19 @@ def test_all_of_the_state_stays_within_the_budget_whatever_the_plan(budget, stat
     assert tree_bytes(state) == done[-1]["bytes"]
 
 
+def test_a_new_plan_may_have_another_budget():
+    grads = [loud(t, a=3.0) for t in range(4)]
+    params, state, _ = run(cosmic(1e-3, 200_000), grads)
+    state, done = retier(state, params, state_budget="20KB")
+    assert done["budget"] == tier_plan(state).budget == 20_000
+    assert tree_bytes(state) == done["bytes"] <= 20_000
+    state, done = retier(state, params)
+    assert done["budget"] == 20_000
+    with pytest.raises(ValueError, match="state_budget must be at least"):
+        retier(state, params, state_budget=10)
+    run(cosmic(1e-3, 200_000), grads, state)
+
+
 def test_a_budget_that_cannot_be_met_is_refused_with_the_smallest_that_can():
     with pytest.raises(ValueError, match="state_budget must be at least") as refused:
         cosmic(1e-3, 100).init(model())

@@ -210,3 +210,30 @@ def test_a_model_that_is_nowhere_is_named(tmp_path):
         estimate_memory(tmp_path)
     with pytest.raises(KeyError, match="the names of an estimate are"):
         estimate_memory({"w": jnp.ones(3)})["fp15_gb"]
+
+
+def test_a_folder_is_what_its_index_or_its_whole_file_says(tmp_path):
+    numpy = pytest.importorskip("safetensors.numpy")
+    for name, size in (("model", 16), ("adapter_model", 400)):
+        numpy.save_file({"w": np.zeros(size, np.float32)}, tmp_path / f"{name}.safetensors")
+    assert estimate_memory(tmp_path).parameter_count == 16
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"w": "adapter_model.safetensors"}}')
+    assert estimate_memory(tmp_path).parameter_count == 400
+    for text, said in (
+        ('{"weight_map": {"w": "../model.safetensors"}}', "must name files of its own folder"),
+        ("{}", "must be JSON with a weight_map"),
+        ('{"weight_map": ', "must be JSON with a weight_map"),
+        ('{"weight_map": {"w": 3}}', "must name files of its own folder, got '3'"),
+    ):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            estimate_memory(tmp_path)
+
+
+def test_tensors_whose_names_make_no_tree_are_refused(tmp_path):
+    numpy = pytest.importorskip("safetensors.numpy")
+    tensors = {name: np.zeros(2, np.float32) for name in ("a", "a.b")}
+    numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="names that make a tree at their dots, got 'a"):
+        estimate_memory(tmp_path)

@@ -438,3 +438,34 @@ def test_memory_usage_counts_what_lives():
 def test_bad_arguments_are_named_with_rule_value_and_remedy(options, message):
     with pytest.raises(ValueError, match=message):
         AXIOM([nn.Parameter(torch.ones(2))], **options)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("shape", [(300, 130), (130, 200), (200, 131), (200, 130, 2)])
+def test_a_state_of_a_matrix_of_another_shape_is_refused(shape, momentum):
+    def trained(shape):
+        p = nn.Parameter(torch.ones(shape))
+        optimizer = AXIOM([p], momentum=momentum, momentum_bits=32)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        return p, optimizer
+
+    _, saved = trained(shape)
+    _, optimizer = trained((200, 130))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="must have shape"):
+        optimizer.load_state_dict(saved.state_dict())
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("damage", [lambda codes: codes.float(), lambda codes: codes[:, :100]])
+def test_codes_that_are_none_are_refused(damage):
+    p = nn.Parameter(torch.ones(200, 130))
+    optimizer = AXIOM([p], momentum=0.9)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["exp_avg_codes"] = damage(saved["state"][0]["exp_avg_codes"])
+    with pytest.raises(ValueError, match="exp_avg_codes must hold codes of 16, 8 or 4 bits"):
+        optimizer.load_state_dict(saved)

@@ -376,6 +376,27 @@ def test_a_bad_gradient_leaves_everything_bit_for_bit(value, extra):
     assert opt.telemetry()["skipped_total"] == 2
 
 
+def test_a_run_goes_on_under_a_smaller_budget():
+    params = parameters()
+    opt = optimizer(params, "1GB")
+    step_with(opt, params, gradients(0))
+    saved, small = copy.deepcopy(opt.state_dict()), fixed(params) + 8_000
+    smaller = optimizer(params, small)
+    with pytest.raises(ValueError, match=rf"then call retier\(state_budget={small}\)"):
+        smaller.load_state_dict(saved)
+    enough = optimizer(params, "1GB")
+    enough.load_state_dict(saved)
+    before = enough.tiers()
+    with pytest.raises(ValueError, match="state_budget must be at least"):
+        enough.retier(state_budget=10)
+    assert enough.tiers() == before
+    assert enough.retier(state_budget=small)["budget"] == small
+    assert state_bytes(enough) <= small
+    step_with(enough, params, gradients(1))
+    smaller.load_state_dict(enough.state_dict())
+    assert smaller.tiers() == enough.tiers() != before
+
+
 @pytest.mark.parametrize("bits", [32, 8, 4])
 def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_stopped(bits):
     def make(params):

@@ -238,7 +238,11 @@ def tier_plan(opt_state: Any) -> TierPlan:
 
 
 def retier(
-    opt_state: Any, params: optax.Params, *, log: str | Path | None = None
+    opt_state: Any,
+    params: optax.Params,
+    *,
+    state_budget: int | str | None = None,
+    log: str | Path | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Plans the tiers anew, from what the averages have seen; call it between steps.
 
@@ -250,6 +254,8 @@ def retier(
     Args:
         opt_state: any pytree with the state of one `cosmic` in it.
         params: the parameters, for the shapes and shardings of new moments.
+        state_budget: from now on, as in `cosmic`, a smaller or a larger one; `None` keeps the one
+            that the state was made with.
         log: a file to which the second result is appended as a line of JSON; `None` for none.
 
     Returns:
@@ -258,8 +264,10 @@ def retier(
         `gates` (those below 1, by path).
 
     Raises:
-        ValueError: where there is no such state in `opt_state` or more than one, or `params` has
-            other tensors than it.
+        ValueError: where there is no such state in `opt_state` or more than one, `params` has
+            other tensors than it, or the budget is below what the lowest tier of every tensor
+            takes.
+        TypeError: where `state_budget` is no size.
 
     Examples:
         >>> import jax.numpy as jnp, cruxy_optax
@@ -278,6 +286,8 @@ def retier(
     """
     node = _find(opt_state)
     plan, before = node.plan, dict(node.plan.tiers)
+    if state_budget is not None:
+        plan = dataclasses.replace(plan, budget=parse_bytes("state_budget", state_budget))
     averages, count = jax.device_get((node.averages, node.count))
     seen = averages.slow.weight > 0.0
     rms = averages.slow.value if seen else np.ones(len(before))

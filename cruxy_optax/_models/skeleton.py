@@ -28,13 +28,19 @@ def skeleton(source: str | Path, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
     Raises:
         ImportError: where safetensors or huggingface_hub is needed and not installed.
         OSError: where there are no safetensors.
+        ValueError: where the index of a folder is none, or two tensors cannot stand in one tree.
     """
     tree: dict[str, Any] = {}
     for name, kind, shape in _headers(source):
         *folders, last = name.split(".")
-        place = tree
+        place: Any = tree
         for folder in folders:
-            place = place.setdefault(folder, {})
+            place = place.setdefault(folder, {}) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or last in place:
+            raise ValueError(
+                f"tensors must have names that make a tree at their dots, got {name!r} beside one "
+                "with a part of it, or twice."
+            )
         kept = dtype if kind.startswith(_FLOATING) else jnp.int32
         place[last] = jax.ShapeDtypeStruct(tuple(shape), kept)
     return tree
@@ -53,10 +59,7 @@ def _headers(source: str | Path) -> Iterator[tuple[str, str, list[int]]]:
                 yield name, tensor.dtype, tensor.shape
         return
     safetensors = _needed("safetensors", f"reading {str(source)!r}")
-    files = sorted(folder.glob("*.safetensors"))
-    if (folder / _INDEX).exists():
-        index = json.loads((folder / _INDEX).read_text("utf-8"))
-        files = sorted({folder / name for name in index["weight_map"].values()})
+    files = _files(folder)
     if not files:
         raise OSError(_no_model(source))
     for file in files:
@@ -64,6 +67,25 @@ def _headers(source: str | Path) -> Iterator[tuple[str, str, list[int]]]:
             for name in tensors.keys():  # noqa: SIM118  it is no dictionary
                 part = tensors.get_slice(name)
                 yield name, part.get_dtype(), part.get_shape()
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a model: those of its index, else `model.safetensors`, else all there are."""
+    index = folder / _INDEX
+    if not index.exists():
+        whole = folder / "model.safetensors"
+        return [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
+    try:
+        names = {*json.loads(index.read_text("utf-8"))["weight_map"].values()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{index} must be JSON with a weight_map from tensors to files, got {error!r}; fetch "
+            "it again."
+        ) from error
+    outside = sorted(str(name) for name in names if Path(str(name)).name != name)
+    if outside:
+        raise ValueError(f"{index} must name files of its own folder, got {outside[0]!r}.")
+    return sorted(folder / name for name in names)
 
 
 def _needed(module: str, what: str) -> Any:

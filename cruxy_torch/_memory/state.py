@@ -27,11 +27,22 @@ SMALLEST = 4096
 SHARD = "shard_elements"
 """Beside codes: elements of the largest shard, each of which has blocks of its own; int64, `()`."""
 
-SHAPED = ("exp_avg", "exp_avg_sq", "average", "variance")
-"""What our own optimizers keep that has the shape of its parameter."""
+FACTORS = ("row_var", "col_var")
+"""What our own optimizers keep of a parameter's shape but for an axis of one element."""
+
+SHAPED = ("exp_avg", "exp_avg_sq", "average", "variance", *FACTORS)
+"""What they keep that has the shape of its parameter, and these."""
 
 AVERAGE_CODES, AVERAGE_SCALES = "average_codes", "average_scales"
 """Where an average in fewer bits is kept; else it is `average`."""
+
+_CODE_KINDS = {
+    (torch.int8, BLOCK_SIZE),
+    (torch.uint8, BLOCK_SIZE),
+    (torch.uint8, BLOCK_SIZE // 2),
+    (torch.int16, BLOCK_SIZE),
+}
+"""Dtype and width of a block of codes: of 8 bits with and without a sign, of 4, of 16."""
 
 _CODES = {(bits, signed): BlockCode(bits, signed) for bits in (8, 4) for signed in (True, False)}
 
@@ -214,7 +225,12 @@ def as_stepped(
 
 
 def check_shapes(
-    params: Sequence[Tensor], states: Sequence[dict[str, Any]], names: Sequence[str]
+    params: Sequence[Tensor],
+    states: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    *,
+    called: Sequence[str] = (),
+    remedy: str = "resize the state with its parameter, or drop it: del optimizer.state[parameter]",
 ) -> None:
     """Raises unless what is kept of each parameter has its parameter's shape.
 
@@ -222,6 +238,8 @@ def check_shapes(
         params: the parameters.
         states: what is kept of each.
         names: of what is shaped like its parameter, where there is one of that name.
+        called: what each parameter is called; none where nobody knows.
+        remedy: what to do, a sentence without its full stop.
 
     Raises:
         ValueError: where something has another shape.
@@ -232,17 +250,22 @@ def check_shapes(
                 continue
             for key, shape in _shapes(param, state, name):
                 if state[key].shape != shape:
+                    place = next(i for i, one in enumerate(params) if one is param)
+                    who = called[place] if called else f"a parameter of shape {tuple(param.shape)}"
                     raise ValueError(
-                        f"{key} must have shape {tuple(shape)} beside a parameter of shape "
-                        f"{tuple(param.shape)}, got {tuple(state[key].shape)}; resize the state "
-                        "with its parameter, or drop it: del optimizer.state[parameter]."
+                        f"{key} must have shape {tuple(shape)} beside {who}, got "
+                        f"{tuple(state[key].shape)}; {remedy}."
                     )
 
 
 def _shapes(param: Tensor, state: dict[str, Any], name: str) -> list[tuple[str, Sequence[int]]]:
     """The keys of a moment in a parameter's state, and the shapes they have to have."""
     if name in state:
-        return [(name, param.shape)]
+        whole = param.shape
+        if name in FACTORS and state[name].ndim == param.ndim:
+            kept = state[name].shape
+            whole = torch.Size(1 if k == 1 else n for k, n in zip(kept, whole, strict=True))
+        return [(name, whole)]
     if f"{name}_codes" not in state or is_sharded(param):  # `check_shards` looks at those
         return []
     blocks = math.ceil(param.numel() / BLOCK_SIZE)
@@ -309,9 +332,16 @@ def restored(
 
 
 def check_shards(param: Tensor, saved: dict[str, Any]) -> None:
-    """Raises unless blocks of codes begin and end where the parameter's shards do."""
+    """Raises unless codes are some, whose blocks begin and end where the parameter's shards do."""
     if SHARD not in saved:
         return
+    for name, codes in saved.items():
+        kind = (codes.dtype, codes.shape[-1]) if name.endswith("_codes") else None
+        if kind is not None and kind not in _CODE_KINDS:
+            raise ValueError(
+                f"{name} must hold codes of 16, 8 or 4 bits, {BLOCK_SIZE} elements a block, got "
+                f"{kind[0]} in rows of {kind[1]}; load what state_dict() gave."
+            )
     there, here = int(saved[SHARD]), shard_elements(param)
     if there != here and (there % BLOCK_SIZE or here % BLOCK_SIZE):
         raise ValueError(

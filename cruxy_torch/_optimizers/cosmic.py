@@ -210,10 +210,14 @@ class Cosmic(DirectedOptimizer):
         return {name: _tier(self.state[p]) for name, p in self._named() if p in self.state}
 
     @torch.no_grad()
-    def retier(self) -> dict[str, Any]:
+    def retier(self, state_budget: int | str | None = None) -> dict[str, Any]:
         """Plans the tiers anew from what the averages have seen; waits for the device once.
 
         `step` calls it every `retier_every` steps; call it between steps for a time of your own.
+
+        Args:
+            state_budget: from now on, as in `Cosmic`, a smaller or a larger one; `None` keeps the
+                one there is.
 
         Returns:
             What was done, which is also what is logged: `step`, `budget`, `bytes` (of state, after
@@ -222,9 +226,18 @@ class Cosmic(DirectedOptimizer):
             first step, is logged too, with step 0.
 
         Raises:
-            ValueError: where the budget is below what the lowest tier of every tensor takes.
+            ValueError: where the budget is below what the lowest tier of every tensor takes; tiers
+                and budget are then as they were.
+            TypeError: where `state_budget` is no size.
         """
-        return self._plan({name: p for name, p in self._named() if p in self.state})
+        before = self._budget
+        if state_budget is not None:
+            self._budget = parse_bytes("state_budget", state_budget)
+        try:
+            return self._plan({name: p for name, p in self._named() if p in self.state})
+        except ValueError:
+            self._budget = before
+            raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave, with the tiers it was saved at.
@@ -240,7 +253,7 @@ class Cosmic(DirectedOptimizer):
         if saved > self._budget:
             raise ValueError(
                 f"state_budget must be at least {saved:,} bytes for the state that was saved, got "
-                f"{self._budget:,}; give that much, and retier() under a smaller one."
+                f"{self._budget:,}; give that much, then call retier(state_budget={self._budget})."
             )
         super().load_state_dict(state_dict)
 
