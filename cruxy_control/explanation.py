@@ -1,9 +1,10 @@
 """What a controller does, said in sentences, from the numbers of its telemetry."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from cruxy_control.controls import RUN_PHASES
+from cruxy_control.controls import RUN_PHASES, SCHEDULE_SHARE
 
 _PHASES = {
     "search": "The rate is still looked for",
@@ -50,8 +51,19 @@ def _driven(values: Mapping[str, Any]) -> list[str]:
     phase = RUN_PHASES[int(values["run_phase"])]
     said = [f"{_PHASES[phase]} (step {int(values['step'])}, rate {_rate(values)})."]
     if phase != "end":
-        said += [_what_binds(values, phase), _noise(values)]
+        said += [_schedule(values, phase), _what_binds(values, phase), _noise(values)]
     return said
+
+
+def _schedule(values: Mapping[str, Any], phase: str) -> str:
+    """What a schedule has left; whether the law obeys it only the law knows."""
+    left = float(values["schedule_scale"])
+    if not left < 1.0 or phase == "search" or float(values["limit_scale"]) == 0.0:
+        return ""
+    return (
+        f"The schedule has left {left:.2f} of the highest rate that was set; below the law's "
+        f"schedule_share of it, {SCHEDULE_SHARE:g} unless you have set another, it is obeyed."
+    )
 
 
 def _what_binds(values: Mapping[str, Any], phase: str) -> str:
@@ -64,16 +76,13 @@ def _what_binds(values: Mapping[str, Any], phase: str) -> str:
     )
     if limit == 0.0:
         return "The rate that was set is 0: nothing moves and nothing is learned."
-    if schedule < 1.0 and phase != "search":
-        return (
-            f"The schedule has left {schedule:.2f} of the highest rate that was set, and is obeyed."
-        )
     if limit < 1.0:
         own = f"The relative limit{_yielding(values)}, not the law, sets the rate of every tensor"
         return f"{own} and has for {steps} steps: {agree}."
     if phase == "cooldown":
         return ""
-    return f"The law sets the rate: {agree}."
+    obeyed = phase == "trunk" and schedule < SCHEDULE_SHARE
+    return f"{'Where it is not, the law' if obeyed else 'The law'} sets the rate: {agree}."
 
 
 def _yielding(values: Mapping[str, Any]) -> str:
@@ -84,7 +93,8 @@ def _yielding(values: Mapping[str, Any]) -> str:
 def _noise(values: Mapping[str, Any]) -> str:
     """How the momentum compares with one of gradients that have nothing in common."""
     ratio = float(values["momentum_ratio"])
-    if not ratio >= 0.0 or values["clip_scale"] < 1.0:  # it is that of clipped gradients
+    # Not known, or that of clipped gradients.
+    if not math.isfinite(ratio) or values["clip_scale"] < 1.0:
         return ""
     text = f"The momentum is {ratio:.2f} times as long as the gradient"
     decays = {float(v) for k, v in values.items() if k == "beta1" or k.startswith("beta1[")}

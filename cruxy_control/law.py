@@ -1,5 +1,6 @@
 """What a control law is: the two functions and the one constant that frameworks use."""
 
+import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
 from cruxy_control.controls import Controls
@@ -80,5 +81,17 @@ def check_excess(law: Law, *, remedy: str) -> None:
     if needs_excess(law):
         raise ValueError(
             "law must have excess_share=None where the excess over an average is not measured, got "
-            f"{law!r}; {remedy}."
+            f"{short(law)}; {remedy}."
         )
+
+
+def short(law: Any) -> str:
+    """A law with those of its constants that are not the usual ones."""
+    if not dataclasses.is_dataclass(law) or isinstance(law, type):
+        return repr(law)
+    own = [
+        f"{field.name}={short(value)}"
+        for field in dataclasses.fields(law)
+        if (value := getattr(law, field.name)) != field.default
+    ]
+    return f"{type(law).__name__}({', '.join(own)})"

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, Literal, NamedTuple
 
 from cruxy_control.formulas.averaging import POWER, pulls
-from cruxy_control.law import Law
+from cruxy_control.law import Law, short
 from cruxy_control.self_driving import SelfDriving
 
 WEIGHT_DECAY = 0.1
@@ -135,7 +135,7 @@ def told_the_end(law: Law, total_steps: int | None) -> Law:
     around: Any = law
     if not hasattr(around, "law"):
         raise ValueError(
-            f"total_steps needs a law that finds the rate, SelfDriving, got {law!r}; leave it out, "
-            "and give a schedule in place of the learning rate."
+            f"total_steps needs a law that finds the rate, SelfDriving, got {short(law)}; leave it "
+            "out, and give a schedule in place of the learning rate."
         )
     return dataclasses.replace(around, law=told_the_end(around.law, total_steps))

@@ -1,5 +1,6 @@
 """`stabilize`: measures the raw gradient, steps the law, guards, hands out the controls."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from cruxy_optax._states import (
     iterate_averages,
     limit_scale,
     says,
+    state_classes,
     states_that_say,
 )
 from cruxy_optax._tree import as_arrays, as_floating, check_real, find, unshared, where
@@ -181,6 +183,21 @@ class Loop(NamedTuple):
                 "tx.update(grads, state, params, value=loss)."
             )
         updates, params = as_arrays(updates), as_arrays(params)
+        try:
+            return self._updated(updates, state, params, value, extra_args)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            if params is not None:
+                self._refuse_another(updates, state, params, error)
+            raise
+
+    def _updated(
+        self,
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None,
+        value: chex.Numeric | None,
+        extra_args: dict[str, Any],
+    ) -> tuple[optax.Updates, StabilizeState]:
         inner_state = as_built(state.inner_state, updates)
         like = updates if params is None else params
         state = state._replace(inner_state=decodable(inner_state, self.inner.init, like))
@@ -216,10 +233,39 @@ class Loop(NamedTuple):
         )
         return new_updates, count_step(state, controls.ok)
 
+    def _refuse_another(
+        self, updates: optax.Updates, state: Any, params: optax.Params, error: Exception
+    ) -> None:
+        """Raises where a step has failed on a tree that is not made as that of the parameters is.
+
+        That of the gradients, and the state, if `init` makes it of other parts.
+        """
+        of_updates, of_params = jax.tree.structure(updates), jax.tree.structure(params)
+        if of_updates != of_params:
+            raise ValueError(
+                f"gradients must be a tree like the parameters, got {of_updates} for {of_params}; "
+                "differentiate by the parameters that update is given."
+            ) from error
+        try:
+            wanted = state_classes(jax.eval_shape(self.init, params))
+        except Exception:  # of whatever kind: the first error says more
+            return
+        got = state_classes(state)
+        if got == wanted:
+            return
+        pairs = itertools.zip_longest(got, wanted, fillvalue="nothing")
+        own, other = next(pair for pair in pairs if pair[0] != pair[1])
+        raise ValueError(
+            f"state must be of this optimizer with these options, got {own} in the place of "
+            f"{other}; build the optimizer as it was when the state was saved, and restore into "
+            "what its init returns."
+        ) from error
+
 
 def loop_of(tx: optax.GradientTransformation) -> Loop | None:
     """The loop that a transformation is, `None` where it is not what `stabilize` returned."""
     owner = getattr(tx.update, "__self__", None)
+    owner = getattr(owner, "loop", owner)
     return owner if isinstance(owner, Loop) else None
 
 

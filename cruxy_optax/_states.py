@@ -29,22 +29,26 @@ a property; what it does not have is not said.
 - `rate_factor`: a factor on the update beside the learning rate of the same chain, a scalar, which
   `telemetry` counts into `learning_rate`.
 
-The states of optax say nothing of the kind. Of them the first moments of Adam, Lion, Muon, `trace`
-and `ema` are known.
+The states of optax say nothing of the kind. Of them the first moments of Adam, AMSGrad, AdaBelief,
+Lion, Muon, `trace` and `ema` are known.
 """
 
+import contextlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from cruxy_optax._low_bit import is_low_bit
 from cruxy_optax._near_array import NearArray
 from cruxy_optax._tree import find, nodes_with_paths
 
 _MOMENTS_OF_OPTAX: dict[type, str] = {
     optax.EmaState: "ema",
     optax.ScaleByAdamState: "mu",
+    optax.ScaleByAmsgradState: "mu",
+    optax.ScaleByBeliefState: "mu",
     optax.ScaleByLionState: "mu",
     optax.TraceState: "trace",
     optax.contrib.MuonState: "mu",
@@ -77,6 +81,19 @@ class Moment(NamedTuple):
     moved: jax.Array | None
 
 
+def state_classes(state: optax.OptState) -> list[str]:
+    """The names of the classes of all states in a state, a state before those inside it."""
+    found: list[str] = []
+
+    def seen(node: Any) -> bool:
+        if hasattr(type(node), "_fields"):
+            found.append(type(node).__name__)
+        return False
+
+    jax.tree.flatten(state, is_leaf=seen)
+    return found
+
+
 def first_moments(updates: optax.Updates, state: optax.OptState) -> list[Moment | None]:
     """The first moment of every leaf of the gradients, `None` where none keeps one.
 
@@ -96,14 +113,16 @@ def first_moments(updates: optax.Updates, state: optax.OptState) -> list[Moment 
     rates = states_that_say(state, "limit_scale")
     for path, node in nodes_with_paths(state, _has_first_moment):
         moved = _moved(path, rates) if len(rates) > 1 else None
-        for i, moment in enumerate(_like(structure, node)):
+        for i, moment in enumerate(_moments(updates, node)):
             if jax.tree.leaves(moment):  # not None, nor what `optax.masked` leaves in its place
                 found[i] = Moment(moment, moved)
     if all(moment is None for moment in found) and found:
+        known = ", ".join(dict.fromkeys(state_classes(state))) or "no state at all"
         raise ValueError(
-            "the law needs the alignment of gradients with a first moment, but inner keeps none; "
-            "put scale_by_controlled_adam(), scale_by_controlled_lion() or optax's Adam, Lion, "
-            "trace or ema into it, or a state that says which is its first_moment."
+            "the law needs the alignment of gradients with a first moment, but inner keeps none "
+            f"that is known, got {known}; put scale_by_controlled_adam(), "
+            "scale_by_controlled_lion() or optax's Adam, Lion, trace or ema into it, or give the "
+            "class of its state a property first_moment that returns its average of past gradients."
         )
     return found
 
@@ -174,14 +193,31 @@ def _has_first_moment(node: Any) -> bool:
     return type(node) in _MOMENTS_OF_OPTAX or says(node, "first_moment")
 
 
-def _like(structure: Any, node: Any) -> list[Any]:
+def _moments(updates: optax.Updates, node: Any) -> list[Any]:
     """The first moments of one state, one a leaf of the gradients."""
     moments = getattr(node, _MOMENTS_OF_OPTAX.get(type(node), "first_moment"))
-    try:
+    structure = jax.tree.structure(updates)
+    with contextlib.suppress(TypeError, ValueError):
         return structure.flatten_up_to(moments)
+    try:
+        return structure.flatten_up_to(_in_full(moments, updates))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"first_moment of {type(node).__name__} must be a tree like the parameters, got "
             f"{jax.tree.structure(moments)} for {structure}; give None in place of a tensor that "
             "has none."
         ) from error
+
+
+def _in_full(moments: Any, updates: optax.Updates) -> Any:
+    """The moments with a mask for each leaf where one stands for a whole branch."""
+
+    def full(moment: Any, part: Any) -> Any:
+        masked = isinstance(moment, optax.MaskedNode)
+        return jax.tree.map(lambda _: moment, part) if masked else moment
+
+    return jax.tree.map(full, moments, updates, is_leaf=_is_one_moment)
+
+
+def _is_one_moment(node: Any) -> bool:
+    return node is None or isinstance(node, optax.MaskedNode) or is_low_bit(node)

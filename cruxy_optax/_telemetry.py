@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cruxy_control.explanation import explain as sentences
 from cruxy_control.signals import NOT_KNOWN
@@ -46,9 +47,13 @@ def telemetry(opt_state: Any) -> dict[str, Any]:
         - `learning_rate`: what the update was multiplied by; 0 on a skipped step. A throttle is
           counted in where it stands in the same chain or in one around it
         - `beta1`, `beta2`: the decay rates used; 1 on a skipped step
-        - `grad_norm`, `gamma_norm`, `loss`: the signals; the loss is NaN where none came
+        - `grad_norm`, `gamma_norm`, `loss`: the signals
         - `ok`: whether the last step counted
         - `step`, `skipped_total`, `skipped_in_a_row`: counters
+
+        The loss is NaN where none came, and `momentum_ratio` where gradient or momentum is 0, as in
+        the first step; under `jax_debug_nans`, which stops at every NaN that a jitted step returns,
+        both are infinite then.
 
         Where several actuators show the same (`optax.partition` inside `stabilize`) each key ends
         in the path of its actuator; so it does for the parts of `release_gradients`, whose layers
@@ -90,7 +95,7 @@ def explain(opt_state: Any) -> str:
         A few sentences; with several controllers a line each, its path in front.
 
     Raises:
-        ValueError: where there is no controller in it.
+        ValueError: where there is no controller in it, or several in one, as under `jax.vmap`.
 
     Examples:
         >>> import textwrap, jax.numpy as jnp, cruxy_optax
@@ -106,8 +111,18 @@ def explain(opt_state: Any) -> str:
     """
     shown = jax.device_get(telemetry(opt_state))
     if "ok" in shown:
-        return sentences(shown)
-    return "\n".join(f"{path}: {sentences(own)}" for path, own in shown.items())
+        return _said(shown)
+    return "\n".join(f"{path}: {_said(own)}" for path, own in shown.items())
+
+
+def _said(values: dict[str, Any]) -> str:
+    if shape := np.shape(values["ok"]):
+        raise ValueError(
+            f"explain() is of one controller, got a state that holds an array of the shape {shape} "
+            "of them, as under jax.vmap or jax.pmap; take one of them, "
+            "jax.tree.map(lambda x: x[0], state)."
+        )
+    return sentences(values)
 
 
 def _read(state: StabilizeState) -> dict[str, Any]:
@@ -117,13 +132,16 @@ def _read(state: StabilizeState) -> dict[str, Any]:
     values = {name: _mean_over_layers(value, axes) for name, value in applied.items()}
     for name in getattr(state.law_state, "telemetry", _CONTROLS):
         values[name] = _scalar(getattr(state.controls, name))
+    # No form of a NaN leaves a jitted step without stopping `jax_debug_nans`.
+    stops = jax.config.jax_debug_nans  # pyright: ignore[reportAttributeAccessIssue]
+    nothing = jnp.inf if stops else jnp.nan
     if "momentum_ratio" in values:
-        values["momentum_ratio"] = _scalar(state.controls.momentum_ratio, none=jnp.nan)
+        values["momentum_ratio"] = _scalar(state.controls.momentum_ratio, none=nothing)
     if "clip_threshold" in values:
         values["clip_threshold"] = _scalar(state.controls.clip_threshold, none=jnp.inf)
     for name in ("grad_norm", "gamma_norm"):
         values[name] = _scalar(getattr(state.signals, name))
-    values["loss"] = _scalar(state.signals.loss, none=jnp.nan)
+    values["loss"] = _scalar(state.signals.loss, none=nothing)
     values["ok"] = _scalar(state.controls.ok)
     for name in ("step", "skipped_total", "skipped_in_a_row"):
         values[name] = _scalar(getattr(state, name))

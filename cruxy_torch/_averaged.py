@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cruxy_torch._blocks import blocks
-from cruxy_torch._distributed.shards import local
+from cruxy_torch._distributed.shards import drop_gathered, local
 from cruxy_torch._memory.state import has_average, kept_average
 from cruxy_torch._near import value
 
@@ -37,12 +37,14 @@ def averaged_block(optimizer: Any) -> Iterator[None]:
 def averages_in_place(states: Mapping[Any, Mapping[str, Any]]) -> Iterator[None]:
     """Copies the average of each parameter that has one into it, and the parameters back.
 
-    They are copied back whatever happens in the block.
+    They are copied back whatever happens in the block. On both ways modules under `fully_shard` let
+    go of what they have gathered, so that the next forward pass sees what is there.
 
     Args:
         states: of an optimizer, by parameter.
     """
     kept: list[tuple[Tensor, Tensor]] = []
+    drop_gathered(states)
     try:
         with torch.no_grad():
             for param, state in states.items():
@@ -54,6 +56,7 @@ def averages_in_place(states: Mapping[Any, Mapping[str, Any]]) -> Iterator[None]
         with torch.no_grad():
             for param, before in kept:
                 param.copy_(before)
+        drop_gathered(states)
 
 
 def _put_average(param: Tensor, state: Mapping[str, Any]) -> None:

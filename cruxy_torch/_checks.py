@@ -1,6 +1,7 @@
 """The checks at the door: what a user may give our optimizers."""
 
-import dataclasses
+import functools
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -17,6 +18,9 @@ BITS = (32, 16, 8, 4)
 
 AVERAGE_BITS = (32, 16, 8)
 """Bits an element in which averages can be kept."""
+
+_OF_TORCH = {"amsgrad", "foreach", "fused", "differentiable"}
+"""What groups of torch's own optimizers hold, and a group that was made of one of them."""
 
 
 def check_lr_bounds(lr_bounds: tuple[float, float] | None) -> None:
@@ -113,6 +117,35 @@ def check_group(group: dict[str, Any]) -> None:
     check_bits("state_bits", group["state_bits"])
 
 
+def check_options(cls: type, defaults: dict[str, Any], group: dict[str, Any]) -> None:
+    """Raises where a group says for itself what holds for the whole optimizer; it is never read.
+
+    Keys that are no argument of the optimizer are the user's own, and pass.
+
+    Args:
+        cls: of the optimizer.
+        defaults: its options of a group. The direction is among them, to be saved with the state,
+            and yet is no group's own.
+        group: as it was given.
+    """
+    for name in group.keys() & _arguments(cls):
+        own = name in defaults and (name != "direction" or group[name] == defaults[name])
+        if not own and name not in _OF_TORCH:
+            raise ValueError(
+                f"{name} must be given to {cls.__name__}, for all groups alike, got a parameter "
+                f"group with {name}={group[name]!r}; leave it out of the group."
+            )
+
+
+@functools.cache
+def _arguments(cls: type) -> frozenset[str]:
+    """What the optimizer and those of ours that it derives from take besides parameters."""
+    ours = (c for c in cls.__mro__ if c.__module__.startswith("cruxy_torch."))
+    own = (vars(c)["__init__"] for c in ours if "__init__" in vars(c))
+    names = (name for function in own for name in inspect.signature(function).parameters)
+    return frozenset(names) - {"self", "params"}
+
+
 def check_bits(name: str, bits: Any, among: Sequence[int] = BITS) -> None:
     """Raises unless the number of bits is one of those."""
     if bits not in among:
@@ -132,22 +165,21 @@ def one_loss(first: Any, second: Any) -> Any:
     return first
 
 
-def short(law: Any) -> str:
-    """A law with those of its constants that are not the usual ones."""
-    if not dataclasses.is_dataclass(law) or isinstance(law, type):
-        return repr(law)
-    own = [
-        f"{field.name}={short(value)}"
-        for field in dataclasses.fields(law)
-        if (value := getattr(law, field.name)) != field.default
-    ]
-    return f"{type(law).__name__}({', '.join(own)})"
-
-
 def listed(group: dict[str, Any]) -> dict[str, Any]:
     """A copy of a group with its parameters in a list: a generator can be read only once."""
     params = group.get("params", [])
     return {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
+
+
+def called(group: dict[str, Any], index: int) -> list[str]:
+    """What each parameter of a group is called: its name, or its place and its shape."""
+    names = group.get("param_names", ())
+    if len(names) == len(group["params"]):  # else what was added or taken away moved them
+        return list(names)
+    return [
+        f"group {index}, parameter {place} (shape {tuple(param.shape)})"
+        for place, param in enumerate(group["params"])
+    ]
 
 
 def check_params(params: Iterable[Any]) -> None:

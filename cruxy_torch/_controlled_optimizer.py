@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from cruxy_control import Law
-from cruxy_control.law import check_excess, check_law, needs_alignment
+from cruxy_control.law import check_excess, check_law, needs_alignment, short
 from cruxy_torch import _checks, _law_state, _step, _telemetry
 from cruxy_torch._averaged import averaged_block
 from cruxy_torch._diagnose import Diagnosed
@@ -81,10 +81,12 @@ class ControlledOptimizer(Diagnosed, Optimizer):
         self._averaged = False
         self._numbers: dict[Tensor, int] = {}
         self._replicas, self._clipped = ReplicaCheck(), ClippedCheck()
+        self._held: dict[str, Tensor] = {}  # the law's state, should its group be taken out
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group with options of its own; the one controller sees its gradients too."""
         param_group = _checks.listed({k: v for k, v in param_group.items() if k != KEY})
+        _checks.check_options(type(self), self.defaults, param_group)
         self._check_group({**self.defaults, **param_group})
         _checks.check_params(param_group["params"])
         super().add_param_group(param_group)
@@ -92,10 +94,10 @@ class ControlledOptimizer(Diagnosed, Optimizer):
         group = self.param_groups[-1]
         if self._release is not None:
             self._release.register(group["params"])
-        if len(self.param_groups) == 1:
-            device = group["params"][0].device if group["params"] else torch.device("cpu")
-            device = torch.device("cpu") if device.type == "meta" else device
-            group[KEY] = _law_state.start(self._settings.law, device)
+        if not self._held:
+            real = (p.device for p in group["params"] if not p.is_meta)
+            self._held = _law_state.start(self._settings.law, next(real, torch.device("cpu")))
+        self._law()
 
     @torch.no_grad()
     def step(
@@ -359,7 +361,13 @@ class ControlledOptimizer(Diagnosed, Optimizer):
         """What takes an ordinary step: `_step.run`, as it is or compiled."""
         return _step.run
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of every optimizer; the controller's state is in the first group."""
+        self._law()
+        return super().state_dict()
+
     def __getstate__(self) -> dict[str, Any]:
+        self._law()
         return super().__getstate__() | {name: self.__dict__[name] for name in self._pickled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -368,22 +376,24 @@ class ControlledOptimizer(Diagnosed, Optimizer):
         if "_release" not in self.__dict__:  # unpickled, and not loaded into
             self._process_group = None
             self._forget()
+            self._held = self.param_groups[0][KEY] if self.param_groups else {}
         for group in self.param_groups:
             group.setdefault("relative_limit", None)
             group.setdefault("averaging", None)
             group.setdefault("average_bits", 32)
 
     def __repr__(self) -> str:
-        law_state = self.param_groups[0].pop(KEY)
+        law_state = self._law()
+        del self.param_groups[0][KEY]
         try:
             name, _, rest = super().__repr__().partition(" (")
-            return f"{name} under {_checks.short(self._settings.law)} ({rest}"
+            return f"{name} under {short(self._settings.law)} ({rest}"
         finally:
             self.param_groups[0][KEY] = law_state
 
     def _law(self, grad: Tensor | None = None) -> dict[str, Tensor]:
         """The law's state, moved to where a gradient is."""
-        law_state = self.param_groups[0][KEY]
+        law_state = _law_state.in_first(self.param_groups, self._held)
         if grad is not None and law_state["step"].device != grad.device:
             for name, value in law_state.items():
                 law_state[name] = value.to(grad.device)

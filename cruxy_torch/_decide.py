@@ -20,7 +20,7 @@ from cruxy_control.signals import NOT_KNOWN
 from cruxy_exact.random_bits import stream_key
 from cruxy_torch import _law_state, _telemetry
 from cruxy_torch._groups import Group, Settings
-from cruxy_torch._orders import Orders
+from cruxy_torch._orders import Orders, scalar
 from cruxy_torch._sensors.measure import signals
 from cruxy_torch._sensors.sizes import Sizes
 
@@ -229,7 +229,7 @@ def _share(orders: Orders, vectors: Any) -> Any:
     largest = None if orders.limits is None else orders.limits.max()
     rate = orders.rate
     if vectors is torch:
-        rate = torch.as_tensor(rate, dtype=torch.float32)
+        rate = scalar(rate, torch.float32)
         largest = None if largest is None else largest.to(rate.device)
     return rate_share(largest, rate, xp=vectors)
 

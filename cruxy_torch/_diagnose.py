@@ -238,11 +238,8 @@ def _rows(optimizer: Any, model: nn.Module | None, rules: Sequence[Rule]) -> lis
     found = {} if model is None else {one.tensor: one for one in find(model, rules)}
     rows: dict[Tensor, _Row] = {}
     for index, group in enumerate(optimizer.param_groups):
-        own = group.get("param_names", ())
-        named = len(own) == len(group["params"])  # else what was added or taken away moved them
-        for place, param in enumerate(group["params"]):
-            unnamed = f"group {index}, parameter {place} (shape {tuple(param.shape)})"
-            name, role = own[place] if named else unnamed, group.get("role")
+        for param, name in zip(group["params"], _checks.called(group, index), strict=True):
+            role = group.get("role")
             if param in found:
                 name, label = found[param].names[0], found[param].label
                 role = label.role if label.decided_by == "rule" else role or label.role

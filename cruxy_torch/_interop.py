@@ -127,7 +127,7 @@ def state_to_optax(
     """
     controller, moments = _parts(opt_state)
     _check_alike(optimizer, controller, moments)
-    law_state = {k: v.cpu().numpy() for k, v in optimizer.param_groups[0]["controller"].items()}
+    law_state = {k: v.cpu().numpy() for k, v in optimizer._law().items()}
     new: dict[str, Any] = {name: law_state[name] for name in _law_state.COUNTERS}
     names = _law_state.names_of(controller.law_state)
     new["law_state"] = _law_state.restored(names, law_state)

@@ -5,8 +5,10 @@ It lives in `param_groups[0][KEY]`. A NamedTuple would be lost on the way throug
 """
 
 import contextlib
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -16,7 +18,7 @@ from torch import Tensor
 from cruxy_control import Controls, Signals
 from cruxy_control.controls import DRIVEN, STEERED, neutral
 from cruxy_control.filters import MAX_COUNT
-from cruxy_control.law import needs_alignment, steers_decay
+from cruxy_control.law import needs_alignment, short, steers_decay
 from cruxy_control.signals import NOT_KNOWN
 from cruxy_torch import _scalar_numpy
 from cruxy_torch._kept import assign
@@ -199,15 +201,33 @@ def quiet(xp: Any) -> contextlib.AbstractContextManager[Any]:
     return numpy.errstate(all="ignore") if xp is _scalar_numpy else contextlib.nullcontext()
 
 
-def check(law_state: dict[str, Tensor], saved: Mapping[str, Any] | None) -> None:
-    """Raises unless a saved state fits this one.
+def in_first(groups: Sequence[dict[str, Any]], law_state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state in the first group; this one, where the group that held it was taken out or moved.
+
+    Args:
+        groups: of the optimizer.
+        law_state: its state, which goes there.
+    """
+    if not groups:
+        return law_state
+    if KEY not in groups[0]:
+        for group in groups:
+            group.pop(KEY, None)
+        groups[0][KEY] = law_state
+    return groups[0][KEY]
+
+
+def check_form(saved: Any) -> None:
+    """Raises unless this is the state of a controller in the format of this version.
 
     Raises:
-        ValueError: where there is none, or of another format, another law or another length.
+        ValueError: where it is none, or one of another format.
     """
-    if saved is None:
+    tensors = isinstance(saved, Mapping) and all(isinstance(v, Tensor) for v in saved.values())
+    if not tensors:
+        got = "none" if saved is None else reprlib.repr(saved)
         raise ValueError(
-            'the state must hold param_groups[0]["controller"], got none; '
+            f'the state must hold param_groups[0]["controller"], tensors by name, got {got}; '
             "only what CruxyOptimizer.state_dict() gave can be loaded."
         )
     if int(saved.get("format", 0)) != FORMAT:
@@ -215,11 +235,28 @@ def check(law_state: dict[str, Tensor], saved: Mapping[str, Any] | None) -> None
             f"the controller's format must be {FORMAT}, got {int(saved.get('format', 0))}; "
             "load it with the version of cruxy_torch that saved it."
         )
-    if set(saved) != set(law_state):
+
+
+def check(law_state: dict[str, Tensor], saved: Mapping[str, Tensor], law: Any) -> None:
+    """Raises unless a saved state fits this one.
+
+    Args:
+        law_state: of the optimizer.
+        saved: what is to be loaded, see `check_form`.
+        law: of the optimizer.
+
+    Raises:
+        ValueError: where it is of another law or another length.
+    """
+    differ = {
+        "lacks": _parts(law_state, saved),
+        "has besides": _parts(saved, law_state),
+    }
+    got = " and ".join(f"{side} {', '.join(parts)}" for side, parts in differ.items() if parts)
+    if got:
         raise ValueError(
-            "the saved controller must belong to the same law, got "
-            f"{sorted(set(saved) ^ set(law_state))} on one side only; build the optimizer with the "
-            "mode it was saved with."
+            f"the saved controller must belong to the same law as this one, {short(law)}, got one "
+            f"that {got}; build the optimizer with the mode or law it was saved with."
         )
     for name, tensor in law_state.items():
         if tensor.shape != saved[name].shape:
@@ -227,6 +264,18 @@ def check(law_state: dict[str, Tensor], saved: Mapping[str, Any] | None) -> None
                 f"{name} must have shape {tuple(tensor.shape)}, got {tuple(saved[name].shape)}; "
                 "build the optimizer with the law it was saved with."
             )
+
+
+def _parts(state: Iterable[str], other: Iterable[str]) -> list[str]:
+    """The largest parts of a state, by the names of its values, of which another has nothing."""
+    theirs = {part for name in other for part in _around(name)}
+    found = (next((p for p in _around(name) if p not in theirs), None) for name in state)
+    return sorted({part.removeprefix("law.") for part in found if part is not None})
+
+
+def _around(name: str) -> Iterable[str]:
+    """The parts in which a value lies, from the largest to itself."""
+    return itertools.accumulate(name.split("."), "{}.{}".format)
 
 
 def load(law_state: dict[str, Tensor], saved: Mapping[str, Tensor]) -> None:

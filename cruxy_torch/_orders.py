@@ -6,6 +6,17 @@ import torch
 from torch import Tensor
 
 
+def scalar(number: Any, dtype: torch.dtype) -> Tensor:
+    """A number as a 0-d tensor on the host, whatever device is the default; a tensor stays there.
+
+    Args:
+        number: of the controller's namespace.
+        dtype: of the tensor.
+    """
+    device = number.device if isinstance(number, Tensor) else "cpu"
+    return torch.as_tensor(number, dtype=dtype, device=device)
+
+
 class Orders(NamedTuple):
     """Scalars of the controller's namespace: float32, but for `ok` and `key`.
 

@@ -231,6 +231,26 @@ class TestExplain:
     def test_it_says_what_binds_and_where_the_run_is(self, changes, text):
         assert text in explain(driven_values(**changes))
 
+    @pytest.mark.parametrize(
+        ("left", "phase", "binds"),
+        [
+            (0.9, 1.0, ". The law sets the rate"),  # it is not obeyed there
+            (0.5, 1.0, ". Where it is not, the law sets the rate"),  # as with schedule_share=0.0
+            (0.5, 2.0, ". The momentum"),
+        ],
+    )
+    def test_of_a_schedule_it_says_when_it_is_obeyed_and_what_binds(self, left, phase, binds):
+        text = explain(driven_values(schedule_scale=left, run_phase=phase))
+        rule = "below the law's schedule_share of it, 0.8 unless you have set another, it is obeyed"
+        assert f"The schedule has left {left:.2f} of the highest rate that was set; {rule}" in text
+        assert rule + binds in text
+        limited = explain(driven_values(schedule_scale=left, run_phase=phase, limit_scale=0.5))
+        assert "The relative limit, not the law, sets the rate" in limited
+
+    def test_a_ratio_that_is_not_known_is_not_said(self):
+        for ratio in (float("nan"), float("inf")):
+            assert "momentum" not in explain(driven_values(momentum_ratio=ratio))
+
     def test_a_state_is_explained_in_jax_and_an_optimizer_in_torch(self):
         tx, params = cruxy_optax.self_driving(100.0), jnp.ones(3)
         state = tx.init(params)

@@ -347,6 +347,15 @@ def test_a_cooldown_begins_at_the_peak_of_the_law():
     assert after.meta_scale == before.meta_scale
 
 
+def test_a_cooldown_of_more_steps_than_can_be_counted_is_refused():
+    state = cruxy_optax.self_driving().init(tree())
+    with pytest.raises(
+        ValueError, match=r"steps must be in \[1, 2.14748e\+09\], got 1099511627776"
+    ):
+        cruxy_optax.cooldown(state, 2**40)
+    assert cruxy_optax.cooldown(state, 2**31 - 1)
+
+
 @pytest.mark.parametrize("steps", [0, 1.0])
 def test_a_cooldown_of_an_array_of_no_steps_is_one_of_a_step(steps):
     """As the difference of two counters may be, inside `jit`."""

@@ -16,6 +16,7 @@ from cruxy_optax import (
     axiom,
     clip_by_predicted_norm,
     cosmic,
+    explain,
     meta3,
     scale_by_controlled_adam,
     scale_by_controlled_lion,
@@ -338,3 +339,33 @@ def test_every_optimizer_with_a_controller_is_named_where_there_is_none():
     with pytest.raises(ValueError, match="in it, got tuple") as refused:
         telemetry(optax.adam(1e-3).init(jnp.ones(3)))
     assert [name for name in names if f"{name}()" not in str(refused.value)] == []
+
+
+def test_debugging_of_nans_is_stopped_by_nothing_that_is_shown():
+    """Where nothing came a NaN stands, but for that mode, which stops at every one from `jit`."""
+    tx, params = self_driving(), jnp.ones(3)
+    state = tx.init(params)
+    assert np.isnan(telemetry(state)["loss"])
+    assert np.isnan(telemetry(state)["momentum_ratio"])
+
+    @jax.jit
+    def step(state, grads):
+        _, state = tx.update(grads, state, params)
+        return state, telemetry(state)
+
+    with jax.debug_nans(True):
+        for grads in (params, params, jnp.zeros(3)):
+            state, shown = step(state, grads)
+            assert "times as long" not in explain(state) or np.isfinite(shown["momentum_ratio"])
+        assert np.isinf(shown["loss"])
+        assert np.isinf(shown["momentum_ratio"])
+        assert np.isinf(telemetry(state)["loss"])
+
+
+def test_several_controllers_in_one_state_are_not_explained():
+    tx, params = self_driving(), jnp.ones((2, 3))
+    state = jax.vmap(tx.init)(params)
+    _, state = jax.vmap(tx.update)(params, state, params)
+    with pytest.raises(ValueError, match=r"of one controller, .* shape \(2,\).*lambda x: x\[0\]"):
+        explain(state)
+    assert "(step 1," in explain(jax.tree.map(lambda x: x[0], state))

@@ -1,7 +1,5 @@
 """Orthogonal directions for matrices: Muon under the controller, Adam for everything else."""
 
-import fnmatch
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +16,14 @@ from cruxy_control.formulas.orthogonal import (
     orthogonalize,
 )
 from cruxy_control.roles import Rule
+from cruxy_optax._actuators.kernels import (
+    Matrices,
+    Scans,
+    as_matrices,
+    check_matched,
+    check_stacked,
+    stacked_axes,
+)
 from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_controlled_momentum
 from cruxy_optax._distributed.axes import (
     explicit_spec,
@@ -26,7 +32,7 @@ from cruxy_optax._distributed.axes import (
     whatever_the_axes,
 )
 from cruxy_optax._roles import labelled
-from cruxy_optax._roles.parameters import Leaf
+from cruxy_optax._roles.parameters import Labelled
 from cruxy_optax._tree import accumulator_dtype
 
 
@@ -60,21 +66,24 @@ def orthogonalize_updates(
     A kernel is `(inputs, outputs)`; a convolution's has several axes of inputs. Linen's queries,
     keys and values have two or three of outputs, heads and their width among them. Of experts the
     first axis counts them, and of scanned layers, which `stacked` has to name. A kernel with more
-    axes is refused.
+    axes is refused, and one of heads whose bias, or all that stands beside it, begins with an axis
+    of layers.
 
     Args:
         steps: of the iteration, at least 1.
         rules: see `label_roles`, which tells queries, experts and convolutions.
         model: likewise.
-        stacked: shell patterns for the dotted paths of kernels whose first axis counts layers, as
-            `flax.linen.scan` and `nnx.vmap` make them, such as `("layers.*",)`.
+        stacked: shell patterns for the dotted paths of parameters whose first axis counts layers,
+            as `flax.linen.scan` and `nnx.vmap` make them, such as `("layers.*",)`. What is a vector
+            without that axis passes through.
 
     Returns:
         A stateless `optax.GradientTransformation`.
 
     Raises:
-        ValueError: where `steps` is below 1; from `update` where a kernel has more axes than its
-            role explains.
+        ValueError: where `steps` is below 1; from `init` and `update` where a kernel has more axes
+            than its role explains; from `init` where a pattern of `stacked` matches nothing.
+        TypeError: where `stacked` is a text alone.
 
     Examples:
         >>> import jax.numpy as jnp, cruxy_optax
@@ -87,24 +96,30 @@ def orthogonalize_updates(
         Jordan et al., [Muon](https://kellerjordan.github.io/posts/muon/), 2024.
     """
     check_count("steps", steps, 1, remedy="use 5")
-    rules = tuple(rules)
+    rules, stacked = tuple(rules), check_stacked(stacked)
+
+    def shapes_of(tree: Labelled) -> list[Matrices | None]:
+        scans = Scans(tree.present)
+        return [as_matrices(leaf, stacked, scans) for leaf in tree.present]
+
+    def init_fn(params: optax.Params) -> OrthogonalizeUpdatesState:
+        tree = labelled(params, model, rules)
+        check_matched(tree, stacked)
+        shapes_of(tree)
+        return OrthogonalizeUpdatesState()
 
     def update_fn(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         leaves, treedef = jax.tree.flatten(updates)
-        known = labelled(updates, model, rules).present
-        shapes = [
-            _as_matrices(own, stacked) if jnp.size(leaf) else None
-            for leaf, own in zip(leaves, known, strict=True)
-        ]
+        shapes = shapes_of(labelled(updates, model, rules))
         specs = [explicit_spec(leaf) for leaf in leaves]
         directions = whatever_the_axes(lambda xs: orthogonal_all(xs, shapes, specs), leaves)
         return treedef.unflatten(directions), state
 
     def orthogonal_all(
-        leaves: list[jax.Array], shapes: list[Any], specs: list[Any]
+        leaves: list[jax.Array], shapes: list[Matrices | None], specs: list[Any]
     ) -> list[jax.Array]:
         leaves = list(leaves)
         stacks: dict[tuple[Any, ...], list[tuple[int, bool, jax.Array]]] = {}
@@ -134,7 +149,7 @@ def orthogonalize_updates(
                 leaves[index] = shard_alike(own, leaves[index])[0]
         return leaves
 
-    return optax.GradientTransformation(lambda params: OrthogonalizeUpdatesState(), update_fn)
+    return optax.GradientTransformation(init_fn, update_fn)
 
 
 def scale_by_controlled_muon(
@@ -154,7 +169,8 @@ def scale_by_controlled_muon(
 
     Matrices of attention, of feed-forward layers and experts, convolutions and what no name tells
     get `orthogonalize_updates` of a momentum; embeddings, positions, output layers, adapters,
-    norms, biases and all vectors get `scale_by_controlled_adam`. Which is which `label_roles` says.
+    norms, biases and all vectors get `scale_by_controlled_adam`. Which is which `label_roles` says;
+    what is a vector without the axis of layers that `stacked` names is one.
 
     With $m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t$ Nesterov's $\beta_1 m_t + (1 - \beta_1) g_t$
     is $\beta_1^2 m_{t-1} + (1 - \beta_1^2) g_t$, so that `scale_by_controlled_momentum(b1 ** 2,
@@ -177,57 +193,44 @@ def scale_by_controlled_muon(
         float32 element of a matrix, 8 elsewhere.
 
     Raises:
-        ValueError: where an argument is outside its range; from `update` outside `stabilize`.
+        ValueError: where an argument is outside its range; from `update` outside `stabilize`; as in
+            `orthogonalize_updates`.
+        TypeError: where `stacked` is a text alone.
 
     References:
         Jordan et al., [Muon](https://kellerjordan.github.io/posts/muon/), 2024; Liu et al., [Muon
         is Scalable for LLM Training](https://arxiv.org/abs/2502.16982), 2025.
     """
     momentum = scale_by_controlled_momentum(b1 * b1 if nesterov else b1, b1, mu_dtype)
-    rules = tuple(rules)
+    rules, stacked = tuple(rules), check_stacked(stacked)
     directions = orthogonalize_updates(steps, rules=rules, model=model, stacked=stacked)
     muon = optax.chain(momentum, directions)
     adam = scale_by_controlled_adam(adam_b1, adam_b2, eps, mu_dtype, nesterov=nesterov)
     return optax.with_extra_args_support(
-        optax.partition({True: muon, False: adam}, orthogonal(rules=rules, model=model))
+        optax.partition(
+            {True: muon, False: adam}, orthogonal(rules=rules, model=model, stacked=stacked)
+        )
     )
 
 
-def orthogonal(*, rules: Sequence[Rule] = (), model: Any = None) -> Callable[[optax.Params], Any]:
-    """Tells of every leaf whether Muon makes it orthogonal: a tree of bools like the parameters."""
+def orthogonal(
+    *, rules: Sequence[Rule] = (), model: Any = None, stacked: Sequence[str] = ()
+) -> Callable[[optax.Params], Any]:
+    """Tells of every leaf whether Muon makes it orthogonal: a tree of bools like the parameters.
+
+    It sees the norms and biases beside kernels, which are masked out of what makes these orthogonal
+    and may tell that layers are stacked.
+    """
 
     def tell(params: optax.Params) -> Any:
-        found = [
-            is_orthogonal(leaf.label.role, len(leaf.parameter.shape))
-            for leaf in labelled(params, model, rules).present
-        ]
+        leaves, found = labelled(params, model, rules).present, []
+        scans = Scans(leaves)
+        for leaf in leaves:
+            axes = len(leaf.parameter.shape) - stacked_axes(leaf, stacked)
+            found.append(is_orthogonal(leaf.label.role, axes))
+            if found[-1]:
+                as_matrices(leaf, stacked, scans)
         # Inside the boxes of nnx, so that what is left out is no box less.
         return jax.tree.structure(params).unflatten(found)
 
     return tell
-
-
-def _as_matrices(leaf: Leaf, stacked: Sequence[str]) -> tuple[int, int, int] | None:
-    """How many matrices a kernel is, and their inputs and outputs; `None` for a vector.
-
-    Raises:
-        ValueError: where nothing tells which of its axes are inputs.
-    """
-    shape, role = leaf.parameter.shape, leaf.label.role
-    layers = 1 if any(fnmatch.fnmatchcase(leaf.name, pattern) for pattern in stacked) else 0
-    counted = layers + (role.startswith("moe.expert") and len(shape) > layers + 2)
-    own, axes = shape[counted:], len(shape) - counted
-    heads = leaf.parameter.path[-1] == "kernel" and role.startswith("attention.")
-    if axes < 2:
-        return None
-    if axes == 2 or (heads and axes in (3, 4) and role != "attention.out"):
-        inputs = 1  # DenseGeneral's, with heads and their width as outputs
-    elif role == "conv" or (heads and axes == 3):
-        inputs = axes - 1
-    else:
-        raise ValueError(
-            f"{leaf.name} has the shape {shape}, and nothing tells which axes are inputs of a "
-            f'matrix; for scanned layers give stacked=("{leaf.name}",), or a rule that makes it a '
-            '"vector", which Adam takes.'
-        )
-    return math.prod(shape[:counted]), math.prod(own[:inputs]), math.prod(own[inputs:])

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cruxy_control.checks import check_count
+from cruxy_control.checks import check_count, check_range
+from cruxy_control.filters import MAX_COUNT
 from cruxy_control.self_driving import SelfDriving, SelfDrivingState, begin_cooldown
 from cruxy_optax._tree import find
 
@@ -28,7 +29,7 @@ def cooldown(opt_state: optax.OptState, steps: chex.Numeric) -> optax.OptState:
         The same state but for that.
 
     Raises:
-        ValueError: where the state has no such law, or `steps` is below 1.
+        ValueError: where the state has no such law, or `steps` is below 1 or no int32.
 
     Examples:
         >>> import jax.numpy as jnp, cruxy_optax
@@ -43,7 +44,10 @@ def cooldown(opt_state: optax.OptState, steps: chex.Numeric) -> optax.OptState:
         0.000
     """
     if not isinstance(steps, jax.Array):
-        check_count("steps", steps, 1, remedy="give the steps that are left")
+        remedy = "give the steps that are left"
+        check_range(
+            "steps", check_count("steps", steps, 1, remedy=remedy), 1, MAX_COUNT, remedy=remedy
+        )
     if not find(opt_state, SelfDrivingState):
         raise ValueError(
             "opt_state must be that of an optimizer under SelfDriving, such as self_driving(), got "

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from cruxy_control.checks import check_range
+from cruxy_control.controls import neutral
 from cruxy_control.law import Law, steers_decay
 from cruxy_control.roles import Rule
 from cruxy_optax._actuators.average import BITS, average_iterates
@@ -55,17 +56,20 @@ def averaged(
     return [] if averaging is None else [average_iterates(averaging, average_bits, interpolation)]
 
 
-def kind_of(direction: Any, adams: Mapping[str, Any]) -> str:
+def kind_of(direction: Any, adams: Mapping[str, Any]) -> str | None:
     """The kind of a direction, by the state that it has for a small matrix.
+
+    `None` where it has none for that, as with labels or masks for other parameters.
 
     Raises:
         TypeError: where it is no gradient transformation.
-        ValueError: where an argument of Adam's comes with it.
+        ValueError: where an argument of Adam's comes with it, or it has a learning rate.
     """
     if not isinstance(direction, optax.GradientTransformation):
         raise TypeError(
             f"direction must be a gradient transformation, got {direction!r}; give one such as "
-            "optax.scale_by_lion()."
+            "optax.scale_by_lion(), or of several by role optax.partition({...}, "
+            "cruxy_optax.label_roles)."
         )
     given = [name for name, value in adams.items() if value is not None]
     if given:
@@ -73,13 +77,33 @@ def kind_of(direction: Any, adams: Mapping[str, Any]) -> str:
             f"{given[0]} is an argument of Adam's direction, got it beside direction=; give it to "
             "the direction, or put quantize_state() around that."
         )
+    like = {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
     try:
-        like = {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
-        return direction_kind(jax.eval_shape(direction.init, like))
-    except (TypeError, ValueError, KeyError, AttributeError):  # it is for trees of its own form
-        return "adam"
+        state = jax.eval_shape(direction.init, like)
+    except Exception:  # of whatever kind: it is for trees of its own form
+        return None
+    if _opposes(direction, like):
+        raise ValueError(
+            "direction must be without a learning rate, such as optax.scale_by_adam(), got one "
+            "whose updates point against the gradient, as those of optax.adam(1e-3) do; leave out "
+            "its optax.scale_by_learning_rate()."
+        )
+    return direction_kind(state)
 
 
-def matrices(params: optax.Params) -> Any:
-    """Where a leaf has at least two axes."""
-    return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
+def _opposes(direction: optax.GradientTransformation, gradient: optax.Updates) -> bool:
+    """Whether the first direction of all points against the gradient; false where none comes."""
+
+    def along(gradient: optax.Updates) -> jax.Array:
+        params = jax.tree.map(jnp.zeros_like, gradient)
+        whole, controls = optax.with_extra_args_support(direction), neutral(jnp.array(True), xp=jnp)
+        updates, _ = whole.update(
+            gradient, whole.init(params), params, value=jnp.ones(()), controls=controls
+        )
+        return jnp.asarray(optax.tree.vdot(gradient, updates))
+
+    try:
+        with jax.ensure_compile_time_eval():
+            return float(jax.jit(along)(gradient)) < 0.0
+    except Exception:  # of whatever kind: it may ask for the axes of a mesh, or traced numbers
+        return False

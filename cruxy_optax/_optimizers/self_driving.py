@@ -6,28 +6,15 @@ from typing import Any, Literal
 import chex
 import optax
 
-from cruxy_control.checks import check_range
 from cruxy_control.law import Law
 from cruxy_control.roles import Rule
-from cruxy_control.usual import (
-    USUAL,
-    WEIGHT_DECAY,
-    Given,
-    muon_momentum,
-    told_the_end,
-    usual_average,
-    usual_law,
-)
-from cruxy_optax._actuators.clip import clip_by_predicted_norm
+from cruxy_control.usual import WEIGHT_DECAY, Given, muon_momentum
+from cruxy_optax._actuators.kernels import check_stacked
 from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_controlled_lion
 from cruxy_optax._actuators.orthogonal import scale_by_controlled_muon
-from cruxy_optax._actuators.rate import scale_by_meta_learning_rate
 from cruxy_optax._memory.quantize import in_bits
-from cruxy_optax._optimizers.parts import Mask, averaged, by_role, decayed, kind_of, matrices
-from cruxy_optax._stabilize import stabilize
-
-Limit = chex.Numeric | Literal["usual"] | None
-"""A relative limit, that which is usual for the direction, or none."""
+from cruxy_optax._optimizers.parts import Mask, averaged, by_role, kind_of
+from cruxy_optax._optimizers.steered import Limit, law_of, limit_of, of_its_kind, steered
 
 
 def self_driving(
@@ -77,9 +64,11 @@ def self_driving(
         direction: any optax transformation that keeps a first moment, in the place of Adam's:
             `optax.scale_by_adam()`, `optax.scale_by_lion()`, a chain that ends in
             `orthogonalize_updates()`, an `optax.partition` of several, one of your own. What comes
-            out has to be of about size 1. Its kind (`direction_kind` in "Write a direction of your
-            own") says which limit, set point and average go with it. `b1`, `b2`, `eps`, `nesterov`,
-            `mu_dtype` and `state_bits` are Adam's and are left out.
+            out has to be of about size 1 and point where the gradient does: no learning rate is in
+            it. Its kind (`direction_kind` in "Write a direction of your own") says which limit, set
+            point and average go with it. `b1`, `b2`, `eps`, `nesterov`, `mu_dtype` and `state_bits`
+            are Adam's and are left out. What is frozen (`optax.set_to_zero`) stands outside, in an
+            `optax.partition` around the optimizer: in here weight decay would still move it.
         nesterov: looks one step ahead.
         relative_limit: see `scale_by_meta_learning_rate`; 0.1, or what goes with `direction`. It is
             doubled where the end of the run is known, and in a cooldown, but not with Muon inside
@@ -108,8 +97,8 @@ def self_driving(
 
     Raises:
         ValueError: where an argument is outside its range, both `state_bits` and `mu_dtype` are
-            given, or either beside `direction`; from `init` where `direction` keeps no first
-            moment; from `update` without `params`.
+            given, or either beside `direction`, or that has a learning rate; from `init` where it
+            keeps no first moment; from `update` without `params`.
         TypeError: where a parameter is complex, `law` is none or `direction` no transformation.
 
     Examples:
@@ -135,7 +124,7 @@ def self_driving(
         [Adafactor](https://arxiv.org/abs/1804.04235), 2018; Loshchilov and Hutter, [Decoupled
         Weight Decay Regularization](https://arxiv.org/abs/1711.05101), 2019.
     """
-    kind = "adam"
+    kind: str | None = "adam"
     if direction is None:
         moments = in_bits(
             state_bits,
@@ -145,12 +134,16 @@ def self_driving(
     else:
         adams = {"state_bits": state_bits, "mu_dtype": mu_dtype}
         moments, kind = direction, kind_of(direction, adams)
-    law, power, pull = _law(kind, law, averaging, interpolation, total_steps)
-    limit, roles = _limit(relative_limit, kind), by_role(rates)
-    average = averaged(power, average_bits, pull)
-    return _steered(
-        moments, learning_rate, weight_decay, mask, roles, limit, average, law, axis_names
-    )
+
+    def make(kind: str) -> optax.GradientTransformationExtraArgs:
+        own, power, pull = law_of(kind, law, averaging, interpolation, total_steps)
+        limit, roles = limit_of(relative_limit, kind), by_role(rates)
+        average = averaged(power, average_bits, pull)
+        return steered(
+            moments, learning_rate, weight_decay, mask, roles, limit, average, own, axis_names
+        )
+
+    return of_its_kind(moments, kind, make)
 
 
 def self_driving_lion(
@@ -214,13 +207,13 @@ def self_driving_lion(
         Chen et al., [Symbolic Discovery of Optimization
         Algorithms](https://arxiv.org/abs/2302.06675), 2023; those of `self_driving`.
     """
-    law, power, _ = _law("lion", law, averaging, 0.0, total_steps)
+    law, power, _ = law_of("lion", law, averaging, 0.0, total_steps)
     moments = in_bits(
         state_bits, mu_dtype, lambda mu_dtype: scale_by_controlled_lion(b1, b2, mu_dtype)
     )
-    limit, roles = _limit(relative_limit, "lion"), by_role(rates)
+    limit, roles = limit_of(relative_limit, "lion"), by_role(rates)
     average = averaged(power, average_bits)
-    return _steered(
+    return steered(
         moments, learning_rate, weight_decay, mask, roles, limit, average, law, axis_names
     )
 
@@ -271,7 +264,8 @@ def self_driving_muon(
         eps: added to the root of that.
         mu_dtype: dtype of the first moments.
         weight_decay: decoupled weight decay, multiplied by the rate that is found.
-        mask: where it applies; `None` for what has at least two axes.
+        mask: where it applies; `None` for what has at least two axes, of scanned layers beside
+            that which counts them.
         nesterov: looks one step ahead.
         relative_limit: no tensor gets a rate above this share of its own root mean square, nor of
             that of all parameters.
@@ -286,7 +280,8 @@ def self_driving_muon(
         law: the controller with its constants; `None` for those above.
         rules: see `label_roles`.
         model: see `label_roles`.
-        stacked: shell patterns for the paths of scanned layers; see `orthogonalize_updates`.
+        stacked: shell patterns for the paths of scanned layers, such as `("layers.*",)`; see
+            `orthogonalize_updates`.
         axis_names: axes of an enclosing `jax.shard_map` or `jax.pmap`, over which no matrix may be
             split.
         state_bits: bits an element of the moments, 32, 16, 8 or 4.
@@ -297,8 +292,8 @@ def self_driving_muon(
 
     Raises:
         ValueError: where an argument is outside its range, or both `state_bits` and `mu_dtype` are
-            given; from `update` without `params`.
-        TypeError: where a parameter is complex or `law` is none.
+            given; from `update` without `params`; as in `orthogonalize_updates`.
+        TypeError: where a parameter is complex, `law` is none or `stacked` a text alone.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, cruxy_optax
@@ -318,8 +313,8 @@ def self_driving_muon(
         Jordan et al., [Muon](https://kellerjordan.github.io/posts/muon/), 2024; those of
         `self_driving`.
     """
-    rules = tuple(rules)
-    law, power, pull = _law("muon", law, averaging, interpolation, total_steps)
+    rules, stacked = tuple(rules), check_stacked(stacked)
+    law, power, pull = law_of("muon", law, averaging, interpolation, total_steps)
     moments = in_bits(
         state_bits,
         mu_dtype,
@@ -335,59 +330,8 @@ def self_driving_muon(
             stacked=stacked,
         ),
     )
-    limit = _limit(relative_limit, "muon")
+    limit = limit_of(relative_limit, "muon")
     roles, average = by_role(rates, rules, model), averaged(power, average_bits, pull)
-    return _steered(
-        moments, learning_rate, weight_decay, mask, roles, limit, average, law, axis_names
-    )
-
-
-def _law(
-    kind: str,
-    law: Law | None,
-    averaging: Given | None,
-    interpolation: Given,
-    total_steps: int | None,
-) -> tuple[Law, float | None, float]:
-    """The law that knows the end, the power of the average, and how far that pulls."""
-    ends = total_steps is not None
-    power, pull = usual_average(kind, averaging, interpolation, free=law is None)
-    law = usual_law(kind, ends=ends, interpolation=pull) if law is None else law
-    return told_the_end(law, total_steps), power, pull
-
-
-def _limit(given: Limit, kind: str) -> chex.Numeric | None:
-    """The limit that was given, or that which is usual for the direction."""
-    return USUAL[kind].relative_limit if isinstance(given, str) and given == "usual" else given
-
-
-def _steered(
-    moments: optax.GradientTransformation,
-    learning_rate: optax.ScalarOrSchedule,
-    weight_decay: optax.ScalarOrSchedule,
-    mask: Mask,
-    roles: list[optax.GradientTransformation],
-    relative_limit: chex.Numeric | None,
-    average: list[optax.GradientTransformation],
-    law: Law,
-    axis_names: str | Sequence[str],
-) -> optax.GradientTransformationExtraArgs:
-    if not callable(learning_rate):
-        remedy = "leave it out, or freeze parameters with optax.set_to_zero()"
-        bounds = {"lower_open": True, "upper_open": True}
-        learning_rate = check_range("learning_rate", learning_rate, 0.0, **bounds, remedy=remedy)
-    rate = scale_by_meta_learning_rate(
-        learning_rate, relative_limit=relative_limit, axis_names=axis_names
-    )
-    return stabilize(
-        optax.chain(
-            clip_by_predicted_norm(),
-            moments,
-            *decayed(weight_decay, matrices if mask is None else mask, law),
-            *roles,
-            rate,
-            *average,
-        ),
-        law=law,
-        axis_names=axis_names,
+    return steered(
+        moments, learning_rate, weight_decay, mask, roles, limit, average, law, axis_names, stacked
     )

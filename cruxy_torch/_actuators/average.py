@@ -9,7 +9,7 @@ from cruxy_exact.random_bits import stream_key
 from cruxy_torch import _near
 from cruxy_torch._blocks import blocks
 from cruxy_torch._kept import Coded, Kept, Rounded, compute_dtype, raw, read, write
-from cruxy_torch._orders import Orders
+from cruxy_torch._orders import Orders, scalar
 
 
 def average(params: Sequence[Kept], averages: Sequence[Kept], orders: Orders) -> None:
@@ -41,7 +41,7 @@ def _pull(param: Kept, mean: Kept, orders: Orders) -> None:
     """Moves a parameter on, away from its average."""
     key = orders.key  # of other bits than those by which the step was rounded
     if isinstance(param, Rounded):
-        key = stream_key(torch.as_tensor(key, dtype=torch.int32), 0, 1, xp=torch)
+        key = stream_key(scalar(key, torch.int32), 0, 1, xp=torch)
     wide = compute_dtype(param)
     for values, p, x in blocks(raw(param), param, mean):
         (old,) = read([p], [wide])

@@ -5,7 +5,7 @@ Nothing here imports that subsystem for those who use none.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -32,6 +32,35 @@ def any_sharded(tensors: Sequence[Tensor]) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a `DTensor`, sharing its memory; any other tensor as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def drop_gathered(tensors: Iterable[Tensor]) -> None:
+    """Has `fully_shard` gather anew what it holds of a forward pass, since shards change.
+
+    A root module keeps whole parameters after a forward pass that no backward pass followed, and
+    its next one takes these. Whoever writes shards outside of a step calls this. Nothing leads
+    from a shard to its module, so every module in the process lets go, at the cost of gathering
+    once more; no message is sent.
+
+    Args:
+        tensors: those that are written; where none is sharded, nothing is done.
+
+    Raises:
+        RuntimeError: where torch does not say which modules there are.
+    """
+    if not any_sharded(tuple(tensors)):
+        return
+    try:
+        from torch.distributed._composable_state import _module_state_mapping
+    except ImportError as error:
+        raise RuntimeError(
+            "the modules under fully_shard must be known before sharded parameters are written, "
+            f"got torch {torch.__version__}, which does not list them; use torch 2.4 to 2.13."
+        ) from error
+    for module in tuple(_module_state_mapping):
+        # By name, since the class lies elsewhere before torch 2.6.
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            module.reshard()  # pyright: ignore[reportCallIssue]
 
 
 def in_processes() -> bool:

@@ -216,8 +216,7 @@ class Cosmic(DirectedOptimizer):
         `step` calls it every `retier_every` steps; call it between steps for a time of your own.
 
         Args:
-            state_budget: from now on, as in `Cosmic`, a smaller or a larger one; `None` keeps the
-                one there is.
+            state_budget: from now on, as in `Cosmic`; `None` keeps the one there is.
 
         Returns:
             What was done, which is also what is logged: `step`, `budget`, `bytes` (of state, after
@@ -226,8 +225,7 @@ class Cosmic(DirectedOptimizer):
             first step, is logged too, with step 0.
 
         Raises:
-            ValueError: where the budget is below what the lowest tier of every tensor takes; tiers
-                and budget are then as they were.
+            ValueError: where it is below what the lowest tier of every tensor takes; nothing moves.
             TypeError: where `state_budget` is no size.
         """
         before = self._budget

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from cruxy_control import Law
 from cruxy_control.law import needs_alignment
-from cruxy_control.usual import USUAL, WEIGHT_DECAY, told_the_end
 from cruxy_torch import _checks, _step
 from cruxy_torch._actuators.direction import Direction
 from cruxy_torch._actuators.moments import Adam, Lion
@@ -20,10 +19,9 @@ from cruxy_torch._actuators.orthogonal import Orthogonal
 from cruxy_torch._actuators.stepped import Frame
 from cruxy_torch._memory.state import warn_of_small
 from cruxy_torch._native.fit import Passes
-from cruxy_torch._optimizers import muon, voting
+from cruxy_torch._optimizers import muon, usual, voting
 from cruxy_torch._optimizers.directed import DirectedOptimizer
 from cruxy_torch._optimizers.modes import LIONS, Mode, law_of, refuse_of_adamw
-from cruxy_torch._optimizers.usual import average_of, check_direction, with_usual
 from cruxy_torch.backends import fastest
 
 
@@ -54,7 +52,9 @@ class CruxyOptimizer(DirectedOptimizer):
     The learning rate in `param_groups` is the user's: schedulers move it, and the controller
     multiplies it. Groups may set `lr`, `betas`, `eps`, `weight_decay`, `decoupled_weight_decay`,
     `use_nesterov`, `use_lion`, `use_gc`, `maximize`, `state_bits`, `relative_limit`, `averaging`
-    and `average_bits` of their own; one controller sees them all.
+    and `average_bits` of their own; `betas` and `relative_limit` that are said nowhere go with a
+    group's own `use_lion`. One controller sees them all, under self-driving that which goes with
+    Lion where any of the first groups takes it.
 
     `mode="self_driving"` needs no learning rate: `lr` is only where the search for one starts.
     Evaluate and save under `with optimizer.averaged():`; see `cruxy_optax.self_driving`.
@@ -194,7 +194,7 @@ class CruxyOptimizer(DirectedOptimizer):
     _pickled = (
         *DirectedOptimizer._pickled,
         *("_momentum_dtype", "_direction", "_select", "_foreach", "_fused", "_compile"),
-        "_kind",
+        *("_kind", "_given"),
     )
 
     def __init__(
@@ -240,37 +240,30 @@ class CruxyOptimizer(DirectedOptimizer):
     ) -> None:
         refuse_of_adamw(betas, amsgrad)
         named, use_lion = LIONS.get(mode, mode), use_lion or mode in LIONS
-        is_muon = direction == "muon"
-        kind = "muon" if is_muon else "lion" if use_lion else getattr(direction, "kind", "adam")
-        ends, usually = total_steps is not None, law is None
-        self._kind = kind if usually else None
+        params = params if isinstance(params, Tensor) else list(params)
+        kind, free = usual.kind_of_all(direction, params, lion=use_lion), law is None
+        self._kind = kind if free else None
         if law is None:
             law = law_of(named, gamma_norm, meta_lr_eta, meta_lr_beta2, meta_interval)
-        averaging, interpolation = average_of(law, kind, averaging, interpolation, free=usually)
-        if usually:
-            law = with_usual(law, kind, ends=ends, interpolation=interpolation)
-        law = told_the_end(law, total_steps)
+        averaging, interpolation = usual.average_of(law, kind, averaging, interpolation, free=free)
+        if free:
+            law = usual.with_usual(law, kind, ends=False, interpolation=interpolation)
         _checks.check_choices(
             momentum_dtype, state_bits, select, foreach, fused, compile, differentiable
         )
-        check_direction(direction, law, use_lion=use_lion)
+        usual.check_direction(direction, law, use_lion=use_lion)
         voting.check(vote, process_group, direction, compile=compile)
         driving = needs_alignment(law)
-        if betas is None:
-            betas = (0.9, (0.95 if use_lion else 0.99) if driving else 0.999)
-        if relative_limit == "mode":
-            relative_limit = USUAL[kind].relative_limit if driving else None
-        if weight_decay is None:
-            weight_decay = WEIGHT_DECAY if driving else 0.01
+        self._given = usual.given(betas, weight_decay, relative_limit)
         self._momentum_dtype, self._direction = momentum_dtype, direction
         self._select, self._stochastic = select, stochastic_rounding
         self._foreach, self._fused, self._compile = foreach, fused, compile
         self._vote = vote
         defaults = {
             "lr": lr,
-            "betas": betas,
+            **usual.options_of(direction, lion=use_lion, driving=driving),
+            **self._given,
             "eps": eps,
-            "weight_decay": weight_decay,
             "decay_vectors": not driving,
             "decoupled_weight_decay": decoupled_weight_decay,
             "use_nesterov": use_nesterov,
@@ -278,14 +271,14 @@ class CruxyOptimizer(DirectedOptimizer):
             "use_gc": use_gc,
             "maximize": maximize,
             "state_bits": state_bits,
-            "relative_limit": relative_limit,
             "averaging": averaging,
             "average_bits": average_bits,
             "interpolation": interpolation,
             "capturable": capturable,
+            "ends": False,  # whether the end was known before the first step
         }
         if direction is not None:  # a state of another direction is then refused
-            defaults["direction"] = direction if is_muon else type(direction).__name__
+            defaults["direction"] = direction if direction == "muon" else type(direction).__name__
         if vote is not None:
             defaults["direction"] = voting.name_of(vote)
         super().__init__(
@@ -296,6 +289,8 @@ class CruxyOptimizer(DirectedOptimizer):
             process_group=process_group if vote is None else vote,
             log_path=metrics_path if log_metrics else None,
         )
+        if total_steps is not None:
+            self.set_total_steps(total_steps)
         warn_of_small(self.param_groups, stacklevel=2)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -305,7 +300,9 @@ class CruxyOptimizer(DirectedOptimizer):
             group.setdefault("state_bits", 32)
             group.setdefault("interpolation", 0.0)
             group.setdefault("decay_vectors", True)
+            group.setdefault("ends", False)
         self.__dict__.setdefault("_kind", None)
+        self.__dict__.setdefault("_given", dict(self.defaults))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group with options of its own; the one controller sees its gradients too."""
@@ -315,14 +312,19 @@ class CruxyOptimizer(DirectedOptimizer):
             param_group = muon.with_betas(
                 param_group, self.defaults["use_nesterov"], self.defaults["interpolation"]
             )
-        super().add_param_group(param_group)
+        lion = param_group.get("use_lion", self.defaults["use_lion"])
+        own = usual.options_of(self._direction, lion=lion, driving=self.finds_rate)
+        super().add_param_group({**own, **self._given, **param_group})
 
     def set_total_steps(self, steps: int) -> None:
-        """See `DirectedOptimizer`; before the first step the set point may change too."""
+        """See `DirectedOptimizer`; the set point moves too where a run knew it from the start."""
         super().set_total_steps(steps)
-        if not self.state and self._kind is not None:
+        if int(self._law()["step"]) == 0:
+            for group in self.param_groups:
+                group["ends"] = True
+        if self._kind is not None and any(group.get("ends") for group in self.param_groups):
             pull, law = self.defaults["interpolation"], self._settings.law
-            law = with_usual(law, self._kind, ends=True, interpolation=pull)
+            law = usual.with_usual(law, self._kind, ends=True, interpolation=pull)
             self._settings = dataclasses.replace(self._settings, law=law)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -334,16 +336,15 @@ class CruxyOptimizer(DirectedOptimizer):
         _checks.check_group(group)
         if self._vote is not None:
             voting.check_group(group)
-        if self._direction == "muon" and "role" not in group:
-            raise ValueError(
-                "direction='muon' must know what each parameter is, got a group without a role; "
-                "give cruxy_torch.param_groups(model, lr=...)."
-            )
+        if self._direction == "muon":
+            muon.check_group(group)
+        elif self._direction is not None:
+            usual.refuse_lion(self._direction, group["use_lion"])
 
     def _direction_of(self, group: dict[str, Any], moving: Sequence[Tensor] = ()) -> Direction:
         if self._direction == "muon" and muon.is_orthogonal(group):
             experts = group["role"].startswith("moe.expert")
-            return Orthogonal(stacked=bool(group.get("stacked")) + experts)
+            return Orthogonal(stacked=muon.is_stacked(group) + experts)
         if isinstance(self._direction, Direction):
             return self._direction
         if group["use_lion"]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cruxy_control.checks import check_count
+from cruxy_control.checks import check_count, check_range
+from cruxy_control.filters import MAX_COUNT
 from cruxy_control.law import needs_alignment
 from cruxy_control.usual import end_of, told_the_end
 from cruxy_torch import _checks
@@ -135,7 +136,7 @@ class DirectedOptimizer(ControlledOptimizer):
             steps: until the rate is 0, at least 1.
 
         Raises:
-            ValueError: where the law is not `SelfDriving`, or `steps` is below 1.
+            ValueError: where the law is not `SelfDriving`, or `steps` is below 1 or no int32.
 
         Examples:
             >>> import torch
@@ -151,7 +152,10 @@ class DirectedOptimizer(ControlledOptimizer):
             0.001
             0.000
         """
-        check_count("steps", steps, 1, remedy="give the steps that are left")
+        remedy = "give the steps that are left"
+        check_range(
+            "steps", check_count("steps", steps, 1, remedy=remedy), 1, MAX_COUNT, remedy=remedy
+        )
         cooldown.begin(self._law(), self._settings.names, steps)
 
     def set_total_steps(self, steps: int) -> None:

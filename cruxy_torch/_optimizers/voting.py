@@ -12,6 +12,7 @@ from cruxy_torch._actuators.voted import VotedLion
 from cruxy_torch._distributed.shards import any_sharded
 from cruxy_torch._kept import BLOCK_SIZE
 from cruxy_torch._law_state import KEY
+from cruxy_torch._loading import check_form
 from cruxy_torch._memory.state import moment, value_of
 
 _NAME = "Lion by vote"
@@ -105,8 +106,9 @@ def own_state(state_dict: dict[str, Any], vote: dist.ProcessGroup) -> dict[str, 
     """The state as one of this rank, if it is or was merged of all.
 
     Raises:
-        ValueError: where it is that of another rank, or of another number of them.
+        ValueError: where it is none, that of another rank, or of another number of them.
     """
+    check_form(state_dict)
     ours, groups = name_of(vote), state_dict["param_groups"]
     saved = str(groups[0].get("direction"))
     if saved == _MERGED:

@@ -17,8 +17,10 @@ from transformers.training_args import OptimizerNames
 from cruxy_torch._controlled_optimizer import ControlledOptimizer
 from cruxy_torch._optimizers.cruxy import CruxyOptimizer
 from cruxy_torch._optimizers.directed import DirectedOptimizer
+from cruxy_torch._roles.groups import param_groups
 from cruxy_torch.training.checkpoint import write
 from cruxy_torch.training.evaluation import averages
+from cruxy_torch.training.horizon import tell_the_end
 
 _REPLACED = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 _LOGGED = (
@@ -37,9 +39,14 @@ class CruxyTrainer(Trainer):
     `learning_rate`, `weight_decay` (which biases and norms are spared), `adam_beta1`, `adam_beta2`
     (both at their defaults leave the betas to the optimizer's mode) and `adam_epsilon` in their
     usual places, and everything else in `optim_args`, such as `"mode=stability_v2"`,
-    `"use_lion=True, use_gc=True"` or `"betas=(0.9, 0.95)"`. What a string cannot hold goes the
-    `Trainer`'s own ways: `optimizer_cls_and_kwargs=(CruxyOptimizer, {"lr": 1e-4, "law": law})`, or
+    `"use_lion=True, use_gc=True"` or `"betas=(0.9, 0.95)"`; a `weight_decay` there counts before
+    that of the arguments. What a string cannot hold goes the `Trainer`'s own ways:
+    `optimizer_cls_and_kwargs=(CruxyOptimizer, {"lr": 1e-4, "law": law})`, or
     `optimizers=(CruxyOptimizer(groups), None)`. Both take `AXIOM` and `Cosmic` too.
+
+    `"mode=self_driving, direction=muon"` needs nothing more: the groups are then those of
+    `cruxy_torch.param_groups(model)`, by what each parameter is, which says what is decayed too:
+    weights of layers and embeddings, and neither biases, norms, positions nor vectors.
 
     **What it does beside.** Each step's loss reaches the controller: under gradient accumulation
     that of the whole batch, and under data parallelism its mean over the ranks. `max_grad_norm` is
@@ -49,7 +56,8 @@ class CruxyTrainer(Trainer):
     a run that is resumed continues bit by bit.
 
     **Under self-driving** the optimizer is told how many steps the run has, so that its rate falls
-    to 0 at the end, and the schedule is constant: a schedule is a second hand on the rate.
+    to 0 at the end, and the schedule is constant: a schedule is a second hand on the rate. A second
+    call of `train` goes on from the first to an end of its own.
     `lr_scheduler_type="linear"`, which is the default of the arguments, counts as left out where
     there is no warm-up; another, or a scheduler in `optimizers`, is obeyed.
 
@@ -66,8 +74,9 @@ class CruxyTrainer(Trainer):
         release_gradients: frees each gradient as soon as its parameter is updated, see
             `CruxyOptimizer.register_hooks`. An optimizer whose hooks are registered already needs
             it not.
-        total_steps: what a self-driving optimizer is told: `"run"` the steps of this run, unless it
-            knows an end; a number; or `None` for a run without an end.
+        total_steps: what a self-driving optimizer is told: `"run"` the steps of this run, after
+            those that it took before, unless it knows an end; a number, of all its steps in all
+            runs; or `None` for a run without an end.
         **kwargs: those of `transformers.Trainer`.
 
     Raises:
@@ -90,7 +99,7 @@ class CruxyTrainer(Trainer):
         super().__init__(*args, **kwargs)
         _check(self)
         self._releases, self._end = release_gradients, total_steps
-        self._told: int | None = None
+        self._steps = 0
         self._shows_best = False
         _check_release(self, release_gradients)
         # The caller's own arguments may serve another trainer next, which does clip.
@@ -111,6 +120,8 @@ class CruxyTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes the optimizer where there is none, and joins the controllers of all ranks."""
+        if self.optimizer is None:
+            self._create_by_roles(cast(nn.Module, self.model if model is None else model))
         optimizer = super().create_optimizer(model)
         # FSDP 2 needs no group: its gradients name their mesh.
         if self.args.world_size > 1 and not self.is_fsdp_enabled:
@@ -120,6 +131,17 @@ class CruxyTrainer(Trainer):
             self._cruxy().register_hooks()
         return optimizer
 
+    def _create_by_roles(self, model: nn.Module) -> None:
+        """Makes an optimizer that must know what each parameter is: groups of names do not say."""
+        chosen = self.optimizer_cls_and_kwargs
+        kind, options = chosen or self.get_optimizer_cls_and_kwargs(self.args, cast(Any, model))
+        self.args.weight_decay = options.get("weight_decay", self.args.weight_decay)
+        if options.get("direction") == "muon" and "params" not in options:
+            groups = param_groups(model, lr=0.0, weight_decay=self.args.weight_decay)
+            for group in groups:
+                del group["lr"]  # all have the rate of the options
+            self.optimizer = kind(groups, **options)
+
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
@@ -127,16 +149,22 @@ class CruxyTrainer(Trainer):
         self._shows_best = False
         own = self._cruxy()
         if isinstance(own, DirectedOptimizer) and own.finds_rate:
-            free = "total_steps" not in _options(self.args.optim_args)
             if isinstance(self._end, int):
                 own.set_total_steps(self._end)
-            elif self._end == "run" and free and own.total_steps in (None, self._told):
-                self._told = max(2, num_training_steps)
-                own.set_total_steps(self._told)
+            self._steps = num_training_steps
+            self._tell_the_end()
             usual = self.args.lr_scheduler_type == type(self.args).lr_scheduler_type
             if usual and not self.args.get_warmup_steps(num_training_steps):
                 self.args.lr_scheduler_type = SchedulerType.CONSTANT
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._tell_the_end()  # which steps were before the run is known only now
+
+    def _tell_the_end(self) -> None:
+        if self._end == "run" and "total_steps" not in _options(self.args.optim_args):
+            tell_the_end(self._cruxy(), self._steps, self.state.global_step)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates or predicts, by the average of the parameters where there is one."""

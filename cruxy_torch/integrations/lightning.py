@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from cruxy_torch._controlled_optimizer import ControlledOptimizer
-from cruxy_torch._optimizers.directed import DirectedOptimizer
 from cruxy_torch.training.evaluation import averages
+from cruxy_torch.training.horizon import tell_the_end
 
 
 class CruxyCallback(lightning.Callback):
@@ -20,9 +20,11 @@ class CruxyCallback(lightning.Callback):
     them, divided by their number. Where you call `manual_backward`, hand it over yourself.
 
     At the beginning of a run a self-driving optimizer that knows no end is told how many steps
-    there are, where Lightning knows it, so that its rate falls to 0 at the end. Validation and
-    tests see the averages of the parameters where the optimizer keeps some; checkpoints hold the
-    weights, from which a run is resumed bit by bit, and the averages in the optimizer's state.
+    there are, where Lightning knows it, so that its rate falls to 0 at the end. Steps that it took
+    before the run are added, so that an optimizer may be used in a second one. Validation, tests
+    and predictions see the averages of the parameters where the optimizer keeps some; checkpoints
+    hold the weights, from which a run is resumed bit by bit, and the averages in the optimizer's
+    state.
 
     Args:
         pass_horizon: tells the end; `False` for a run without one.
@@ -36,14 +38,14 @@ class CruxyCallback(lightning.Callback):
         self._pass_horizon = pass_horizon
         self._open = contextlib.ExitStack()
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Tells the end."""
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Tells the end, as far as it is known before a checkpoint is loaded."""
         steps = trainer.estimated_stepping_batches
-        if not self._pass_horizon or steps == float("inf") or steps < 2:
-            return
-        for own in trainer.optimizers:
-            if isinstance(own, DirectedOptimizer) and own.finds_rate and own.total_steps is None:
-                own.set_total_steps(int(steps))
+        if self._pass_horizon and 2 <= steps < float("inf"):
+            for own in trainer.optimizers:
+                tell_the_end(own, int(steps), trainer.global_step)
+
+    on_train_start = on_fit_start
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Hands over the loss of a batch, in its own size."""
@@ -70,5 +72,5 @@ class CruxyCallback(lightning.Callback):
         """Likewise."""
         self._open.close()
 
-    on_test_start = on_validation_start
-    on_test_end = on_validation_end
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end

@@ -14,10 +14,10 @@ from torch.optim.optimizer import Optimizer
 from cruxy_control.checks import check_count
 from cruxy_torch._controlled_optimizer import ControlledOptimizer
 from cruxy_torch._distributed.shards import launched_ranks
-from cruxy_torch._optimizers.directed import DirectedOptimizer
 from cruxy_torch.training import checkpoint, random_states, results
 from cruxy_torch.training.batches import Batches, moved
 from cruxy_torch.training.evaluation import averages, evaluating, mean_loss
+from cruxy_torch.training.horizon import tell_the_end
 from cruxy_torch.training.losses import Loss
 from cruxy_torch.training.parts import optimizer_of, placed, releasing
 from cruxy_torch.training.progress import bar_of
@@ -156,7 +156,6 @@ class Trainer:
             "train_losses": [], "val_steps": [], "val_losses": [], "seconds": 0.0, "tokens": 0,
         }  # fmt: skip
         self.step = 0
-        self._told: int | None = None
 
     def fit(self, steps: int, resume: str | Path | None = None) -> dict[str, Any]:
         """Trains until so many steps are taken, those of a checkpoint included.
@@ -186,6 +185,7 @@ class Trainer:
             FileNotFoundError: where there is no such checkpoint.
         """
         check_count("steps", steps, 1, remedy="give the steps of the whole run")
+        self._tell_the_end(steps)
         self._resume(resume)
         if steps < self.step:
             raise ValueError(
@@ -379,12 +379,8 @@ class Trainer:
             _log.info("resumed from %s at step %d", path, self.step)
 
     def _tell_the_end(self, steps: int) -> None:
-        own = self.optimizer
-        if not (self._pass_horizon and isinstance(own, DirectedOptimizer)):
-            return
-        if own.finds_rate and own.total_steps in (None, self._told):
-            self._told = max(steps, 2)
-            own.set_total_steps(self._told)
+        if self._pass_horizon:
+            tell_the_end(self.optimizer, steps, self.step)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast)
