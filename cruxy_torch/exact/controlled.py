@@ -79,6 +79,7 @@ class Controlled(ExactOptimizer):
             check_range("averaging", averaging, 0.0, remedy="use 16, or None for no average")
         self._driven = Driven(law, driving, nesterov, relative_limit, averaging)
         self._averaged = False
+        self._held: list[Tensor] | None = None  # the law's state, should its group be taken out
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,6 +90,7 @@ class Controlled(ExactOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._driven = dataclasses.replace(self._driven, rules=driving)
+        self._held = self.param_groups[0].get("law_state") if self.param_groups else None
 
     @property
     def law(self) -> Law:
@@ -177,7 +179,7 @@ class Controlled(ExactOptimizer):
         sensed = None if given is None else like + given
         kept = self._kept(like, xp)
         state, products, out = self._driven.step(kept, groups, leaves, sensed, xp=xp)
-        self.param_groups[0]["law_state"] = list(_leaves(state))
+        self._held = self.param_groups[0]["law_state"] = list(_leaves(state))
         for group, pair in zip(self.param_groups, products, strict=True):
             group["products"] = pair
         for (_, p), new in zip(moved, out, strict=True):
@@ -201,8 +203,9 @@ class Controlled(ExactOptimizer):
 
     def _kept(self, like: Tensor, xp: Any) -> Any:
         """What the law and the limit remember; it is kept in the first group."""
-        template, group = self._driven.init(like, xp=xp), self.param_groups[0]
-        return _rebuilt(template, iter(group["law_state"])) if "law_state" in group else template
+        template = self._driven.init(like, xp=xp)
+        leaves = self.param_groups[0].get("law_state", self._held)
+        return template if leaves is None else _rebuilt(template, iter(leaves))
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
