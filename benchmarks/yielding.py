@@ -18,7 +18,7 @@ PROTOCOL: Protocol = ablation.among(
     reading=(
         "Self-driving with `SelfDriving(limit_yield=)` against the limit that holds. A negative "
         "difference, paired by seed, is a gain; one within twice its error of zero is none. The "
-        "seeds are none on which the constants were chosen, but for CartPole's 3 to 10, on which the "
-        "50 was."
+        "seeds are none on which the constants were chosen, but for CartPole's 3 to 10, on which "
+        "the 50 was."
     ),
 )
