@@ -361,6 +361,17 @@ def _share(base: Any, peak: Any, xp: Any) -> Any:
     return xp.where(falls, base / xp.where(falls, peak, 1.0), 1.0)
 
 
+def check_cooldown(steps: Any) -> None:
+    """Raises unless these are steps of a cooldown: a whole number from 1 to the last int32.
+
+    Raises:
+        ValueError: with the rule, the value received and the remedy.
+    """
+    remedy = "give the steps that are left"
+    count = check_count("steps", steps, 1, remedy=remedy)
+    check_range("steps", count, 1, filters.MAX_COUNT, remedy=remedy)
+
+
 def begin_cooldown(state: SelfDrivingState, steps: Any, *, xp: Any) -> SelfDrivingState:
     """The state of a run whose rate falls to 0 from now on.
 

@@ -155,3 +155,8 @@ def assert_same_state(ours, theirs):
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert torch.equal(torch.nan_to_num(value), torch.nan_to_num(theirs[name])), name
+
+
+def weights(model):
+    """Copies of all parameters, by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -27,16 +27,6 @@ def run(monkeypatch, capsys):
     return run
 
 
-@pytest.fixture
-def one_thread():
-    """These models are so small that threads cost more than they give."""
-    torch = pytest.importorskip("torch")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def losses(shown):
     """The losses of the lines about points that were not trained on."""
     return [float(line.split()[-1]) for line in shown.splitlines() if line.startswith("unseen")]

@@ -13,14 +13,7 @@ from cruxy_torch.integrations.huggingface import CruxyTrainer  # noqa: E402
 from hf_models import Telemetry, train, training_arguments  # noqa: E402
 from relatives import crossed, relatives  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are so small that threads cost more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # A sum of n terms in another order moves by a few ulps of it; telemetry is float32.

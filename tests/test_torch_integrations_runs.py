@@ -9,22 +9,13 @@ pytest.importorskip("accelerate")
 import hf_models as models  # noqa: E402
 from cruxy_torch import CruxyOptimizer, Trainer, param_groups  # noqa: E402
 from cruxy_torch.integrations.huggingface import CruxyTrainer  # noqa: E402
-from hf_models import train, training_arguments  # noqa: E402
+from hf_models import train, training_arguments, weights  # noqa: E402
 
 DRIVING = "mode=self_driving"
 MUON = "mode=self_driving, direction=muon"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def moved(model, before):

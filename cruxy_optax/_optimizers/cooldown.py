@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cruxy_control.checks import check_count, check_range
-from cruxy_control.filters import MAX_COUNT
-from cruxy_control.self_driving import SelfDriving, SelfDrivingState, begin_cooldown
+from cruxy_control.self_driving import (
+    SelfDriving,
+    SelfDrivingState,
+    begin_cooldown,
+    check_cooldown,
+)
 from cruxy_optax._tree import find
 
 
@@ -44,10 +47,7 @@ def cooldown(opt_state: optax.OptState, steps: chex.Numeric) -> optax.OptState:
         0.000
     """
     if not isinstance(steps, jax.Array):
-        remedy = "give the steps that are left"
-        check_range(
-            "steps", check_count("steps", steps, 1, remedy=remedy), 1, MAX_COUNT, remedy=remedy
-        )
+        check_cooldown(steps)
     if not find(opt_state, SelfDrivingState):
         raise ValueError(
             "opt_state must be that of an optimizer under SelfDriving, such as self_driving(), got "

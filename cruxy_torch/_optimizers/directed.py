@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cruxy_control.checks import check_count, check_range
-from cruxy_control.filters import MAX_COUNT
 from cruxy_control.law import needs_alignment
+from cruxy_control.self_driving import check_cooldown
 from cruxy_control.usual import end_of, told_the_end
 from cruxy_torch import _checks
 from cruxy_torch._actuators.apply import DirectedGroup, group_of
@@ -152,10 +151,7 @@ class DirectedOptimizer(ControlledOptimizer):
             0.001
             0.000
         """
-        remedy = "give the steps that are left"
-        check_range(
-            "steps", check_count("steps", steps, 1, remedy=remedy), 1, MAX_COUNT, remedy=remedy
-        )
+        check_cooldown(steps)
         cooldown.begin(self._law(), self._settings.names, steps)
 
     def set_total_steps(self, steps: int) -> None:
