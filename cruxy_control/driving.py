@@ -1,12 +1,13 @@
 """From a law's controls to the numbers of an Adam step, over any namespace of scalars."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from cruxy_control import signals as sensing
 from cruxy_control.controls import Controls, betas, meta_learning_rate
 from cruxy_control.formulas.averaging import averaging_weight
-from cruxy_control.formulas.limits import RELATIVE_FLOOR, rate_share, relative_limit
+from cruxy_control.formulas.limits import RELATIVE_FLOOR, rate_share, relative_limit, width_share
 from cruxy_control.formulas.moments import seen
 from cruxy_control.law import Law, needs_alignment, steers_decay
 from cruxy_control.signals import NOT_KNOWN, Signals
@@ -62,24 +63,31 @@ def adam_orders(
 
 
 def largest_rates(
-    controls: Controls, mean_squares: Sequence[Any], sizes: Sequence[int], limit: float, *, xp: Any
+    controls: Controls,
+    mean_squares: Sequence[Any],
+    shapes: Sequence[Sequence[int]],
+    limit: float,
+    *,
+    xp: Any,
 ) -> list[Any]:
-    """The largest rate of each tensor, by its size and by that of all of them together.
+    """The largest rate of each tensor, by its size and width and by the size of all together.
 
     Args:
         controls: this step's.
         mean_squares: of each tensor.
-        sizes: the numbers of their elements.
+        shapes: of each tensor.
         limit: the relative limit.
         xp: the array namespace, whose `sum` is of a vector; a sum that no order matters to makes
             the limits those of any order of the tensors.
     """
+    sizes = [math.prod(shape) for shape in shapes]
     count = max(1, sum(sizes))
     shares = [square * (size / count) for square, size in zip(mean_squares, sizes, strict=True)]
     whole = xp.sum(xp.stack(shares))
     share = limit * controls.limit_factor
     return [
-        relative_limit(square, share, RELATIVE_FLOOR, xp=xp, whole=whole) for square in mean_squares
+        relative_limit(square, share, RELATIVE_FLOOR, xp=xp, whole=whole, share=width_share(shape))
+        for square, shape in zip(mean_squares, shapes, strict=True)
     ]
 
 

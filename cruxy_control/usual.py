@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal, NamedTuple
 
 from cruxy_control.formulas.averaging import POWER, pulls
+from cruxy_control.formulas.limits import LIMIT_WIDTH
 from cruxy_control.law import Law, short
 from cruxy_control.self_driving import SelfDriving
 
@@ -16,6 +17,7 @@ class Usual(NamedTuple):
 
     Attributes:
         relative_limit: no tensor moves by more than this share of its size in a step.
+        limit_width: of a tensor above which that share falls, see `width_share`; `None` for none.
         set_point: the alignment that is steered to in a run without an end.
         set_point_ended: the same where the end is known.
         set_point_pulled: the same where the average pulls the parameters along.
@@ -28,6 +30,7 @@ class Usual(NamedTuple):
     """
 
     relative_limit: float
+    limit_width: int | None = LIMIT_WIDTH
     set_point: float = -0.25
     set_point_ended: float = -0.25
     set_point_pulled: float = -0.2
@@ -43,7 +46,7 @@ USUAL = {
     "adam": Usual(0.1),
     "lion": Usual(0.01, limit_yield=None),
     "muon": Usual(
-        *(0.2, -0.15, -0.2, -0.07),
+        *(0.2, None, -0.15, -0.2, -0.07),
         limit_yield=None,
         interpolation=0.7,
         power_pulled=2.0,

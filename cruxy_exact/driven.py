@@ -96,7 +96,8 @@ class Driven:
         law: the law, such as `cruxy_control.SelfDriving()`.
         rules: `cruxy_control.driving`; this package knows no laws, and is handed what they mean.
         nesterov: looks one step ahead.
-        relative_limit: no tensor gets a rate above this share of its size; `None` for no limit.
+        relative_limit: no tensor gets a rate above this share of its size, less where it is wide;
+            `None` for no limit.
         averaging: the power of the average of the iterates; `None` for no average.
     """
 
@@ -203,13 +204,15 @@ class Driven:
         """The largest rate of each leaf; `None` where there is no limit."""
         if self.relative_limit is None:
             return [None] * len(leaves)
-        squares, sizes = [], []
+        squares, shapes = [], []
         for leaf in leaves:
-            p, size = settle(leaf.p, xp=space.xp), _size(leaf.p)
+            p, shape = settle(leaf.p, xp=space.xp), tuple(leaf.p.shape)
             square = total(mul(p, p, xp=space.xp), xp=space.xp)
-            squares.append(Scalar(mul(square, f32(1 / max(1, size)), xp=space.xp), space.xp))
-            sizes.append(size)
-        return self.rules.largest_rates(controls, squares, sizes, self.relative_limit, xp=space)
+            squares.append(
+                Scalar(mul(square, f32(1 / max(1, math.prod(shape))), xp=space.xp), space.xp)
+            )
+            shapes.append(shape)
+        return self.rules.largest_rates(controls, squares, shapes, self.relative_limit, xp=space)
 
     def _moved(
         self,
@@ -256,7 +259,3 @@ def _largest(numbers: Sequence[Scalar], space: Namespace) -> Scalar:
 def _next(count: Any, xp: Any) -> Any:
     """One more, up to the largest int32."""
     return xp.where(count < 2**31 - 1, count + 1, count)
-
-
-def _size(x: Any) -> int:
-    return math.prod(tuple(x.shape))

@@ -220,7 +220,13 @@ def with_limits(
             factor = factor.to(squares.device) if isinstance(factor, Tensor) else float(factor)
             whole = whole.to(squares.device)
         whole = whole if isinstance(parts, float) and parts == 1.0 else whole / parts
-        limits = relative_limit(squares, limit * factor, RELATIVE_FLOOR, xp=vectors, whole=whole)
+        shares: Any = group.limit_shares
+        if shares is not None and vectors is torch:
+            # Not a vector of numbers: that would be a copy to the device in every step.
+            shares = torch.stack(torch._foreach_mul(torch.ones_like(squares).unbind(), shares))
+        limits = relative_limit(
+            *(squares, limit * factor, RELATIVE_FLOOR), xp=vectors, whole=whole, share=shares
+        )
     return orders._replace(limits=limits, average_weight=weight, average_pull=pull)
 
 

@@ -44,9 +44,11 @@ class Group(abc.ABC):
         maximize: climbs instead of descending.
         averaging: power of the average of the parameters; `None` for none.
         relative_limit: no tensor's rate is above this share of its size, or of that of all tensors;
-            `None` for no limit.
+            less where it is wide; `None` for no limit.
         still: whether nothing of it moved in the step before, whose rate was 0.
         interpolation: see `averaging_orders`.
+        limit_shares: by which the limit of each tensor falls with its width, see `width_share`;
+            `None` where no limit does.
     """
 
     index: int
@@ -59,6 +61,7 @@ class Group(abc.ABC):
     relative_limit: float | None
     still: bool
     interpolation: float = 0.0
+    limit_shares: Sequence[float] | None = None
 
     @property
     @abc.abstractmethod

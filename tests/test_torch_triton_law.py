@@ -42,6 +42,7 @@ CASES = {
     "a guard for plateaus": {"law": PlateauGuard(Meta3(), patience=5)},
     "8 bits, limited, averaged": {"state_bits": 8, "relative_limit": 0.1, "averaging": 4.0},
     "self-driving": {"mode": "self_driving"},
+    "self-driving, wide": {"mode": "self_driving", "wide": True},
     "self-driving, interpolated": {"mode": "self_driving", "interpolation": 0.6},
     "self-driving by the excess": {
         "law": SelfDriving(excess_share=0.5),
@@ -70,10 +71,12 @@ class Run:
         options = {**CASES[name]}
         self.falls, self.idle = options.pop("falls", False), options.pop("idle", False)
         largest = options.pop("max_grad_norm", None)
+        # Neither needs the elements that are said of it below: a shape tells the width alone.
+        shapes = ((256, 256), (3,)) if options.pop("wide", False) else ((4096,), (3,))
         self.draw, self.own_draw = np.random.default_rng(0), np.random.default_rng(1)
         self.both = []
         for _ in range(2):
-            params = [torch.nn.Parameter(torch.ones(n, device=DEVICE)) for n in (4096, 3)]
+            params = [torch.nn.Parameter(torch.ones(n, device=DEVICE)) for n in shapes]
             groups = [{"params": params[:1]}, {"params": params[1:], "lr": 3e-3}]
             optimizer = CruxyOptimizer(groups, **options)
             for param in params:

@@ -1,5 +1,7 @@
 """The relative limit: how large a rate may be for a tensor, by the size of the tensor."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from cruxy_control.signals import root
@@ -7,9 +9,47 @@ from cruxy_control.signals import root
 RELATIVE_FLOOR = 0.01
 """A tensor's size counts as at least this where its rate is limited: zeros could never move."""
 
+LIMIT_WIDTH = 64
+"""The width up to which a relative limit is what it says: that of the model it was chosen on."""
 
-def relative_limit(mean_square: Any, limit: Any, floor: Any, *, xp: Any, whole: Any = None) -> Any:
-    """The largest rate for a tensor: `limit * max(min(rms(theta), rms(whole)), floor)`.
+
+def width_of(shape: Sequence[int]) -> int:
+    """The smaller side of the matrix that a tensor is, however its axes are laid out.
+
+    Of all ways to cut the axes into those before and those behind, the one with the largest smaller
+    side counts: `(out, in, 3, 3)` and `(3, 3, in, out)` have one width, as have `(d, d)`,
+    `(d, heads, d / heads)` and a stack of such. What has fewer than two axes has a width of 1.
+
+    Args:
+        shape: of the whole tensor.
+    """
+    width, before, elements = 1, 1, math.prod(shape)
+    for size in shape[:-1]:
+        before *= size
+        if before:
+            width = max(width, min(before, elements // before))
+    return width
+
+
+def width_share(shape: Sequence[int], width: float | None = LIMIT_WIDTH) -> float:
+    """The share of a relative limit that is left to a tensor: `min(1, sqrt(width / width_of))`.
+
+    Elements that all move by one rate can change a matrix of width d by d times the rate in
+    spectral norm, where that norm is itself about 2 sqrt(d) times the size of an element. So the
+    share of its size that a matrix may move falls as 1 / sqrt(d). Of an orthogonal step the
+    spectral norm is the same at every width, and needs no such share.
+
+    Args:
+        shape: of the whole tensor.
+        width: up to which it is 1; `None` for all.
+    """
+    return 1.0 if width is None else min(1.0, math.sqrt(width / width_of(shape)))
+
+
+def relative_limit(
+    mean_square: Any, limit: Any, floor: Any, *, xp: Any, whole: Any = None, share: Any = None
+) -> Any:
+    """The largest rate for a tensor: `limit * max(min(rms(theta), rms(whole)), floor) * share`.
 
     The directions of Adam and Lion have size 1 or less, so that no step moves a tensor by more than
     this share of its own size. The same scale is Adafactor's relative step (Shazeer and Stern 2018,
@@ -25,9 +65,11 @@ def relative_limit(mean_square: Any, limit: Any, floor: Any, *, xp: Any, whole: 
         xp: the array namespace.
         whole: the mean square of all parameters together, which bounds that of the tensor where it
             is a number; `None` for no bound.
+        share: from `width_share`; `None` for 1.
     """
     square = mean_square if whole is None else xp.fmin(mean_square, whole)
-    return limit * xp.clip(root(square, xp=xp), floor, float("inf"))
+    limit = limit * xp.clip(root(square, xp=xp), floor, float("inf"))
+    return limit if share is None else limit * share
 
 
 def rate_share(largest: Any, rate: Any, *, xp: Any) -> Any:

@@ -10,7 +10,7 @@ import optax
 
 from cruxy_control.checks import check_bounds, check_range
 from cruxy_control.controls import Controls, meta_learning_rate
-from cruxy_control.formulas.limits import RELATIVE_FLOOR, rate_share
+from cruxy_control.formulas.limits import LIMIT_WIDTH, RELATIVE_FLOOR, rate_share, width_share
 from cruxy_control.formulas.limits import relative_limit as limit_of
 from cruxy_optax._controls import materialize, require_controls
 from cruxy_optax._distributed.axes import as_axes, is_spread, mean_square, whole_mean_square
@@ -89,6 +89,7 @@ def scale_by_meta_learning_rate(
     bounds: tuple[float, float] | None = None,
     relative_limit: chex.Numeric | None = None,
     relative_floor: chex.Numeric = RELATIVE_FLOOR,
+    limit_width: int | None = LIMIT_WIDTH,
     axis_names: str | Sequence[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies by minus the user's rate times the controller's slow factor (WP 9, 13).
@@ -104,6 +105,12 @@ def scale_by_meta_learning_rate(
             chain should be a direction of about that size, such as Adam's or Lion's.
         relative_floor: the root mean square of a tensor counts as at least this, above 0; 0.01 by
             default.
+        limit_width: of a tensor that is wider than this the limit is multiplied by the root of
+            `limit_width` over its width, above 0; 64 by default, `None` for no such fall. The width
+            of a matrix is its smaller side, and of a tensor that of the matrix its axes make, such
+            as all but the last of a convolution's against the last. What Adam and Lion change in a
+            matrix can grow with its width, and the matrix with the root of it. Inside
+            `jax.shard_map` the width is that of the part that a device has.
         axis_names: axes of an enclosing `jax.shard_map` over which parameters may be split.
 
     Returns:
@@ -133,6 +140,8 @@ def scale_by_meta_learning_rate(
     relative_floor = check_range(
         "relative_floor", relative_floor, 0.0, lower_open=True, remedy="keep the default"
     )
+    if limit_width is not None:
+        check_range("limit_width", limit_width, 0.0, lower_open=True, remedy="use 64 or None")
     axis_names = as_axes(axis_names)
 
     def init_fn(params: optax.Params) -> ScaleByMetaLearningRateState:
@@ -143,7 +152,7 @@ def scale_by_meta_learning_rate(
     def limited(
         rate: jax.Array, share: chex.Numeric, params: optax.Params | None
     ) -> tuple[optax.Params, jax.Array]:
-        """The rate of every leaf, below this share of its size; and the largest of them."""
+        """The rate of every leaf, at most this share of its size; and the largest of them."""
         if params is None:
             raise ValueError(
                 "a relative limit measures the parameters, but got params=None; call "
@@ -156,26 +165,29 @@ def scale_by_meta_learning_rate(
         if len(leaves) > MANY and whole.dtype == jnp.float32:
             (whole,) = materialize(whole)
 
-        def one(square: jax.typing.ArrayLike) -> jax.Array:
+        widths = [width_share(p.shape, limit_width) for p in leaves]
+
+        def one(square: jax.typing.ArrayLike, width: float | None = None) -> jax.Array:
             square = jnp.asarray(square, jnp.float32)
-            limit = limit_of(square, share, relative_floor, xp=jnp, whole=whole)
-            return jnp.minimum(rate, limit)
+            return limit_of(square, share, relative_floor, xp=jnp, whole=whole, share=width)
 
         if not any(map(is_spread, leaves)):
-            limits = list(map(one, squares))
+            limits = [jnp.minimum(rate, one(*pair)) for pair in zip(squares, widths, strict=True)]
             return treedef.unflatten(limits), jnp.stack([jnp.zeros_like(rate), *limits]).max()
 
         # A limit rises with the size of its tensor. So both ends are worked out once for all, and
-        # three operations a tensor are left to compile.
+        # few operations a tensor are left to compile.
         scale, lowest, highest = materialize(share, one(0.0), one(float("inf")))
 
-        def between(square: jax.Array) -> jax.Array:
-            return jnp.minimum(jnp.maximum(scale * root(square), lowest), highest)
+        def between(square: jax.Array, width: float) -> jax.Array:
+            limit = jnp.minimum(jnp.maximum(scale * root(square), lowest), highest)
+            return jnp.minimum(rate, limit if width == 1.0 else limit * width)
 
-        # The largest tensor has the largest rate: not every one is worked out another time.
-        largest = between(jnp.stack(squares).max())
-        limits = list(map(between, squares))
-        return treedef.unflatten(limits), largest
+        # Of one width the largest tensor has the largest rate: not every one is worked out again.
+        ends = {w: [s for s, own in zip(squares, widths, strict=True) if own == w] for w in widths}
+        largest = [between(jnp.stack(own).max(), width) for width, own in ends.items()]
+        limits = [between(*pair) for pair in zip(squares, widths, strict=True)]
+        return treedef.unflatten(limits), jnp.stack(largest).max()
 
     def update_fn(
         updates: optax.Updates,

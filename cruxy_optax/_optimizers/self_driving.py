@@ -14,7 +14,7 @@ from cruxy_optax._actuators.moments import scale_by_controlled_adam, scale_by_co
 from cruxy_optax._actuators.orthogonal import scale_by_controlled_muon
 from cruxy_optax._memory.quantize import in_bits
 from cruxy_optax._optimizers.parts import Mask, averaged, by_role, kind_of
-from cruxy_optax._optimizers.steered import Limit, law_of, limit_of, of_its_kind, steered
+from cruxy_optax._optimizers.steered import Limit, law_of, limits_of, of_its_kind, steered
 
 
 def self_driving(
@@ -72,9 +72,9 @@ def self_driving(
         nesterov: looks one step ahead.
         relative_limit: see `scale_by_meta_learning_rate`; 0.1, or what goes with `direction`. It is
             doubled where the end of the run is known, and in a cooldown, but not with Muon inside
-            (`SelfDriving.cooldown_peak`). Wide matrices want less of Adam's: 0.1 was chosen at a
-            width of 64, and 0.03 suits one of 384. `None` for no limit, and then a start far above
-            the best rate is not recovered from.
+            (`SelfDriving.cooldown_peak`). Of tensors wider than 64 it falls with the root of their
+            width, but not with Muon inside. `None` for no limit, and then a start far above the
+            best rate is not recovered from.
         averaging: the power of `average_iterates`; 16, or less where it pulls. `None` keeps no
             average and saves its buffer: then the parameters themselves are what there is to
             evaluate, as noisy as the rate.
@@ -138,10 +138,10 @@ def self_driving(
 
     def make(kind: str) -> optax.GradientTransformationExtraArgs:
         own, power, pull = law_of(kind, law, averaging, interpolation, total_steps)
-        limit, roles = limit_of(relative_limit, kind), by_role(rates)
+        limits, roles = limits_of(relative_limit, kind), by_role(rates)
         average = averaged(power, average_bits, pull)
         return steered(
-            moments, learning_rate, weight_decay, mask, roles, limit, average, own, axis_names
+            moments, learning_rate, weight_decay, mask, roles, limits, average, own, axis_names
         )
 
     return of_its_kind(moments, kind, make)
@@ -177,7 +177,8 @@ def self_driving_lion(
         weight_decay: decoupled weight decay.
         mask: where weight decay applies; `None` for what has at least two axes.
         relative_limit: 0.01: a sign has size 1 where Adam's direction has a quarter of it or less,
-            and never shrinks: on a small convolutional net 0.02 ended in divergence.
+            and never shrinks: on a small convolutional net 0.02 ended in divergence. Of tensors
+            wider than 64 it falls with the root of their width.
         averaging: the power of `average_iterates`, 16; `None` keeps no average.
         average_bits: bits an element of the average, 32 (`None`), 16 or 8.
         total_steps: steps of the run, where they are known.
@@ -212,10 +213,10 @@ def self_driving_lion(
     moments = in_bits(
         state_bits, mu_dtype, lambda mu_dtype: scale_by_controlled_lion(b1, b2, mu_dtype)
     )
-    limit, roles = limit_of(relative_limit, "lion"), by_role(rates)
+    limits, roles = limits_of(relative_limit, "lion"), by_role(rates)
     average = averaged(power, average_bits)
     return steered(
-        moments, learning_rate, weight_decay, mask, roles, limit, average, law, axis_names
+        moments, learning_rate, weight_decay, mask, roles, limits, average, law, axis_names
     )
 
 
@@ -269,7 +270,7 @@ def self_driving_muon(
             that which counts them.
         nesterov: looks one step ahead.
         relative_limit: no tensor gets a rate above this share of its own root mean square, nor of
-            that of all parameters.
+            that of all parameters; 0.2, whatever its width.
         averaging: the power of `average_iterates`; 2, and 16 where nothing pulls. `None` keeps no
             average.
         interpolation: how far the average pulls the parameters along, see `average_iterates`; 0.7,
@@ -331,8 +332,8 @@ def self_driving_muon(
             stacked=stacked,
         ),
     )
-    limit = limit_of(relative_limit, "muon")
+    limits = limits_of(relative_limit, "muon")
     roles, average = by_role(rates, rules, model), averaged(power, average_bits, pull)
     return steered(
-        moments, learning_rate, weight_decay, mask, roles, limit, average, law, axis_names, stacked
+        moments, learning_rate, weight_decay, mask, roles, limits, average, law, axis_names, stacked
     )

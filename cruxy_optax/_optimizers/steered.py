@@ -87,9 +87,18 @@ def law_of(
     return told_the_end(law, total_steps), power, pull
 
 
-def limit_of(given: Limit, kind: str) -> chex.Numeric | None:
-    """The limit that was given, or that which is usual for the direction."""
-    return USUAL[kind].relative_limit if isinstance(given, str) and given == "usual" else given
+class Limits(NamedTuple):
+    """What bounds the rate of each tensor, see `scale_by_meta_learning_rate`."""
+
+    relative_limit: chex.Numeric | None
+    limit_width: int | None
+
+
+def limits_of(given: Limit, kind: str) -> Limits:
+    """The limit that was given, or that which is usual for the direction, as it goes with width."""
+    own = USUAL[kind]
+    usual = isinstance(given, str) and given == "usual"
+    return Limits(own.relative_limit if usual else given, own.limit_width)
 
 
 def steered(
@@ -98,7 +107,7 @@ def steered(
     weight_decay: optax.ScalarOrSchedule,
     mask: Mask,
     roles: list[optax.GradientTransformation],
-    relative_limit: chex.Numeric | None,
+    limits: Limits,
     average: list[optax.GradientTransformation],
     law: Law,
     axis_names: str | Sequence[str],
@@ -109,9 +118,7 @@ def steered(
         remedy = "leave it out, or freeze parameters with optax.set_to_zero() outside of it"
         bounds = {"lower_open": True, "upper_open": True}
         learning_rate = check_range("learning_rate", learning_rate, 0.0, **bounds, remedy=remedy)
-    rate = scale_by_meta_learning_rate(
-        learning_rate, relative_limit=relative_limit, axis_names=axis_names
-    )
+    rate = scale_by_meta_learning_rate(learning_rate, **limits._asdict(), axis_names=axis_names)
     return stabilize(
         optax.chain(
             clip_by_predicted_norm(),

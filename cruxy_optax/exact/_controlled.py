@@ -60,7 +60,8 @@ def controlled(
         law: `Meta3()` where `None`.
         nesterov: looks one step ahead.
         relative_limit: no tensor gets a rate above this share of its own root mean square, or of
-            that of all parameters where that is smaller; above 0. `None` for no limit.
+            that of all parameters where that is smaller; above 0, `None` for no limit. Of tensors
+            wider than 64 it falls with the root of their width.
         averaging: the power of the average of the iterates, at least 0; `None` keeps none.
             `cruxy_optax.averaged_params(opt_state, params)` has it.
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -131,6 +132,8 @@ def _arguments(
     for index, size in _sizes(groups, measured):
         tensors[f"squares{index}"] = size.mean_squares
         numbers[f"length{index}"] = len(size.mean_squares)
+        if groups[index].limit_shares is not None:
+            tensors[f"shares{index}"] = _constant(tuple(groups[index].limit_shares), device)
     if measured.whole is not None:
         tensors["whole"], numbers["parts"] = measured.whole, float(measured.parts)
     for tensor in tensors.values():
@@ -138,6 +141,12 @@ def _arguments(
         if not fits or tensor.dtype not in _KINDS:
             return None
     return tensors | numbers
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _constant(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """A vector on a device that no step copies there again."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 def _is_fixed(law: Any) -> bool:
@@ -167,7 +176,7 @@ def _key(
         tuple(
             (
                 group.maximize, group.averaging, group.interpolation, group.relative_limit,
-                group.rounds, bool(group.grads),
+                group.rounds, bool(group.grads), group.limit_shares is None,
                 *(isinstance(getattr(group, n), Tensor) for n in _OF_GROUP),
                 triton_written.lanes(len(sizes[i].mean_squares)) if i in sizes else 0,
             )
@@ -218,6 +227,7 @@ def _read(
             values[name] = tape.vector(f"state{i}", lanes, len(value))
         else:
             values[name] = tape.scalar(f"state{i}", _KINDS[value.dtype])
+    of_groups = dict(_sizes(groups, measured))
     stand = []
     for i, group in enumerate(groups):
         own = {
@@ -226,8 +236,10 @@ def _read(
             else tape.number(f"{name}{i}")
             for name in _OF_GROUP
         }
+        if i in of_groups and group.limit_shares is not None:
+            lanes = triton_written.lanes(len(group.limit_shares))
+            own["limit_shares"] = tape.vector(f"shares{i}", lanes, f"length{i}")
         stand.append(dataclasses.replace(group, **own))
-    of_groups = dict(_sizes(groups, measured))
     sizes: list[Any] = []
     for i in (i for i, group in enumerate(groups) if group.grads):
         size = of_groups.get(i)

@@ -136,9 +136,10 @@ class CruxyOptimizer(DirectedOptimizer):
             step in the state, so that a run can be repeated.
         relative_limit: no tensor gets a rate above this share of its own root mean square (which
             counts as at least 0.01), or of that of all parameters (those that have a gradient and
-            a limit, of all groups) where that is smaller; above 0, `None` for no limit. The default
-            is none, but 0.1 under `mode="self_driving"` (wide matrices want less: 0.03 at a width
-            of 384), with `use_lion` 0.01, with `direction="muon"` 0.2.
+            a limit, of all groups) where that is smaller; above 0, `None` for no limit. Of tensors
+            wider than 64 it falls with the root of their width
+            (`cruxy_control.formulas.limits.width_share`), but not with Muon. The default is none,
+            but 0.1 under `mode="self_driving"`, with `use_lion` 0.01, with `direction="muon"` 0.2.
         averaging: keeps the average of the parameters over the run, for `averaged`, with this
             power: step `t` has the weight `(averaging + 1) / (t + averaging)`, so that about the
             last `1 / (averaging + 1)` of the run counts. At least 0; `None` keeps none and saves
