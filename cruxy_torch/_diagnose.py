@@ -26,9 +26,9 @@ from cruxy_control.formulas.limits import RELATIVE_FLOOR, relative_limit
 from cruxy_control.roles import Rule, check_rules
 from cruxy_control.signals import NOT_KNOWN
 from cruxy_torch import _checks, _scalar_numpy, _telemetry
-from cruxy_torch._actuators.apply import limit_shares
 from cruxy_torch._blocks import blocks, by_device
 from cruxy_torch._distributed.shards import add_shards, local
+from cruxy_torch._groups import limit_shares
 from cruxy_torch._law_state import REPORT
 from cruxy_torch._memory.state import SHAPED, value_of
 from cruxy_torch._roles.parameters import find
@@ -359,7 +359,7 @@ def _limits(
     for index, (row, size, share) in enumerate(zip(rows, sizes, shares, strict=True)):
         if share is not None:
             direction = optimizer._direction_of(optimizer.param_groups[row.group])
-            (own,) = limit_shares([row.param], direction) or [1.0]
+            (own,) = limit_shares([row.param], direction.kind) or [1.0]
             square = numpy.float32(size.rms**2)
             limit = relative_limit(
                 square, share, RELATIVE_FLOOR, xp=_scalar_numpy, whole=whole, share=own

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from cruxy_control import Law
+from cruxy_control.formulas.limits import width_share
+from cruxy_control.usual import USUAL
 from cruxy_torch._kept import Kept
 from cruxy_torch._native.fit import Passes
 from cruxy_torch._orders import Orders
@@ -89,3 +91,15 @@ class Group(abc.ABC):
             native: a library that takes what it can take; `None` for none.
             foreach: takes torch's foreach calls for the rest.
         """
+
+
+def limit_shares(params: Sequence[Tensor], kind: str) -> list[float] | None:
+    """By how much the relative limit of each falls with its width; `None` where none does.
+
+    Args:
+        params: whole, a `DTensor` where they are sharded.
+        kind: of their direction, a key of `USUAL`.
+    """
+    width = USUAL[kind].limit_width
+    shares = [width_share(param.shape, width) for param in params]
+    return shares if any(share < 1.0 for share in shares) else None

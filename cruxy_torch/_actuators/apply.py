@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cruxy_control.formulas.limits import width_share
-from cruxy_control.usual import USUAL
 from cruxy_torch._actuators.average import average
 from cruxy_torch._actuators.centralize import check_centralizable
 from cruxy_torch._actuators.direction import Direction
@@ -17,6 +15,7 @@ from cruxy_torch._actuators.stepped import Bucket, Frame, SteppedTensor
 from cruxy_torch._blocks import buckets, by_device
 from cruxy_torch._columns import Columns
 from cruxy_torch._distributed.shards import any_sharded, local
+from cruxy_torch._groups import limit_shares
 from cruxy_torch._kept import Kept, any_by_chance, raw
 from cruxy_torch._memory.state import AVERAGE_CODES, as_stepped, kept_average
 from cruxy_torch._native.fit import Passes, SetAsideError
@@ -186,15 +185,8 @@ def group_of(
         relative_limit=options["relative_limit"],
         still=options.get("still", False),
         interpolation=options.get("interpolation", 0.0),
-        limit_shares=limit_shares(params, direction) if options["relative_limit"] else None,
+        limit_shares=limit_shares(params, direction.kind) if options["relative_limit"] else None,
     )
-
-
-def limit_shares(params: Sequence[Tensor], direction: Direction) -> list[float] | None:
-    """By how much the limit of each falls with its width; `None` where none does."""
-    width = USUAL[direction.kind].limit_width
-    shares = [width_share(param.shape, width) for param in params]
-    return shares if any(share < 1.0 for share in shares) else None
 
 
 def _left(
