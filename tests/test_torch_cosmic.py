@@ -376,6 +376,13 @@ def test_a_bad_gradient_leaves_everything_bit_for_bit(value, extra):
     assert opt.telemetry()["skipped_total"] == 2
 
 
+@pytest.mark.parametrize("bad", [None, {}, {"state": {0: 5}, "param_groups": [{"params": [0]}]}])
+def test_what_is_no_state_is_refused(bad):
+    opt = optimizer(parameters(), "1GB")
+    with pytest.raises(ValueError, match=r"only what state_dict\(\) gave can be loaded"):
+        opt.load_state_dict(bad)
+
+
 def test_a_run_goes_on_under_a_smaller_budget():
     params = parameters()
     opt = optimizer(params, "1GB")

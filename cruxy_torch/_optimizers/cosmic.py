@@ -14,7 +14,7 @@ from cruxy_control.checks import check_count, check_range
 from cruxy_control.law import needs_alignment
 from cruxy_control.meta3 import Meta3
 from cruxy_control.tiers import MOMENTS, SCALAR, SIGN, Candidate, parse_bytes
-from cruxy_torch import _checks
+from cruxy_torch import _checks, _loading
 from cruxy_torch._actuators.apply import DirectedGroup
 from cruxy_torch._actuators.moments import Adam
 from cruxy_torch._actuators.tiers import Tiered, has_moments, windows
@@ -244,9 +244,9 @@ class Cosmic(DirectedOptimizer):
             state_dict: what `state_dict` gave, of an optimizer with the same groups and law.
 
         Raises:
-            ValueError: where the groups, the law or the format differ, or what was saved does not
-                fit the budget.
+            ValueError: where groups, law or format differ, or what was saved exceeds the budget.
         """
+        _loading.check_form(state_dict)
         saved = tensor_bytes(state_dict["state"]) + option_bytes(self)
         if saved > self._budget:
             raise ValueError(

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from cruxy_exact import optimizers as core
 from cruxy_exact.arithmetic import mul, settle
+from cruxy_torch._loading import check_form
 from cruxy_torch.exact import _settings
 
 
@@ -43,11 +44,7 @@ class ExactOptimizer(Optimizer):
             ValueError: where it is another optimizer's or law's, or of parameters of other shapes.
                 The optimizer is then as it was.
         """
-        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
-            raise ValueError(
-                f"state_dict must be what {type(self).__name__}.state_dict() gave, got "
-                f"{sorted(state_dict) if isinstance(state_dict, dict) else state_dict!r}."
-            )
+        check_form(state_dict)
         groups = state_dict["param_groups"]
         for group in groups:
             self._check_options(group)
