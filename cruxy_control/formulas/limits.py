@@ -23,6 +23,8 @@ def width_of(shape: Sequence[int]) -> int:
     Args:
         shape: of the whole tensor.
     """
+    if len(shape) < 3:  # most tensors of most models, in every step of some optimizers
+        return max(1, min(shape)) if len(shape) == 2 else 1
     width, before, elements = 1, 1, math.prod(shape)
     for size in shape[:-1]:
         before *= size
@@ -43,7 +45,8 @@ def width_share(shape: Sequence[int], width: float | None = LIMIT_WIDTH) -> floa
         shape: of the whole tensor.
         width: up to which it is 1; `None` for all.
     """
-    return 1.0 if width is None else min(1.0, math.sqrt(width / width_of(shape)))
+    own = 1 if width is None else width_of(shape)
+    return 1.0 if width is None or own <= width else math.sqrt(width / own)
 
 
 def relative_limit(
