@@ -22,7 +22,7 @@ from cruxy_torch import _law_state, _telemetry
 from cruxy_torch._groups import Group, Settings
 from cruxy_torch._orders import Orders, scalar
 from cruxy_torch._sensors.measure import signals
-from cruxy_torch._sensors.sizes import Sizes, multiplied
+from cruxy_torch._sensors.sizes import Sizes, factors_of
 
 
 class Measured(NamedTuple):
@@ -222,7 +222,7 @@ def with_limits(
         whole = whole if isinstance(parts, float) and parts == 1.0 else whole / parts
         shares: Any = group.limit_shares
         if shares is not None and vectors is torch:
-            shares = multiplied(torch.ones_like(squares), shares)
+            shares = factors_of(shares, squares)
         limits = relative_limit(
             *(squares, limit * factor, RELATIVE_FLOOR), xp=vectors, whole=whole, share=shares
         )

@@ -358,8 +358,8 @@ def _limits(
     limits = [math.inf] * len(rows)
     for index, (row, size, share) in enumerate(zip(rows, sizes, shares, strict=True)):
         if share is not None:
-            direction = optimizer._direction_of(optimizer.param_groups[row.group])
-            (own,) = limit_shares([row.param], direction.kind) or [1.0]
+            group = optimizer.param_groups[row.group]
+            (own,) = limit_shares([row.param], optimizer._limit_width(group)) or [1.0]
             square = numpy.float32(size.rms**2)
             limit = relative_limit(
                 square, share, RELATIVE_FLOOR, xp=_scalar_numpy, whole=whole, share=own

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from cruxy_control import Law
 from cruxy_control.formulas.limits import width_share
-from cruxy_control.usual import USUAL
 from cruxy_torch._kept import Kept
 from cruxy_torch._native.fit import Passes
 from cruxy_torch._orders import Orders
@@ -93,13 +92,12 @@ class Group(abc.ABC):
         """
 
 
-def limit_shares(params: Sequence[Tensor], kind: str) -> list[float] | None:
+def limit_shares(params: Sequence[Tensor], width: int | None) -> list[float] | None:
     """By how much the relative limit of each falls with its width; `None` where none does.
 
     Args:
         params: whole, a `DTensor` where they are sharded.
-        kind: of their direction, a key of `USUAL`.
+        width: see `width_share`.
     """
-    width = USUAL[kind].limit_width
     shares = [width_share(param.shape, width) for param in params]
     return shares if any(share < 1.0 for share in shares) else None

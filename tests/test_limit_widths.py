@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import cruxy_optax
 from cruxy_control import Meta3, SelfDriving
@@ -103,6 +105,38 @@ def test_in_jax():
         alone(limit_width=0)
 
 
+def test_injected_and_on_several_devices():
+    """Where a width may be traced, and where the largest of all is worked out apart."""
+
+    def chain(rate):
+        return stabilize(optax.chain(scale_by_controlled_adam(), rate), HELD)
+
+    injected = optax.inject_hyperparams(scale_by_meta_learning_rate)
+    assert jax_moves(chain(injected(100.0, relative_limit=0.1))) == moved(SHARES)
+
+    shapes = {"w": (16, 8), "low": (2, 8), "v": (8,)}
+    start = {name: jnp.full(shape, 2.0) for name, shape in shapes.items()}
+    start["low"] = jnp.full((2, 8), 0.5)
+    rates = chain(scale_by_meta_learning_rate(0.15, relative_limit=0.1, limit_width=2))
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    found = []
+    for sharding in (None, NamedSharding(mesh, P(None, "data"))):
+        params = start
+        if sharding is not None:
+            params = {
+                name: jax.device_put(p, sharding if p.ndim == 2 else NamedSharding(mesh, P()))
+                for name, p in start.items()
+            }
+        grads = jax.tree.map(jnp.ones_like, params)
+        updates, state = jax.jit(rates.update)(grads, rates.init(params), params)
+        found.append({name: float(-u.mean()) for name, u in updates.items()})
+        assert left_in_jax(state) == 1.0
+    assert found[0] == pytest.approx(
+        {"w": 0.05 * math.sqrt(548 / 152), "low": 0.05, "v": 0.15}, rel=1e-3
+    )
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 def test_what_is_left_of_the_rate_is_seen_by_the_law_of_the_least_narrowed():
     tx = cruxy_optax.self_driving(100.0, **ADAM)
     for shape, share in (((256, 256), 0.5), ((64, 64), 1.0)):
@@ -119,7 +153,7 @@ def test_what_is_left_of_the_rate_is_seen_by_the_law_of_the_least_narrowed():
 
 def test_no_width_counts_with_muon_inside():
     rng = np.random.default_rng(0)
-    shapes = {"wide": (256, 256), "narrow": (64, 64), "vector": (300,)}
+    shapes = {"wide": (256, 256), "narrow": (64, 64), "vector": (300,), "embedding": (300, 256)}
     start = {name: np.full(shape, 2.0, np.float32) for name, shape in shapes.items()}
     grads = {name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items()}
     options = {"interpolation": 0.0, "averaging": None, **ADAM}
@@ -130,10 +164,11 @@ def test_no_width_counts_with_muon_inside():
     updates: Any = tx.update(signs, tx.init(params), params, value=1.0)[0]
     sizes = {name: float(jnp.sqrt(jnp.mean(u**2))) for name, u in updates.items()}
     assert sizes["vector"] == pytest.approx(0.4, rel=1e-4)
+    assert sizes["embedding"] == pytest.approx(0.4, rel=1e-4)
     assert sizes["wide"] == pytest.approx(sizes["narrow"], rel=0.05)
 
     theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
-    roles = {"wide": "mlp.up", "narrow": "mlp.up", "vector": "norm"}
+    roles = {"wide": "mlp.up", "narrow": "mlp.up", "vector": "norm", "embedding": "embedding.token"}
     groups = [{"params": [p], "role": roles[name]} for name, p in theirs.items()]
     optimizer = CruxyOptimizer(groups, lr=100.0, mode="self_driving", direction="muon", **options)
     for name, p in theirs.items():

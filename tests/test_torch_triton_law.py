@@ -71,8 +71,9 @@ class Run:
         options = {**CASES[name]}
         self.falls, self.idle = options.pop("falls", False), options.pop("idle", False)
         largest = options.pop("max_grad_norm", None)
-        # Neither needs the elements that are said of it below: a shape tells the width alone.
-        shapes = ((256, 256), (3,)) if options.pop("wide", False) else ((4096,), (3,))
+        # A shape tells the width alone: neither tensor needs the elements that are said of it.
+        self.wide = options.pop("wide", False)
+        shapes = ((256, 256), (3,), (81, 81)) if self.wide else ((4096,), (3,))
         self.draw, self.own_draw = np.random.default_rng(0), np.random.default_rng(1)
         self.both = []
         for _ in range(2):
@@ -111,8 +112,9 @@ class Run:
         if self.both[0].param_groups[0]["relative_limit"] is not None:
             squares = np.exp(draw.normal(-4.0, 2.0, 2))
             squares[1] = float("nan") if kind == 5 else squares[1]
+            second = [squares[1], squares[0]] if self.wide else [squares[1]]
             sizes = [
-                Sizes(_there([squares[0]]), [4096]), Sizes(_there([squares[1]]), [3])
+                Sizes(_there([squares[0]]), [4096]), Sizes(_there(second), [3, 6561][: len(second)])
             ]  # fmt: skip
             whole = _there([4099.0 * squares[0]])[0]
         return _step.Measured(

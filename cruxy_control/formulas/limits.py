@@ -18,7 +18,9 @@ def width_of(shape: Sequence[int]) -> int:
 
     Of all ways to cut the axes into those before and those behind, the one with the largest smaller
     side counts: `(out, in, 3, 3)` and `(3, 3, in, out)` have one width, as have `(d, d)`,
-    `(d, heads, d / heads)` and a stack of such. What has fewer than two axes has a width of 1.
+    `(d, heads, d / heads)` and a stack of such. What has fewer than two axes has a width of 1. A
+    shape does not tell a stack from a matrix, and that of `(layers, d, 4 d)` counts as wider than
+    one of its matrices, never as narrower.
 
     Args:
         shape: of the whole tensor.
@@ -33,7 +35,7 @@ def width_of(shape: Sequence[int]) -> int:
     return width
 
 
-def width_share(shape: Sequence[int], width: float | None = LIMIT_WIDTH) -> float:
+def width_share(shape: Sequence[int], width: Any = LIMIT_WIDTH) -> Any:
     """The share of a relative limit that is left to a tensor: `min(1, sqrt(width / width_of))`.
 
     Elements that all move by one rate can change a matrix of width d by d times the rate in
@@ -43,10 +45,12 @@ def width_share(shape: Sequence[int], width: float | None = LIMIT_WIDTH) -> floa
 
     Args:
         shape: of the whole tensor.
-        width: up to which it is 1; `None` for all.
+        width: up to which it is 1, a number or a scalar array; `None` for all.
     """
-    own = 1 if width is None else width_of(shape)
-    return 1.0 if width is None or own <= width else math.sqrt(width / own)
+    if width is None:
+        return 1.0
+    ratio = width / width_of(shape)
+    return math.sqrt(min(1.0, ratio)) if isinstance(ratio, float) else ratio.clip(max=1.0) ** 0.5
 
 
 def relative_limit(

@@ -10,7 +10,13 @@ import optax
 
 from cruxy_control.checks import check_bounds, check_range
 from cruxy_control.controls import Controls, meta_learning_rate
-from cruxy_control.formulas.limits import LIMIT_WIDTH, RELATIVE_FLOOR, rate_share, width_share
+from cruxy_control.formulas.limits import (
+    LIMIT_WIDTH,
+    RELATIVE_FLOOR,
+    rate_share,
+    width_of,
+    width_share,
+)
 from cruxy_control.formulas.limits import relative_limit as limit_of
 from cruxy_optax._controls import materialize, require_controls
 from cruxy_optax._distributed.axes import as_axes, is_spread, mean_square, whole_mean_square
@@ -89,7 +95,7 @@ def scale_by_meta_learning_rate(
     bounds: tuple[float, float] | None = None,
     relative_limit: chex.Numeric | None = None,
     relative_floor: chex.Numeric = RELATIVE_FLOOR,
-    limit_width: int | None = LIMIT_WIDTH,
+    limit_width: chex.Numeric | None = LIMIT_WIDTH,
     axis_names: str | Sequence[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies by minus the user's rate times the controller's slow factor (WP 9, 13).
@@ -110,7 +116,8 @@ def scale_by_meta_learning_rate(
             of a matrix is its smaller side, and of a tensor that of the matrix its axes make, such
             as all but the last of a convolution's against the last. What Adam and Lion change in a
             matrix can grow with its width, and the matrix with the root of it. Inside
-            `jax.shard_map` the width is that of the part that a device has.
+            `jax.shard_map` the width is that of the part that a device has, and a stack of matrices
+            may count as wider than one of them. Give `None` behind orthogonal directions.
         axis_names: axes of an enclosing `jax.shard_map` over which parameters may be split.
 
     Returns:
@@ -141,7 +148,9 @@ def scale_by_meta_learning_rate(
         "relative_floor", relative_floor, 0.0, lower_open=True, remedy="keep the default"
     )
     if limit_width is not None:
-        check_range("limit_width", limit_width, 0.0, lower_open=True, remedy="use 64 or None")
+        limit_width = check_range(
+            "limit_width", limit_width, 0.0, lower_open=True, remedy="use 64 or None"
+        )
     axis_names = as_axes(axis_names)
 
     def init_fn(params: optax.Params) -> ScaleByMetaLearningRateState:
@@ -165,27 +174,31 @@ def scale_by_meta_learning_rate(
         if len(leaves) > MANY and whole.dtype == jnp.float32:
             (whole,) = materialize(whole)
 
-        widths = [width_share(p.shape, limit_width) for p in leaves]
+        widths = [width_of(p.shape) for p in leaves]
+        narrow = {w: width_share((w, w), limit_width) for w in widths}
 
-        def one(square: jax.typing.ArrayLike, width: float | None = None) -> jax.Array:
+        def one(square: jax.typing.ArrayLike, width: Any = None) -> jax.Array:
             square = jnp.asarray(square, jnp.float32)
             return limit_of(square, share, relative_floor, xp=jnp, whole=whole, share=width)
 
         if not any(map(is_spread, leaves)):
-            limits = [jnp.minimum(rate, one(*pair)) for pair in zip(squares, widths, strict=True)]
+            pairs = zip(squares, widths, strict=True)
+            limits = [jnp.minimum(rate, one(square, narrow[w])) for square, w in pairs]
             return treedef.unflatten(limits), jnp.stack([jnp.zeros_like(rate), *limits]).max()
 
         # A limit rises with the size of its tensor. So both ends are worked out once for all, and
         # few operations a tensor are left to compile.
         scale, lowest, highest = materialize(share, one(0.0), one(float("inf")))
 
-        def between(square: jax.Array, width: float) -> jax.Array:
+        def between(square: jax.Array, width: int) -> jax.Array:
             limit = jnp.minimum(jnp.maximum(scale * root(square), lowest), highest)
-            return jnp.minimum(rate, limit if width == 1.0 else limit * width)
+            return jnp.minimum(rate, limit * narrow[width])
 
         # Of one width the largest tensor has the largest rate: not every one is worked out again.
-        ends = {w: [s for s, own in zip(squares, widths, strict=True) if own == w] for w in widths}
-        largest = [between(jnp.stack(own).max(), width) for width, own in ends.items()]
+        of_width: dict[int, list[jax.Array]] = {width: [] for width in narrow}
+        for square, width in zip(squares, widths, strict=True):
+            of_width[width].append(square)
+        largest = [between(jnp.stack(own).max(), width) for width, own in of_width.items()]
         limits = [between(*pair) for pair in zip(squares, widths, strict=True)]
         return treedef.unflatten(limits), jnp.stack(largest).max()
 

@@ -97,8 +97,8 @@ class Limits(NamedTuple):
 def limits_of(given: Limit, kind: str) -> Limits:
     """The limit that was given, or that which is usual for the direction, as it goes with width."""
     own = USUAL[kind]
-    usual = isinstance(given, str) and given == "usual"
-    return Limits(own.relative_limit if usual else given, own.limit_width)
+    limit = own.relative_limit if isinstance(given, str) and given == "usual" else given
+    return Limits(limit, own.limit_width)
 
 
 def steered(

@@ -141,6 +141,7 @@ def group_of(
     *,
     bits: int,
     stochastic: bool,
+    limit_width: int | None = None,
     late: Sequence[tuple[Tensor, Kept]] = (),
 ) -> DirectedGroup:
     """The group with this number.
@@ -154,6 +155,7 @@ def group_of(
         frame: likewise.
         bits: in which the group keeps moments; at 16 they are rounded by chance.
         stochastic: whether bfloat16 parameters are.
+        limit_width: from which a relative limit falls with the width, see `width_share`.
         late: see `DirectedGroup`.
     """
     coded: list[tuple[Tensor, Kept]] = []
@@ -167,6 +169,7 @@ def group_of(
         rows = zip(params, states, numbers, strict=True)
         coded = [(p, kept_average(p, state, number)) for p, state, number in rows]
         columns = columns._replace(averages=())
+    unlimited = options["relative_limit"] is None
     lr, (b1, b2) = options["lr"], options.get("betas", (0.0, 0.0))
     return DirectedGroup(
         index=index,
@@ -185,7 +188,7 @@ def group_of(
         relative_limit=options["relative_limit"],
         still=options.get("still", False),
         interpolation=options.get("interpolation", 0.0),
-        limit_shares=limit_shares(params, direction.kind) if options["relative_limit"] else None,
+        limit_shares=None if unlimited else limit_shares(params, limit_width),
     )
 
 

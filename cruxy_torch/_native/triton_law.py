@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from cruxy_control.controls import DRIVEN
 from cruxy_torch import _decide, _law_state
 from cruxy_torch._groups import Settings
-from cruxy_torch._native import triton_launch, triton_written
+from cruxy_torch._native import triton_launch, triton_tables, triton_written
 from cruxy_torch._native.triton_launch import OPTIONS
 from cruxy_torch._native.triton_tape import FLOAT, INT, Tape
 from cruxy_torch._native.triton_written import NotRecordedError
@@ -133,7 +132,7 @@ def _arguments(
         tensors[f"squares{index}"] = size.mean_squares
         numbers[f"length{index}"] = len(size.mean_squares)
         if groups[index].limit_shares is not None:
-            tensors[f"shares{index}"] = _constant(tuple(groups[index].limit_shares), device)
+            tensors[f"shares{index}"] = triton_tables.vector(groups[index].limit_shares, device)
     if measured.whole is not None:
         tensors["whole"], numbers["parts"] = measured.whole, float(measured.parts)
     for tensor in tensors.values():
@@ -141,12 +140,6 @@ def _arguments(
         if not fits or tensor.dtype not in _KINDS:
             return None
     return tensors | numbers
-
-
-@functools.lru_cache(maxsize=_KEPT)
-def _constant(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """A vector on a device that no step copies there again."""
-    return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 def _is_fixed(law: Any) -> bool:

@@ -115,6 +115,24 @@ def constant(value: float, device: torch.device, dtype: torch.dtype = torch.floa
     return found
 
 
+_vectors: collections.OrderedDict[tuple, Tensor] = collections.OrderedDict()
+
+
+def vector(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers on a device, float32; not to be written to."""
+    flat = array.array("f", numbers)
+    capturing, stream = _stream(device)
+    key = (device, stream, flat.tobytes())
+    found = _find(_vectors, key, capturing)
+    if found is None:
+        found = _there(torch.frombuffer(flat, dtype=torch.float32).clone(), device)
+        if not capturing:  # what is copied in a graph is there only when that is replayed
+            _vectors[key] = found
+            if len(_vectors) > _KEPT:
+                _vectors.popitem(last=False)
+    return found
+
+
 def _cut(
     lengths: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor, int, tuple[int, ...]]:

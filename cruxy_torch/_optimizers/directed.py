@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cruxy_control.formulas.limits import LIMIT_WIDTH
 from cruxy_control.law import needs_alignment
 from cruxy_control.self_driving import check_cooldown
 from cruxy_control.usual import end_of, told_the_end
@@ -226,8 +227,13 @@ class DirectedOptimizer(ControlledOptimizer):
             self._frame(group),
             bits=self._bits(group),
             stochastic=self._stochastic,
+            limit_width=self._limit_width(group),
             late=() if only is not None else self._late(group, params),
         )
+
+    def _limit_width(self, group: dict[str, Any]) -> int | None:
+        """The width from which the relative limits of a group fall."""
+        return LIMIT_WIDTH
 
     def _late(self, group: dict[str, Any], moving: Sequence[Tensor]) -> list[tuple[Tensor, Kept]]:
         """The parameters of a group that have an average and do not move now, with it."""

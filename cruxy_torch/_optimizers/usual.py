@@ -17,6 +17,11 @@ def kind_of(direction: Any, *, lion: bool) -> str:
     return "muon" if direction == "muon" else getattr(direction, "kind", "adam")
 
 
+def limit_width(direction: Any, *, lion: bool) -> int | None:
+    """From which the limits of a group fall: with Muon of none, its embeddings' neither."""
+    return USUAL[kind_of(direction, lion=lion)].limit_width
+
+
 def kind_of_all(direction: Any, params: Iterable[Any], *, lion: bool) -> str:
     """The kind whose law steers all groups: Muon's, else Lion's where any group takes Lion.
 

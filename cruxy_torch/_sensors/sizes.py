@@ -95,13 +95,21 @@ def whole_mean_square(sizes: Sequence[Sizes]) -> Tensor | None:
     device, total = sizes[0].mean_squares.device, max(1, sum(sum(s.counts) for s in sizes))
     parts: list[Tensor] = []
     for squares, counts in sizes:
-        parts.append(multiplied(squares.to(device), [n / total for n in counts]))
-    return torch.cat(parts).sum()
+        # Not a vector of counts: that would be a copy to the device in every step.
+        parts += torch._foreach_mul(squares.to(device).unbind(), [n / total for n in counts])
+    return torch.stack(parts).sum()
 
 
-def multiplied(vector: Tensor, numbers: Sequence[float]) -> Tensor:
-    """Each element of a vector times its number.
+def factors_of(numbers: Sequence[float], like: Tensor) -> Tensor | float:
+    """What multiplies each element of a vector by its number.
 
-    Not a vector of the numbers: that would be a copy to the device in every step.
+    Args:
+        numbers: one for each element.
+        like: the vector.
     """
-    return torch.stack(torch._foreach_mul(vector.unbind(), list(numbers)))
+    if len(set(numbers)) == 1:
+        return numbers[0]
+    if like.is_cpu:
+        return like.new_tensor(numbers)
+    # A vector of the numbers would be a copy to the device in every step.
+    return torch.stack(torch._foreach_mul(torch.ones_like(like).unbind(), list(numbers)))
