@@ -90,7 +90,9 @@ ADAM: dict[str, Any] = {"weight_decay": 0.0, "law": HELD}
 
 def test_in_jax():
     assert jax_moves(cruxy_optax.self_driving(100.0, **ADAM)) == moved(SHARES)
-    assert jax_moves(cruxy_optax.self_driving_lion(100.0, **ADAM)) == moved(SHARES, 0.01)
+    assert jax_moves(cruxy_optax.self_driving_lion(100.0, **ADAM)) == moved(ALL_ONE, 0.01)
+    lion = jax_moves(cruxy_optax.self_driving_lion(100.0, **ADAM), {"wide": (1536, 1536)})
+    assert lion == pytest.approx({"wide": 0.01}, rel=1e-4)  # half of a hundredth of 2
 
     def alone(**limits):
         rate = scale_by_meta_learning_rate(100.0, relative_limit=0.1, **limits)
@@ -200,7 +202,10 @@ def test_in_torch(path):
         return CruxyOptimizer(params, lr=100.0, **options)
 
     assert torch_moves(make) == moved(SHARES)
-    assert torch_moves(lambda params: make(params, lion=True)) == moved(SHARES, 0.01)
+    if path != "groups":
+        lion = torch_moves(lambda params: make(params, lion=True), {"wide": (1536, 1536)})
+        assert lion == pytest.approx({"wide": 0.01}, rel=1e-4)
+    assert torch_moves(lambda params: make(params, lion=True)) == moved(ALL_ONE, 0.01)
 
 
 def test_released_in_torch():

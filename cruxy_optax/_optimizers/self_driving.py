@@ -178,7 +178,7 @@ def self_driving_lion(
         mask: where weight decay applies; `None` for what has at least two axes.
         relative_limit: 0.01: a sign has size 1 where Adam's direction has a quarter of it or less,
             and never shrinks: on a small convolutional net 0.02 ended in divergence. Of tensors
-            wider than 64 it falls with the root of their width.
+            wider than 384 it falls with the root of their width.
         averaging: the power of `average_iterates`, 16; `None` keeps no average.
         average_bits: bits an element of the average, 32 (`None`), 16 or 8.
         total_steps: steps of the run, where they are known.

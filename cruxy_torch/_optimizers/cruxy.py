@@ -137,8 +137,8 @@ class CruxyOptimizer(DirectedOptimizer):
         relative_limit: no tensor gets a rate above this share of its own root mean square (which
             counts as at least 0.01), or of that of all parameters (those that have a gradient and
             a limit, of all groups) where that is smaller; above 0, `None` for no limit. Of tensors
-            wider than 64 it falls with the root of their width, but not with Muon. The default is
-            none, but 0.1 in self-driving, with `use_lion` 0.01, with `direction="muon"` 0.2.
+            wider than 64, Lion's than 384, it falls with the root of their width, Muon's of none.
+            The default is none, in self-driving 0.1, with Lion 0.01, with `direction="muon"` 0.2.
         averaging: keeps the average of the parameters over the run, for `averaged`, with this
             power: step `t` has the weight `(averaging + 1) / (t + averaging)`, so that about the
             last `1 / (averaging + 1)` of the run counts. At least 0; `None` keeps none and saves
