@@ -175,11 +175,11 @@ def scale_by_meta_learning_rate(
             (whole,) = materialize(whole)
 
         widths = [width_of(p.shape) for p in leaves]
-        narrow = {w: width_share((w, w), limit_width) for w in widths}
+        narrow = {width_of(p.shape): width_share(p.shape, limit_width) for p in leaves}
 
-        def one(square: jax.typing.ArrayLike, width: Any = None) -> jax.Array:
+        def one(square: jax.typing.ArrayLike, own: Any = None) -> jax.Array:
             square = jnp.asarray(square, jnp.float32)
-            return limit_of(square, share, relative_floor, xp=jnp, whole=whole, share=width)
+            return limit_of(square, share, relative_floor, xp=jnp, whole=whole, share=own)
 
         if not any(map(is_spread, leaves)):
             pairs = zip(squares, widths, strict=True)

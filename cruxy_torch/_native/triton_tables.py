@@ -6,7 +6,7 @@ same addresses is right whatever has become of the tensors, and a table is never
 
 import array
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -75,11 +75,11 @@ def table(columns: dict[str, Sequence[int]], device: torch.device) -> Table:
     flat = array.array("q")
     for name in ROWS:
         flat.extend(columns.get(name) or [0] * count)
-    capturing, stream = _stream(device)
-    key = (device, stream, flat.tobytes())
-    found = _find(_tables, key, capturing)
-    if found is not None:
-        return found
+    return _found_or_made(_tables, device, flat.tobytes(), lambda: _table(columns, flat, device))
+
+
+def _table(columns: dict[str, Sequence[int]], flat: array.array, device: torch.device) -> Table:
+    count = len(columns["numel"])
     chunks, starts, tiles, begins = _cut(tuple(columns["numel"]), device)
     lengths = columns["numel"]
     aligned = all(
@@ -90,12 +90,7 @@ def table(columns: dict[str, Sequence[int]], device: torch.device) -> Table:
     )
     values = torch.frombuffer(flat, dtype=torch.int64).clone().view(len(ROWS), count)
     counters = torch.zeros(count, dtype=torch.int32, device=device)
-    made = Table(_there(values, device), count, chunks, tiles, starts, counters, aligned, begins)
-    if not capturing:  # what is copied in a graph is there only when that is replayed
-        _tables[key] = made
-        if len(_tables) > _KEPT:
-            _tables.popitem(last=False)
-    return made
+    return Table(_there(values, device), count, chunks, tiles, starts, counters, aligned, begins)
 
 
 _constants: collections.OrderedDict[tuple, Tensor] = collections.OrderedDict()
@@ -103,16 +98,10 @@ _constants: collections.OrderedDict[tuple, Tensor] = collections.OrderedDict()
 
 def constant(value: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """A number on a device; 0-d, not to be written to."""
-    capturing, stream = _stream(device)
-    key = (device, stream, (value, dtype))
-    found = _find(_constants, key, capturing)
-    if found is None:
-        found = torch.full((), value, dtype=dtype, device=device)
-        if not capturing:  # what a graph fills is there only when that is replayed
-            _constants[key] = found
-            if len(_constants) > _KEPT:
-                _constants.popitem(last=False)
-    return found
+    return _found_or_made(
+        _constants, device, (value, dtype),
+        lambda: torch.full((), value, dtype=dtype, device=device),
+    )  # fmt: skip
 
 
 _vectors: collections.OrderedDict[tuple, Tensor] = collections.OrderedDict()
@@ -121,27 +110,22 @@ _vectors: collections.OrderedDict[tuple, Tensor] = collections.OrderedDict()
 def vector(numbers: Sequence[float], device: torch.device) -> Tensor:
     """Numbers on a device, float32; not to be written to."""
     flat = array.array("f", numbers)
-    capturing, stream = _stream(device)
-    key = (device, stream, flat.tobytes())
-    found = _find(_vectors, key, capturing)
-    if found is None:
-        found = _there(torch.frombuffer(flat, dtype=torch.float32).clone(), device)
-        if not capturing:  # what is copied in a graph is there only when that is replayed
-            _vectors[key] = found
-            if len(_vectors) > _KEPT:
-                _vectors.popitem(last=False)
-    return found
+    return _found_or_made(
+        _vectors, device, flat.tobytes(),
+        lambda: _there(torch.frombuffer(flat, dtype=torch.float32).clone(), device),
+    )  # fmt: skip
 
 
 def _cut(
     lengths: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor, int, tuple[int, ...]]:
     """How tensors are cut into chunks: chunks, starts, tiles and begins of a `Table`."""
-    capturing, stream = _stream(device)
-    key = (device, stream, lengths)
-    found = _find(_cuts, key, capturing)
-    if found is not None:
-        return found
+    return _found_or_made(_cuts, device, lengths, lambda: _cut_anew(lengths, device))
+
+
+def _cut_anew(
+    lengths: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor, int, tuple[int, ...]]:
     tiles = 1
     while tiles < MOST and sum(lengths) > CHUNKS * TILE * tiles:
         tiles *= 2
@@ -153,12 +137,26 @@ def _cut(
     number = torch.arange(len(index), dtype=torch.int64, device="cpu") - starts[index]
     chunks = torch.stack((index, number), dim=1).to(torch.int32)
     there = _there(chunks, device), _there(starts.to(torch.int32), device)
-    cut = *there, tiles, tuple(starts.tolist())
-    if not capturing:
-        _cuts[key] = cut
-        if len(_cuts) > _KEPT:
-            _cuts.popitem(last=False)
-    return cut
+    return *there, tiles, tuple(starts.tolist())
+
+
+def _found_or_made(
+    known: collections.OrderedDict[tuple, Any],
+    device: torch.device,
+    of: Any,
+    make: Callable[[], Any],
+) -> Any:
+    """What was made of the same before on this device, or what is made now and kept."""
+    capturing, stream = _stream(device)
+    key = (device, stream, of)
+    found = _find(known, key, capturing)
+    if found is None:
+        found = make()
+        if not capturing:  # what is copied in a graph is there only when that is replayed
+            known[key] = found
+            if len(known) > _KEPT:
+                known.popitem(last=False)
+    return found
 
 
 def _find(known: collections.OrderedDict[tuple, Any], key: tuple, capturing: bool) -> Any:
